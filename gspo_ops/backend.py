@@ -1,0 +1,44 @@
+"""One implementation per device, behind opaque operators.
+
+Each operator is declared in `torch.library`, without an autograd formula of its own: autograd.Functions
+call it, torch.compile and FakeTensor see its schema and fake only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("gspo_ops", "DEF")
+
+
+def use_triton(x: Tensor) -> bool:
+    """Triton for GPU tensors, and for CPU tensors in its interpreter; float64 is left to torch."""
+    return x.dtype != torch.float64 and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of everything per row: float32, or float64 for float64 input."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def device_guard(x: Tensor) -> contextlib.AbstractContextManager:
+    """Make launches go to the tensor's device."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
+    """Declare `gspo_ops::<schema>`; decorates its implementation and returns the callable op."""
+
+    def register(implementation: Callable) -> Callable:
+        name = schema.split("(")[0]
+        LIBRARY.define(schema)
+        LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"gspo_ops::{name}", fake, lib=LIBRARY)
+        return getattr(torch.ops.gspo_ops, name).default
+
+    return register

@@ -1,0 +1,125 @@
+"""Padded and packed batches as one thing: sequences that are runs of consecutive rows.
+
+A padded (B, T) tensor, flattened, holds sequence b in rows b * T .. (b + 1) * T; a packed (N,)
+tensor holds it in rows cu_seqlens[b] .. cu_seqlens[b + 1]. Nothing is copied or moved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the sequences are. Made by `resolve_layout`.
+
+    Attributes:
+        shape: (B, T) padded or (N,) packed, the shape of every per-token argument.
+        batch: number of sequences B.
+        device: where the per-token arguments live.
+        cu_seqlens: (B + 1,) first row of each sequence, and N; None when padded.
+        mask: (N,) non-zero where a token counts; None when all do.
+    """
+
+    shape: torch.Size
+    batch: int
+    device: torch.device
+    cu_seqlens: Tensor | None
+    mask: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        return self.shape.numel()
+
+    def flat(self, name: str, x: Tensor) -> Tensor:
+        """A per-token argument as a contiguous (N,) tensor."""
+        check_tensor(name, x, self.device)
+        if x.shape != self.shape:
+            raise ValueError(f"{name} must have shape {tuple(self.shape)}, got {tuple(x.shape)}")
+        return x.reshape(-1).contiguous()
+
+    def flat_float(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """A per-token floating-point argument that needs no gradient, as (N,) in `dtype`."""
+        check_constant(name, x)
+        return self.flat(name, x).to(dtype)
+
+    def per_sequence_or_token(
+        self, name: str, x: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, bool]:
+        """An argument of shape (B,) or of the per-token shape, flat, and whether it is per token."""
+        check_tensor(name, x, self.device)
+        check_constant(name, x)
+        if x.shape == (self.batch,):
+            return x.contiguous().to(dtype), False
+        if x.shape == self.shape:
+            return x.reshape(-1).contiguous().to(dtype), True
+        raise ValueError(
+            f"{name} must have shape {(self.batch,)} (one per sequence) or {tuple(self.shape)} "
+            f"(one per token), got {tuple(x.shape)}"
+        )
+
+
+def resolve_layout(
+    shape: torch.Size, device: torch.device, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> Layout:
+    """The layout of per-token tensors of this shape: (B, T) padded, or (N,) with cu_seqlens."""
+    if len(shape) == 2 and cu_seqlens is not None:
+        raise ValueError(
+            f"cu_seqlens is for packed input of shape (N,); this input is padded, {tuple(shape)}: "
+            "pass mask instead"
+        )
+    if len(shape) == 1 and cu_seqlens is None:
+        raise ValueError(
+            "cu_seqlens is needed for packed input of shape (N,): the (B + 1,) first rows of its "
+            "sequences, and N"
+        )
+    batch = shape[0]
+    if cu_seqlens is not None:
+        check_tensor("cu_seqlens", cu_seqlens, device)
+        if cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
+            raise ValueError(f"cu_seqlens must have shape (B + 1,), got {tuple(cu_seqlens.shape)}")
+        batch = cu_seqlens.shape[0] - 1
+        cu_seqlens = cu_seqlens.contiguous()
+    layout = Layout(shape, batch, device, cu_seqlens, None)
+    if mask is None:
+        return layout
+    check_tensor("mask", mask, device)
+    if mask.dtype.is_complex:
+        raise TypeError(f"mask must be bool, integer or float, got {mask.dtype}")
+    return Layout(shape, batch, device, cu_seqlens, layout.flat("mask", mask))
+
+
+def check_tensor(name: str, x: object, device: torch.device) -> None:
+    """Refuse what is not a tensor on this device."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on {device} like the input, got {x.device}")
+
+
+def check_constant(name: str, x: Tensor) -> None:
+    """Refuse a tensor that expects a gradient which nothing computes, or holds no numbers."""
+    if x.requires_grad:
+        raise ValueError(f"{name} requires grad, but is a constant of the loss: detach it")
+    if x.dtype == torch.bool or x.dtype.is_complex:
+        raise TypeError(f"{name} must hold real numbers, got {x.dtype}")
+
+
+def segment_sum(x: Tensor, batch: int, cu_seqlens: Tensor | None) -> Tensor:
+    """(B,) sum over each sequence's rows of x (N,), in a fixed order and without a host sync."""
+    if cu_seqlens is None:
+        return x.view(batch, -1).sum(1) if x.numel() else x.new_zeros(batch)
+    return torch.segment_reduce(x, "sum", lengths=cu_seqlens.diff().long(), unsafe=True, initial=0)
+
+
+def sequence_ids(batch: int, rows: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
+    """(N,) int64 index of the sequence that each row belongs to."""
+    index = torch.arange(rows, device=device)
+    if cu_seqlens is None:
+        return index // max(rows // max(batch, 1), 1)
+    return torch.searchsorted(cu_seqlens[1:].long(), index, right=True)

@@ -1,0 +1,421 @@
+"""Log-probabilities of target tokens from logits: checks, operators, autograd.Function, CPU path.
+
+The kernels stand in `kernels/log_probs.py`, whose header has the derivation that both paths use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backend import compute_dtype, device_guard, operator, use_triton
+from .layout import check_tensor
+from .objective import check_number
+
+IGNORED = -100
+_CHUNK_ELEMENTS = 1 << 20  # of the CPU path: 4 MiB of fp32, so that a chunk stays in cache
+
+
+def log_probs_from_logits(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability of each row's target.
+
+        log_prob[t] = log_softmax(softcap(logits[t]) / temperature)[targets[t]]
+        entropy[t]  = -sum_v p[t, v] * log p[t, v],    softcap(x) = softcap * tanh(x / softcap)
+
+    Logits are read once and never copied; the backward reads them once and writes dlogits once, and
+    rows whose incoming gradient is zero are not read at all.
+
+    Args:
+        logits: (B, T, V) or (N, V), float16, bfloat16, float32 or float64; any strides, as long as
+            the vocabulary is contiguous.
+        targets: (B, T) or (N,) int32 or int64: the token that each row predicts (already shifted);
+            -100 marks a row that is left out: its results and its gradient are 0.
+        temperature: sampling temperature, > 0.
+        softcap: soft cap of the logits, > 0, as in Gemma; None for none.
+        return_entropy: also return the entropy in nats, differentiable.
+
+    Returns:
+        log_probs with the shape of `targets`, float32 (float64 for float64 logits); with
+        `return_entropy` the pair (log_probs, entropy).
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        IndexError: a target outside [0, V), on CPU. On GPU its log_prob is NaN.
+    """
+    check_logits(logits, targets)
+    check_softmax_options(temperature, softcap)
+    log_probs, entropy = _LogProbs.apply(
+        logits, targets, targets != IGNORED, temperature, softcap, return_entropy
+    )
+    return (log_probs, entropy) if return_entropy else log_probs
+
+
+class RowStats(NamedTuple):
+    """What the forward keeps of each row, all (N,): see `kernels/log_probs.py`."""
+
+    log_probs: Tensor
+    row_max: Tensor
+    row_sum: Tensor
+    entropy: Tensor
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets, mask, temperature, softcap, return_entropy):  # type: ignore[override]
+        stats = RowStats(
+            *log_probs_fwd(logits, targets, mask, temperature, softcap, return_entropy)
+        )
+        ctx.save_for_backward(logits, targets, mask, *stats[1:])
+        ctx.options = temperature, softcap, return_entropy
+        if not return_entropy:
+            ctx.mark_non_differentiable(stats.entropy)
+            return stats.log_probs.view(targets.shape), stats.entropy
+        return stats.log_probs.view(targets.shape), stats.entropy.view(targets.shape)
+
+    @staticmethod
+    def backward(ctx, grad_log_probs, grad_entropy):  # type: ignore[override]
+        logits, targets, mask, row_max, row_sum, entropy = ctx.saved_tensors
+        temperature, softcap, return_entropy = ctx.options
+        grad_logits = log_probs_bwd(
+            logits, targets, mask, row_max, row_sum,
+            entropy if return_entropy else None,
+            grad_log_probs, grad_entropy if return_entropy else None,
+            None, None, temperature, softcap,
+        )  # fmt: skip
+        return grad_logits, None, None, None, None, None
+
+
+def check_logits(logits: Tensor, targets: Tensor) -> None:
+    """Refuse logits and targets that the operators can't take, by name."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits must be a torch.Tensor, got {type(logits).__name__}")
+    if logits.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
+    if logits.ndim not in (2, 3):
+        raise ValueError(f"logits must have shape (B, T, V) or (N, V), got {tuple(logits.shape)}")
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits must have a vocabulary, got {tuple(logits.shape)}")
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        raise ValueError(
+            "logits must be contiguous along the vocabulary, got strides "
+            f"{logits.stride()}: call .contiguous() (this copies them)"
+        )
+    check_tensor("targets", targets, logits.device)
+    if targets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"targets must be int32 or int64, got {targets.dtype}")
+    if targets.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"targets must have shape {tuple(logits.shape[:-1])}, one per row of logits, got "
+            f"{tuple(targets.shape)}"
+        )
+
+
+def check_softmax_options(temperature: float, softcap: float | None) -> None:
+    """Refuse a temperature or a soft cap outside its range."""
+    check_number("temperature", temperature, minimum=0.0, exclusive=True)
+    if softcap is not None:
+        check_number("softcap", softcap, minimum=0.0, exclusive=True)
+
+
+# Operators
+
+
+def _fwd_fake(logits, targets, mask, temperature, softcap, return_entropy):
+    rows = targets.new_empty(targets.numel(), dtype=compute_dtype(logits.dtype))
+    entropy = torch.empty_like(rows) if return_entropy else rows.new_empty(0)
+    return rows, torch.empty_like(rows), torch.empty_like(rows), entropy
+
+
+@operator(
+    "log_probs_fwd(Tensor logits, Tensor targets, Tensor? mask, float temperature, float? softcap, "
+    "bool return_entropy) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fwd_fake,
+)
+def log_probs_fwd(logits, targets, mask, temperature, softcap, return_entropy):
+    """RowStats of every row where mask is non-zero; 0 elsewhere."""
+    forward = _triton_fwd if use_triton(logits) else _torch_fwd
+    out = RowStats(*_fwd_fake(logits, targets, mask, temperature, softcap, return_entropy))
+    targets = targets.reshape(-1).contiguous()
+    mask = None if mask is None else _bytes(mask.reshape(-1))
+    if targets.numel():
+        forward(logits, targets, mask, temperature, softcap, return_entropy, out)
+    return tuple(out)
+
+
+def _bwd_fake(
+    logits, targets, mask, row_max, row_sum, entropy, grad_log_probs, grad_entropy,
+    grad_loss, inv_denominator, temperature, softcap,
+):  # fmt: skip
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@operator(
+    "log_probs_bwd(Tensor logits, Tensor targets, Tensor? mask, Tensor? row_max, Tensor? row_sum, "
+    "Tensor? entropy, Tensor grad_log_probs, Tensor? grad_entropy, Tensor? grad_loss, "
+    "Tensor? inv_denominator, float temperature, float? softcap) -> Tensor",
+    _bwd_fake,
+)
+def log_probs_bwd(
+    logits, targets, mask, row_max, row_sum, entropy, grad_log_probs, grad_entropy,
+    grad_loss, inv_denominator, temperature, softcap,
+):  # fmt: skip
+    """dlogits for d loss / d log_prob = grad_log_probs * grad_loss * inv_denominator.
+
+    Without row_max and row_sum they are computed on the way, for the rows that need them.
+    """
+    grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    if grad_logits.numel():
+        backward = _triton_bwd if use_triton(logits) else _torch_bwd
+        backward(
+            logits, targets.reshape(-1).contiguous(),
+            None if mask is None else _bytes(mask.reshape(-1)),
+            row_max, row_sum, entropy, grad_log_probs.reshape(-1).contiguous(),
+            None if grad_entropy is None else grad_entropy.reshape(-1).contiguous(),
+            grad_loss, inv_denominator, temperature, softcap, grad_logits,
+        )  # fmt: skip
+    return grad_logits
+
+
+def _bytes(mask: Tensor) -> Tensor:
+    """A contiguous mask whose dtype a kernel can load."""
+    mask = mask.contiguous()
+    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+
+
+# Triton path
+
+
+def row_strides(logits: Tensor) -> tuple[int, int, int, int]:
+    """T, stride_b, stride_t of row b * T + t, and the power of two <= 16 that divides them."""
+    if logits.ndim == 2:
+        T, stride_b, stride_t = max(logits.shape[0], 1), 0, logits.stride(0)
+    else:
+        T, stride_b, stride_t = logits.shape[1], logits.stride(0), logits.stride(1)
+    return T, stride_b, stride_t, math.gcd(16, stride_b, stride_t)
+
+
+def block_shape(V: int, rows: int) -> dict[str, int]:
+    """[ROWS, COLS] of a block. It depends on V alone, so a row's result never depends on N."""
+    cols = min(1024, 1 << max(V - 1, 0).bit_length())
+    rows = min(rows, 1 << (-(-V // cols) - 1).bit_length())
+    return {"ROWS": rows, "COLS": cols, "num_warps": 4}
+
+
+def _triton_fwd(logits, targets, mask, temperature, softcap, return_entropy, out: RowStats):
+    from .kernels.log_probs import log_probs_fwd_kernel
+
+    V = logits.shape[-1]
+    T, stride_b, stride_t, align = row_strides(logits)
+    with device_guard(logits):
+        log_probs_fwd_kernel[(targets.numel(),)](
+            logits, targets, mask,
+            out.log_probs, out.row_max, out.row_sum, out.entropy if return_entropy else None,
+            T, V, stride_b, stride_t,
+            temperature, math.log2(math.e) / temperature, softcap,
+            ALIGN=align, **block_shape(V, rows=8),
+        )  # fmt: skip
+
+
+def _triton_bwd(
+    logits, targets, mask, row_max, row_sum, entropy, grad_log_probs, grad_entropy,
+    grad_loss, inv_denominator, temperature, softcap, grad_logits,
+):  # fmt: skip
+    from .kernels.log_probs import log_probs_bwd_kernel
+
+    V = logits.shape[-1]
+    T, stride_b, stride_t, align = row_strides(logits)
+    with device_guard(logits):
+        log_probs_bwd_kernel[(targets.numel(),)](
+            logits, targets, mask, row_max, row_sum, entropy,
+            grad_log_probs, grad_entropy, grad_loss, inv_denominator,
+            grad_logits,
+            T, V, stride_b, stride_t,
+            temperature, math.log2(math.e) / temperature, softcap,
+            ALIGN=align, OUT_ALIGN=math.gcd(16, V), **block_shape(V, rows=4),
+        )  # fmt: skip
+
+
+# CPU path (also float64 on any device): row chunks that stay in cache
+
+
+def _row_chunks(logits: Tensor, live: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Chunks of live rows: their indices (R,), and the rows themselves (R, V)."""
+    V = logits.shape[-1]
+    x = logits.unsqueeze(0) if logits.ndim == 2 else logits
+    if x.is_contiguous():
+        x = x.view(1, -1, V)
+    T = x.shape[1]
+    size = max(_CHUNK_ELEMENTS // V, 2)
+    for b in range(x.shape[0]):
+        for start in range(0, T, size):
+            block = x[b, start : start + size]
+            index = live[b * T + start : b * T + start + len(block)].nonzero().squeeze(1)
+            if len(index):
+                rows = block if len(index) == len(block) else block.index_select(0, index)
+                yield index + (b * T + start), rows
+
+
+def _load(rows: Tensor, softcap: float | None, buffer: Tensor) -> Tensor:
+    """Rows in the compute dtype, soft-capped, in the buffer: at least two rows.
+
+    A reduction over a single row may be split among threads, over several never: so a row's result
+    does not depend on how many others stand beside it.
+    """
+    x = buffer[: max(len(rows), 2)]
+    x[: len(rows)] = rows
+    if softcap is not None:
+        x.div_(softcap).tanh_().mul_(softcap)
+    return x
+
+
+def _buffer(logits: Tensor) -> Tensor:
+    V = logits.shape[-1]
+    size = max(min(_CHUNK_ELEMENTS // V, logits.numel() // V), 2)
+    return torch.zeros(size, V, dtype=compute_dtype(logits.dtype), device=logits.device)
+
+
+def _split_target(x: Tensor, y: Tensor) -> Tensor:
+    """Take the targets y (R,) out of x, which keeps -inf there; returns their logits (R,)."""
+    target = x[: len(y)].gather(1, y[:, None])
+    x[: len(y)].scatter_(1, y[:, None], -math.inf)
+    return target.squeeze(1)
+
+
+def _max_over_others(x: Tensor) -> Tensor:
+    row_max = x.amax(1)
+    return row_max.masked_fill(row_max == -math.inf, 0.0)
+
+
+def _log_odds(row_max: Tensor, row_sum: Tensor, x_target: Tensor, temperature: float) -> Tensor:
+    return (row_max - x_target) / temperature + row_sum.log()
+
+
+def _minus_softplus(d: Tensor) -> Tensor:
+    return 0.0 - torch.logaddexp(d, torch.zeros_like(d))
+
+
+def _live_targets(targets: Tensor, live: Tensor, V: int) -> Tensor:
+    """Targets as int64 with 0 at dead rows; a target outside [0, V) at a live one is refused."""
+    targets = torch.where(live, targets, 0).long()
+    wrong = ((targets < 0) | (targets >= V)).nonzero().squeeze(1)
+    if len(wrong):
+        row = int(wrong[0])
+        raise IndexError(
+            f"targets must lie in [0, {V}) where they count, got {int(targets[row])} at row {row} "
+            f"({len(wrong)} such rows); mask rows out, or mark them with {IGNORED}"
+        )
+    return targets
+
+
+def _all_or(mask: Tensor | None, like: Tensor) -> Tensor:
+    return torch.ones_like(like, dtype=torch.bool) if mask is None else mask != 0
+
+
+def _torch_fwd(logits, targets, mask, temperature, softcap, return_entropy, out: RowStats):
+    live = _all_or(mask, targets)
+    targets = _live_targets(targets, live, logits.shape[-1])
+    for x in out:
+        x.zero_()
+    buffer = _buffer(logits)
+    for index, rows in _row_chunks(logits, live):
+        x = _load(rows, softcap, buffer)
+        x_target = _split_target(x, targets[index])
+        row_max = _max_over_others(x)
+        x.sub_(row_max[:, None])
+        if temperature != 1.0:
+            x.div_(temperature)
+        log_e = x.clone() if return_entropy else None
+        row_sum = x.exp_().sum(1)[: len(index)]
+        row_max = row_max[: len(index)]
+        d = _log_odds(row_max, row_sum, x_target, temperature)
+        log_prob = _minus_softplus(d)
+        out.log_probs[index] = log_prob
+        out.row_max[index] = row_max
+        out.row_sum[index] = row_sum
+        if log_e is not None:
+            weighted = log_e.mul_(x).masked_fill_(x == 0, 0.0).sum(1)[: len(index)]
+            log_q = _minus_softplus(-d)
+            others = log_q.exp() * (row_sum.log() - weighted / row_sum - log_q)
+            p_log_p = log_prob.exp() * log_prob
+            out.entropy[index] = others.masked_fill(log_q == -math.inf, 0.0) - p_log_p.masked_fill(
+                log_prob == -math.inf, 0.0
+            )
+
+
+def _torch_bwd(
+    logits, targets, mask, row_max, row_sum, entropy, grad_log_probs, grad_entropy,
+    grad_loss, inv_denominator, temperature, softcap, grad_logits,
+):  # fmt: skip
+    g = grad_log_probs.to(compute_dtype(logits.dtype))
+    live = g != 0
+    if grad_loss is not None:
+        g = g * (grad_loss * inv_denominator)
+        live &= g != 0
+    if grad_entropy is not None:
+        live |= grad_entropy != 0
+    live &= _all_or(mask, targets)
+    targets = _live_targets(targets, live, logits.shape[-1])
+    out = grad_logits.view(-1, grad_logits.shape[-1])
+    buffer = _buffer(logits)
+    done = 0
+    for index, rows in _row_chunks(logits, live):
+        out[done : int(index[0])] = 0
+        done = int(index[-1]) + 1
+        grad = _chunk_grad(
+            _load(rows, softcap, buffer), targets[index],
+            None if row_max is None else (row_max[index], row_sum[index]),
+            g[index],
+            None if grad_entropy is None else (entropy[index], grad_entropy[index]),
+            temperature, softcap,
+        )  # fmt: skip
+        if done - int(index[0]) == len(index):
+            out[int(index[0]) : done] = grad
+        else:
+            out[int(index[0]) : done] = 0
+            out.index_copy_(0, index, grad.to(out.dtype))
+    out[done:] = 0
+
+
+def _chunk_grad(x, y, known, g, with_entropy, temperature, softcap):
+    """dlogits of a chunk of loaded rows x, which are overwritten. `known`: (row_max, row_sum)."""
+    n = len(y)
+    derivative = None if softcap is None else 1.0 - (x[:n] / softcap).square()
+    x_target = _split_target(x, y)
+    row_max = _max_over_others(x)[:n] if known is None else known[0]
+    x[:n].sub_(row_max[:, None])
+    if temperature != 1.0:
+        x.div_(temperature)
+    log_e = x[:n].clone() if with_entropy is not None else None
+    x.exp_()
+    row_sum = x.sum(1)[:n] if known is None else known[1]
+    x = x[:n]
+    d = _log_odds(row_max, row_sum, x_target, temperature)
+    q = torch.sigmoid(d)
+    coef = torch.where(row_sum == 0, 0.0, q / row_sum)
+    at_target = g * q
+    if with_entropy is None:
+        x.mul_((-g * coef)[:, None])
+    else:
+        entropy, h = with_entropy
+        log_coef = torch.where(coef > 0, _minus_softplus(-d) - row_sum.log() + entropy, 0.0)
+        log_e.add_(log_coef[:, None]).mul_(h[:, None]).add_(g[:, None])
+        # 0 * -inf where e is 0
+        x.mul_(log_e.mul_(-coef[:, None]).masked_fill_(x == 0, 0.0))
+        log_p = _minus_softplus(d)
+        p_term = torch.sigmoid(-d) * (log_p + entropy)
+        at_target = at_target - h * p_term.masked_fill(log_p == -math.inf, 0.0)
+    x.scatter_(1, y[:, None], at_target[:, None])
+    if temperature != 1.0:
+        x.div_(temperature)
+    return x if derivative is None else x.mul_(derivative)

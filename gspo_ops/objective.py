@@ -1,0 +1,99 @@
+"""Objectives: which ratio, which clip range, which average. No tensors, no mathematics."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+RatioLevel = Literal["sequence", "sequence_token", "token"]
+Aggregation = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "token-sum"]
+KLEstimator = Literal["k1", "k2", "k3"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """A clipped policy-gradient objective.
+
+    For each token: `min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)`, minus
+    `kl_coef` times the KL estimate to the reference, averaged as `aggregation` says.
+
+    Args:
+        ratio_level: `"sequence"` one length-normalised ratio per sequence (GSPO); `"sequence_token"`
+            the same value with each token's own gradient and advantage (GSPO-token); `"token"` one
+            ratio per token (GRPO, PPO).
+        clip_low, clip_high: width of the clip range below and above 1, both >= 0.
+        aggregation: `"seq-mean-token-mean"` (the paper's), `"token-mean"`, `"seq-mean-token-sum"`
+            or `"token-sum"`.
+        kl_coef: weight of the KL term, >= 0; needs `ref_log_probs` when positive.
+        kl_estimator: with d = log_prob - ref_log_prob: `"k1"` d, `"k2"` d**2 / 2, `"k3"`
+            exp(-d) - 1 + d; each is differentiated as written.
+
+    Raises:
+        ValueError: an option is outside its range.
+    """
+
+    ratio_level: RatioLevel
+    clip_low: float
+    clip_high: float
+    aggregation: Aggregation = "seq-mean-token-mean"
+    kl_coef: float = 0.0
+    kl_estimator: KLEstimator = "k3"
+
+    def __post_init__(self) -> None:
+        _check_choice("ratio_level", self.ratio_level, RatioLevel)
+        _check_choice("aggregation", self.aggregation, Aggregation)
+        _check_choice("kl_estimator", self.kl_estimator, KLEstimator)
+        for name in ("clip_low", "clip_high", "kl_coef"):
+            check_number(name, getattr(self, name), minimum=0.0)
+        if self.ratio_level == "sequence" and self.aggregation.startswith("token"):
+            # Python shows one warning per place and message
+            warnings.warn(
+                f"aggregation={self.aggregation!r} weights sequences by their length; the GSPO "
+                "paper's objective is 'seq-mean-token-mean'",
+                stacklevel=4,
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GSPO(Objective):
+    """Group Sequence Policy Optimization, arXiv 2507.18071, with the paper's clip range."""
+
+    ratio_level: RatioLevel = field(default="sequence", init=False)
+    clip_low: float = 3e-4
+    clip_high: float = 4e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class GSPOToken(Objective):
+    """GSPO-token, arXiv 2507.18071 section 4.3: GSPO that takes per-token advantages."""
+
+    ratio_level: RatioLevel = field(default="sequence_token", init=False)
+    clip_low: float = 3e-4
+    clip_high: float = 4e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPO(Objective):
+    """Group Relative Policy Optimization with the clip range that the GSPO paper compares to."""
+
+    ratio_level: RatioLevel = field(default="token", init=False)
+    clip_low: float = 0.2
+    clip_high: float = 0.27
+
+
+def check_number(name: str, value: object, *, minimum: float, exclusive: bool = False) -> None:
+    """Refuse anything but a finite number that is >= minimum (> minimum when exclusive)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    low = value <= minimum if exclusive else value < minimum
+    if not math.isfinite(value) or low:
+        sign = ">" if exclusive else ">="
+        raise ValueError(f"{name} must be finite and {sign} {minimum:g}, got {value!r}")
+
+
+def _check_choice(name: str, value: object, choices: object) -> None:
+    if value not in get_args(choices):
+        known = ", ".join(repr(c) for c in get_args(choices))
+        raise ValueError(f"{name} must be one of {known}, got {value!r}")

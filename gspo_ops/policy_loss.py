@@ -1,0 +1,647 @@
+"""Policy losses from log-probs or from logits: checks, operators, autograd.Functions, CPU path.
+
+The kernel stands in `kernels/policy_loss.py`; logits are handled by `log_probs.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backend import compute_dtype, device_guard, operator, use_triton
+from .layout import Layout, check_constant, check_tensor, resolve_layout, segment_sum, sequence_ids
+from .log_probs import (
+    RowStats,
+    check_logits,
+    check_softmax_options,
+    log_probs_bwd,
+    log_probs_from_logits,
+    log_probs_fwd,
+)
+from .objective import GSPO, Aggregation, KLEstimator, Objective, RatioLevel, check_number
+
+TokenLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+STATS = (
+    "ratio_mean",
+    "ratio_min",
+    "ratio_max",
+    "clip_frac_sequences",
+    "clip_frac_tokens",
+    "clip_frac_low",
+    "clip_frac_high",
+    "approx_kl",
+    "approx_kl_k3",
+    "effective_sample_size",
+    "active_token_frac",
+    "ref_kl",
+)
+LOG_RATIO_CAP = 80.0
+ESS_RATIO_CAP = 1e15
+
+
+class PolicyLoss(NamedTuple):
+    """A loss and what it saw.
+
+    Attributes:
+        loss: 0-dim, differentiable.
+        stats: name to detached tensor on the input's device, 0-dim but for `log_ratio` (B,);
+            each is defined in the README.
+    """
+
+    loss: Tensor
+    stats: dict[str, Tensor]
+
+
+def policy_loss_from_log_probs(
+    log_probs: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    objective: Objective | TokenLoss = GSPO(),
+    ref_log_probs: Tensor | None = None,
+    rollout_weights: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+) -> PolicyLoss:
+    """Clipped policy-gradient loss of log-probs that are already there.
+
+        l_i  = (1 / |y_i|) * sum_t (log_prob_t - old_log_prob_t),     s_i = exp(l_i)
+        loss = -(1 / D) * sum_i min(s_i * A_i, clip(s_i, 1 - clip_low, 1 + clip_high) * A_i)
+
+    for GSPO; `Objective` says what changes for the others.
+
+    Args:
+        log_probs: (B, T) padded or (N,) packed, float32 or float64.
+        old_log_probs: same shape, of the policy that sampled; None means on-policy: every ratio is
+            exactly 1, and the gradient flows.
+        advantages: (B,), or per token unless the ratio is the sequence's.
+        mask: padded (B, T) or packed (N,); non-zero where a token counts. Nothing at other places
+            is used, whatever it holds.
+        cu_seqlens: (B + 1,) int32 first rows of packed sequences, and N.
+        objective: an `Objective`, or a function of flat (N,) tensors (log_probs, old_log_probs,
+            advantages, sequence_ids) that returns loss terms (N,), which autograd differentiates;
+            they are averaged as its attribute `aggregation` says, by default
+            `"seq-mean-token-mean"`.
+        ref_log_probs: same shape as log_probs, of the reference policy for the KL term.
+        rollout_weights: (B,) or per token: importance weights of the rollout engine, which multiply
+            the loss terms (not the KL term).
+        denominator: D, a positive number or 0-dim tensor; by default the number of non-empty
+            sequences (of tokens for `"token-mean"`, 1 for `"token-sum"`).
+
+    Returns:
+        PolicyLoss(loss, stats).
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+
+    Source: arXiv 2507.18071.
+    """
+    check_log_probs("log_probs", log_probs)
+    layout = _check_layout(log_probs.shape, log_probs.device, "log_probs", mask, cu_seqlens)
+    dtype = log_probs.dtype
+    if not isinstance(objective, Objective):
+        return _custom_loss(
+            layout, objective, log_probs, old_log_probs, advantages, ref_log_probs,
+            rollout_weights, denominator,
+        )  # fmt: skip
+    inputs = _policy_inputs(
+        layout, dtype, objective, old_log_probs, advantages, ref_log_probs, rollout_weights,
+        denominator,
+    )  # fmt: skip
+    flat = log_probs.reshape(-1).contiguous()
+    loss, stats, log_ratio = _PolicyLossFromLogProbs.apply(flat, *inputs)
+    return PolicyLoss(loss, _named_stats(stats, log_ratio, inputs))
+
+
+def policy_loss_from_logits(
+    logits: Tensor,
+    targets: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    objective: Objective | TokenLoss = GSPO(),
+    ref_log_probs: Tensor | None = None,
+    rollout_weights: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    return_entropy: bool = False,
+) -> PolicyLoss:
+    """Clipped policy-gradient loss straight from logits, without an N x V intermediate.
+
+    The same number as `policy_loss_from_log_probs(log_probs_from_logits(...), ...)`, as one autograd
+    node whose backward writes dlogits in one pass and leaves out every row with zero gradient:
+    masked, clipped, or with zero advantage.
+
+    With `old_log_probs=None`, and neither reference nor entropy asked for, the gradient of the loss
+    by the log-probs is known beforehand: the forward does not read the logits at all, and the
+    backward reads the rows with non-zero advantage only (NaN in the logits then shows in the
+    gradient, not in the loss).
+
+    Args:
+        logits: (B, T, V) or (N, V), float16, bfloat16, float32 or float64; any strides, as long as
+            the vocabulary is contiguous.
+        targets: (B, T) or (N,) int32 or int64: the token that each row predicts (already shifted);
+            anything where the mask is zero.
+        temperature, softcap: of the logits, as in `log_probs_from_logits`.
+        return_entropy: adds `entropy`, the mean over valid tokens in nats, to the stats.
+        old_log_probs, advantages, mask, cu_seqlens, objective, ref_log_probs, rollout_weights,
+            denominator: as in `policy_loss_from_log_probs`.
+
+    Returns:
+        PolicyLoss(loss, stats).
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        IndexError: a target outside [0, V) at a valid position, on CPU. On GPU its log_prob is NaN.
+
+    Source: arXiv 2507.18071.
+    """
+    check_logits(logits, targets)
+    check_softmax_options(temperature, softcap)
+    layout = _check_layout(targets.shape, logits.device, "logits", mask, cu_seqlens)
+    if not isinstance(objective, Objective):
+        if return_entropy:
+            raise ValueError("return_entropy is not available with a function as objective")
+        ignored = targets if layout.mask is None else _ignore_masked(targets, layout.mask)
+        log_probs = log_probs_from_logits(logits, ignored, temperature=temperature, softcap=softcap)
+        assert isinstance(log_probs, Tensor)
+        return _custom_loss(
+            layout, objective, log_probs, old_log_probs, advantages, ref_log_probs,
+            rollout_weights, denominator,
+        )  # fmt: skip
+    inputs = _policy_inputs(
+        layout, compute_dtype(logits.dtype), objective, old_log_probs, advantages, ref_log_probs,
+        rollout_weights, denominator,
+    )  # fmt: skip
+    loss, stats, log_ratio, entropy = _PolicyLossFromLogits.apply(
+        logits, targets, temperature, softcap, return_entropy, *inputs
+    )
+    named = _named_stats(stats, log_ratio, inputs)
+    if return_entropy:
+        named["entropy"] = entropy
+    return PolicyLoss(loss, named)
+
+
+class PolicyInputs(NamedTuple):
+    """Everything the operator takes besides the log-probs: flat tensors, then plain options."""
+
+    old_log_probs: Tensor | None
+    advantages: Tensor
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    ref_log_probs: Tensor | None
+    rollout_weights: Tensor | None
+    denominator: Tensor | None
+    rows: int
+    batch: int
+    advantage_per_token: bool
+    rollout_weight_per_token: bool
+    ratio_level: RatioLevel
+    aggregation: Aggregation
+    kl_estimator: KLEstimator
+    clip_low: float
+    clip_high: float
+    kl_coef: float
+
+
+class _PolicyLossFromLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, log_probs, *inputs):  # type: ignore[override]
+        loss, stats, log_ratio, g, inv_denominator = policy_loss_fwd(log_probs, *inputs)
+        ctx.save_for_backward(g, inv_denominator)
+        ctx.mark_non_differentiable(stats, log_ratio)
+        return loss, stats, log_ratio
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):  # type: ignore[override]
+        g, inv_denominator = ctx.saved_tensors
+        grad = policy_loss_bwd(g, grad_loss, inv_denominator)
+        return (grad, *(None for _ in PolicyInputs._fields))
+
+
+class _PolicyLossFromLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets, temperature, softcap, return_entropy, *inputs):  # type: ignore[override]
+        policy = PolicyInputs(*inputs)
+        log_probs = row_max = row_sum = None
+        entropy = targets.new_empty(0, dtype=compute_dtype(logits.dtype))
+        if return_entropy or policy.old_log_probs is not None or policy.ref_log_probs is not None:
+            rows = RowStats(
+                *log_probs_fwd(logits, targets, policy.mask, temperature, softcap, return_entropy)
+            )
+            log_probs, row_max, row_sum = rows.log_probs, rows.row_max, rows.row_sum
+            if return_entropy:
+                entropy = rows.entropy.sum() / _valid_tokens(policy)
+        loss, stats, log_ratio, g, inv_denominator = policy_loss_fwd(log_probs, *inputs)
+        ctx.save_for_backward(logits, targets, policy.mask, row_max, row_sum, g, inv_denominator)
+        ctx.options = temperature, softcap
+        ctx.mark_non_differentiable(stats, log_ratio, entropy)
+        return loss, stats, log_ratio, entropy
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):  # type: ignore[override]
+        logits, targets, mask, row_max, row_sum, g, inv_denominator = ctx.saved_tensors
+        grad_logits = log_probs_bwd(
+            logits, targets, mask, row_max, row_sum, None, g, None,
+            grad_loss, inv_denominator, *ctx.options,
+        )  # fmt: skip
+        return (grad_logits, None, None, None, None, *(None for _ in PolicyInputs._fields))
+
+
+def _valid_tokens(policy: PolicyInputs) -> Tensor | int:
+    if policy.mask is None:
+        return max(policy.rows, 1)
+    return (policy.mask != 0).sum().clamp(min=1)
+
+
+def _ignore_masked(targets: Tensor, mask: Tensor) -> Tensor:
+    return targets.masked_fill((mask == 0).view(targets.shape), -100)
+
+
+def _named_stats(stats: Tensor, log_ratio: Tensor, inputs: PolicyInputs) -> dict[str, Tensor]:
+    named = dict(zip(STATS, stats.unbind(), strict=True))
+    if inputs.ref_log_probs is None:
+        del named["ref_kl"]
+    named["log_ratio"] = log_ratio
+    return named
+
+
+# Checks
+
+
+def check_log_probs(name: str, x: Tensor) -> None:
+    """Refuse log-probs that are too coarse to take a ratio of."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"{name} must be float32 or float64, got {x.dtype}: rounding log-probs to 16 bits moves "
+            "a sequence's ratio by more than the clip range of GSPO (3e-4)"
+        )
+
+
+def _check_layout(
+    shape: torch.Size,
+    device: torch.device,
+    name: str,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Layout:
+    if len(shape) not in (1, 2):
+        raise ValueError(f"{name} must be padded (B, T) or packed (N,) tokens, got {tuple(shape)}")
+    return resolve_layout(shape, device, mask, cu_seqlens)
+
+
+def _policy_inputs(
+    layout: Layout,
+    dtype: torch.dtype,
+    objective: Objective,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    ref_log_probs: Tensor | None,
+    rollout_weights: Tensor | None,
+    denominator: float | Tensor | None,
+) -> PolicyInputs:
+    """Checked and flattened arguments."""
+    old, ref = _flat_old_and_ref(layout, dtype, old_log_probs, ref_log_probs)
+    if objective.kl_coef > 0 and ref is None:
+        raise ValueError(f"ref_log_probs is needed for kl_coef={objective.kl_coef:g}")
+    advantages, per_token = layout.per_sequence_or_token("advantages", advantages, dtype)
+    if per_token and objective.ratio_level == "sequence":
+        raise ValueError(
+            f"advantages must have shape {(layout.batch,)} for ratio_level='sequence', got one per "
+            "token: GSPOToken is the objective that takes them"
+        )
+    weights, weight_per_token = _flat_rollout_weights(layout, dtype, rollout_weights)
+    return PolicyInputs(
+        old, advantages, layout.mask, layout.cu_seqlens, ref, weights,
+        _denominator_tensor(layout, dtype, denominator),
+        layout.rows, layout.batch, per_token, weight_per_token,
+        objective.ratio_level, objective.aggregation, objective.kl_estimator,
+        objective.clip_low, objective.clip_high, objective.kl_coef,
+    )  # fmt: skip
+
+
+def _flat_old_and_ref(
+    layout: Layout, dtype: torch.dtype, old: Tensor | None, ref: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    if old is not None:
+        check_log_probs("old_log_probs", old)
+        old = layout.flat_float("old_log_probs", old, dtype)
+    if ref is not None:
+        check_log_probs("ref_log_probs", ref)
+        ref = layout.flat_float("ref_log_probs", ref, dtype)
+    return old, ref
+
+
+def _flat_rollout_weights(
+    layout: Layout, dtype: torch.dtype, weights: Tensor | None
+) -> tuple[Tensor | None, bool]:
+    if weights is None:
+        return None, False
+    return layout.per_sequence_or_token("rollout_weights", weights, dtype)
+
+
+def _denominator_tensor(
+    layout: Layout, dtype: torch.dtype, denominator: float | Tensor | None
+) -> Tensor | None:
+    if denominator is None:
+        return None
+    if not isinstance(denominator, Tensor):
+        check_number("denominator", denominator, minimum=0.0, exclusive=True)
+        return torch.full((), denominator, dtype=dtype, device=layout.device)
+    check_tensor("denominator", denominator, layout.device)
+    check_constant("denominator", denominator)
+    if denominator.ndim != 0:
+        raise ValueError(
+            f"denominator must be a number or a 0-dim tensor, got {tuple(denominator.shape)}"
+        )
+    return denominator.to(dtype)
+
+
+# Operators
+
+
+def _fwd_fake(log_probs, *inputs):
+    policy = PolicyInputs(*inputs)
+    like = policy.advantages
+    scalar = like.new_empty(())
+    return (
+        scalar, like.new_empty(len(STATS)), like.new_empty(policy.batch),
+        like.new_empty(policy.rows), torch.empty_like(scalar),
+    )  # fmt: skip
+
+
+@operator(
+    "policy_loss_fwd(Tensor? log_probs, Tensor? old_log_probs, Tensor advantages, Tensor? mask, "
+    "Tensor? cu_seqlens, Tensor? ref_log_probs, Tensor? rollout_weights, Tensor? denominator, "
+    "SymInt rows, SymInt batch, bool advantage_per_token, bool rollout_weight_per_token, "
+    "str ratio_level, str aggregation, str kl_estimator, float clip_low, float clip_high, "
+    "float kl_coef) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fwd_fake,
+)
+def policy_loss_fwd(log_probs, *inputs):
+    """loss, stats (len(STATS),), log_ratio (B,), g (N,) and 1 / D.
+
+    g is d (loss * D) / d log_prob: D is known only when every sequence has been seen. log_probs are
+    not read when there is neither old nor ref.
+    """
+    policy = PolicyInputs(*inputs)
+    if use_triton(policy.advantages) and policy.batch:
+        return _triton_policy_loss(log_probs, policy)
+    return _torch_policy_loss(log_probs, policy)
+
+
+def _bwd_fake(g, grad_loss, inv_denominator):
+    return torch.empty_like(g)
+
+
+@operator(
+    "policy_loss_bwd(Tensor g, Tensor grad_loss, Tensor inv_denominator) -> Tensor", _bwd_fake
+)
+def policy_loss_bwd(g, grad_loss, inv_denominator):
+    """d loss / d log_probs; an operator, so that a second derivative is refused, not wrong."""
+    return torch.where(g == 0, 0.0, g * (grad_loss * inv_denominator))
+
+
+# Triton path
+
+
+def _triton_policy_loss(log_probs, policy: PolicyInputs):
+    from .kernels.policy_loss import NUM_PARTIALS, policy_loss_fwd_kernel
+
+    loss, stats, log_ratio, g, inv_denominator = _fwd_fake(log_probs, *policy)
+    partials = g.new_empty(NUM_PARTIALS.value, policy.batch)
+    ticket = torch.zeros(1, dtype=torch.int32, device=g.device)
+    mask = policy.mask
+    if mask is not None and mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    with device_guard(g):
+        policy_loss_fwd_kernel[(policy.batch,)](
+            log_probs, policy.old_log_probs, policy.ref_log_probs, policy.advantages,
+            policy.rollout_weights, mask, policy.cu_seqlens, policy.denominator,
+            g, log_ratio, loss, stats, inv_denominator,
+            partials, ticket,
+            policy.rows, policy.rows // policy.batch,
+            policy.clip_low, policy.clip_high, *_log_clip_range(policy), policy.kl_coef,
+            RATIO_LEVEL=policy.ratio_level, AGGREGATION=policy.aggregation,
+            KL_ESTIMATOR=policy.kl_estimator,
+            ADVANTAGE_PER_TOKEN=policy.advantage_per_token,
+            ROLLOUT_WEIGHT_PER_TOKEN=policy.rollout_weight_per_token,
+            BLOCK_T=1024, BLOCK_B=1024, num_warps=4,
+        )  # fmt: skip
+    return loss, stats, log_ratio, g, inv_denominator
+
+
+def _log_clip_range(policy: PolicyInputs) -> tuple[float, float]:
+    """The clip range of the log-ratio, where it is resolved best."""
+    low = math.log1p(-policy.clip_low) if policy.clip_low < 1 else -math.inf
+    return low, math.log1p(policy.clip_high)
+
+
+# CPU path (also float64 on any device): N numbers, in float64
+
+
+def _torch_policy_loss(log_probs, policy: PolicyInputs):
+    valid = _checked_mask(policy)
+    ids = sequence_ids(policy.batch, policy.rows, policy.cu_seqlens, valid.device)
+    new_minus_old = _difference(log_probs, policy.old_log_probs, valid)
+
+    def per_sequence(x: Tensor) -> Tensor:
+        return segment_sum(x, policy.batch, policy.cu_seqlens)
+
+    n = per_sequence(valid.double())
+    n_or_1 = n.clamp(min=1)
+    log_ratio = per_sequence(new_minus_old) / n_or_1
+    is_token_level = policy.ratio_level == "token"
+    token_log_ratio = new_minus_old if is_token_level else log_ratio[ids]
+    ratio = _capped_exp(token_log_ratio)
+    advantages = policy.advantages.double()
+    if not policy.advantage_per_token:
+        advantages = advantages[ids]
+    advantages = torch.where(valid, advantages, 0.0)
+    weights = _rollout_weights(policy, ids, valid)
+
+    log_low, log_high = _log_clip_range(policy)
+    is_high = (advantages > 0) & (token_log_ratio > log_high)
+    is_low = (advantages < 0) & (token_log_ratio < log_low)
+    is_clipped = is_high | is_low
+    bound = torch.where(is_high, 1 + policy.clip_high, 1 - policy.clip_low)
+    loss_terms = -torch.where(is_clipped, bound, ratio) * advantages * weights
+    if policy.ratio_level == "sequence":
+        # every token's rollout weight reaches every token through the sequence's one ratio
+        weights = (per_sequence(weights) / n_or_1)[ids]
+    g = torch.where(is_clipped, 0.0, -ratio * advantages * weights)
+    delta = _difference(log_probs, policy.ref_log_probs, valid)
+    ref_kl, ref_kl_grad = _kl(policy.kl_estimator, delta)
+    loss_terms = loss_terms + policy.kl_coef * ref_kl
+    g = g + policy.kl_coef * ref_kl_grad
+    if policy.aggregation == "seq-mean-token-mean":
+        loss_terms = loss_terms / n_or_1[ids]
+        g = g / n_or_1[ids]
+    g = torch.where(valid, g, 0.0)
+
+    denominator = policy.denominator
+    if denominator is None:
+        denominator = {"token-mean": n.sum(), "token-sum": n.new_ones(())}.get(
+            policy.aggregation, (n > 0).sum()
+        ).clamp(min=1)
+    loss = torch.where(valid, loss_terms, 0.0).sum() / denominator
+    ratios = (
+        torch.where(valid, ratio, 0.0)[valid] if is_token_level else _capped_exp(log_ratio)[n > 0]
+    )
+    clipped_in = per_sequence(is_clipped.double())
+    some = len(ratios) > 0
+    ess_ratios = ratios.clamp(max=ESS_RATIO_CAP)
+    ess = (
+        ess_ratios.sum() / ess_ratios.square().sum() * ess_ratios.mean() if some else n.new_ones(())
+    )
+    one = n.new_ones(())
+    tokens = n.sum().clamp(min=1)
+    stats = torch.stack(
+        [
+            ratios.mean() if some else one,
+            ratios.min() if some else one,
+            ratios.max() if some else one,
+            (clipped_in > 0).sum() / (n > 0).sum().clamp(min=1),
+            is_clipped.sum() / tokens,
+            is_low.sum() / tokens,
+            is_high.sum() / tokens,
+            -new_minus_old.sum() / tokens,
+            _k3(new_minus_old).sum() / tokens,
+            ess,
+            (g != 0).sum() / tokens,
+            torch.where(valid, ref_kl, 0.0).sum() / tokens,
+        ]
+    )
+    dtype = policy.advantages.dtype
+    return tuple(x.to(dtype) for x in (loss, stats, log_ratio, g, 1.0 / denominator.double()))
+
+
+def _checked_mask(policy: PolicyInputs) -> Tensor:
+    """(N,) bool; values that only a device sync can check are checked here."""
+    device = policy.advantages.device
+    cu = policy.cu_seqlens
+    if cu is not None and (
+        int(cu[0]) != 0 or int(cu[-1]) != policy.rows or bool((cu.diff() < 0).any())
+    ):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to N={policy.rows} without falling, got {cu.tolist()}"
+        )
+    if policy.mask is None:
+        return torch.ones(policy.rows, dtype=torch.bool, device=device)
+    valid = policy.mask != 0
+    if bool((valid & (policy.mask != 1)).any()):
+        raise ValueError(
+            "mask must hold 0 and 1 only; weights belong into advantages or rollout_weights"
+        )
+    return valid
+
+
+def _difference(new: Tensor | None, old: Tensor | None, valid: Tensor) -> Tensor:
+    if new is None or old is None:
+        return torch.zeros(valid.shape, dtype=torch.float64, device=valid.device)
+    return torch.where(valid, new.double() - old.double(), 0.0)
+
+
+def _capped_exp(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-LOG_RATIO_CAP, LOG_RATIO_CAP).exp()
+
+
+def _k3(x: Tensor) -> Tensor:
+    return torch.expm1(x.clamp(-LOG_RATIO_CAP, LOG_RATIO_CAP)) - x
+
+
+def _kl(estimator: KLEstimator, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """KL estimate and its derivative by the log-prob, from delta = log_prob - ref_log_prob."""
+    if estimator == "k1":
+        return delta, torch.ones_like(delta)
+    if estimator == "k2":
+        return 0.5 * delta.square(), delta
+    return _k3(-delta), -torch.expm1((-delta).clamp(-LOG_RATIO_CAP, LOG_RATIO_CAP))
+
+
+def _rollout_weights(policy: PolicyInputs, ids: Tensor, valid: Tensor) -> Tensor:
+    if policy.rollout_weights is None:
+        return valid.double()
+    weights = policy.rollout_weights.double()
+    if not policy.rollout_weight_per_token:
+        weights = weights[ids]
+    return torch.where(valid, weights, 0.0)
+
+
+# A user's own objective: N numbers, differentiated by autograd
+
+
+def _custom_loss(
+    layout: Layout,
+    objective: TokenLoss,
+    log_probs: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    ref_log_probs: Tensor | None,
+    rollout_weights: Tensor | None,
+    denominator: float | Tensor | None,
+) -> PolicyLoss:
+    """Loss of a function from flat (N,) tensors to loss terms; its stats come from the ratios."""
+    if not callable(objective):
+        raise TypeError(
+            "objective must be an Objective or a function of (log_probs, old_log_probs, "
+            f"advantages, sequence_ids), got {type(objective).__name__}"
+        )
+    if ref_log_probs is not None:
+        raise ValueError("ref_log_probs is not used with a function as objective: close over it")
+    ids = sequence_ids(layout.batch, layout.rows, layout.cu_seqlens, layout.device)
+    token_advantages, per_token = layout.per_sequence_or_token(
+        "advantages", advantages, log_probs.dtype
+    )
+    if not per_token:
+        token_advantages = token_advantages[ids]
+    # the aggregation rule and the ratio stats of an objective that never clips
+    generic = Objective(
+        ratio_level="token",
+        clip_low=1.0,
+        clip_high=1e30,
+        aggregation=getattr(objective, "aggregation", "seq-mean-token-mean"),
+    )
+    inputs = _policy_inputs(
+        layout, log_probs.dtype, generic, old_log_probs, advantages, None, None, denominator
+    )
+    flat = log_probs.reshape(-1)
+    valid = None if layout.mask is None else layout.mask != 0
+
+    def where_valid(x: Tensor) -> Tensor:
+        return x if valid is None else torch.where(valid, x, 0.0)
+
+    live = where_valid(flat)
+    old = live.detach() if inputs.old_log_probs is None else where_valid(inputs.old_log_probs)
+    terms = objective(live, old, where_valid(token_advantages), ids)
+    if not isinstance(terms, Tensor) or terms.shape != flat.shape:
+        got = tuple(terms.shape) if isinstance(terms, Tensor) else type(terms).__name__
+        raise ValueError(
+            f"objective must return one loss term per token, shape {tuple(flat.shape)}, got {got}"
+        )
+    weights, weight_per_token = _flat_rollout_weights(layout, log_probs.dtype, rollout_weights)
+    if weights is not None:
+        terms = terms * (weights if weight_per_token else weights[ids])
+    # ratio 1, advantage -1: the loss of this linear problem is the average of the terms
+    _, stats, log_ratio, _, inv_denominator = policy_loss_fwd(flat.detach(), *inputs)
+    terms = where_valid(terms)
+    if generic.aggregation == "seq-mean-token-mean":
+        ones = where_valid(torch.ones_like(flat))
+        counts = segment_sum(ones.detach(), layout.batch, layout.cu_seqlens).clamp(min=1)
+        terms = terms / counts[ids]
+    loss = terms.sum() * inv_denominator
+    named = dict(zip(STATS, stats.unbind(), strict=True))
+    kept = ("ratio_mean", "ratio_min", "ratio_max", "approx_kl", "approx_kl_k3",
+            "effective_sample_size")  # fmt: skip
+    return PolicyLoss(loss, {name: named[name] for name in kept} | {"log_ratio": log_ratio})

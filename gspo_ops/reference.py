@@ -1,0 +1,199 @@
+"""The definitions, in plain torch and any floating-point dtype: slow, differentiable, obvious.
+
+Sequence after sequence, term after term, with autograd for every gradient. The ops are checked
+against these functions in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .layout import Layout, resolve_layout
+from .objective import GSPO, Objective
+
+LOG_RATIO_CAP = 80.0
+
+
+def log_probs_from_logits(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """log_softmax(softcap(logits) / temperature) at the targets, 0 at targets of -100."""
+    z = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    log_p = (z / temperature).log_softmax(-1)
+    ignored = targets == -100
+    index = targets.masked_fill(ignored, 0).long().unsqueeze(-1)
+    log_probs = log_p.gather(-1, index).squeeze(-1)
+    log_probs = torch.where(ignored, 0.0, log_probs)
+    if not return_entropy:
+        return log_probs
+    p_log_p = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p)
+    return log_probs, torch.where(ignored, 0.0, -p_log_p.sum(-1))
+
+
+def policy_loss_from_logits(
+    logits: Tensor,
+    targets: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    return_entropy: bool = False,
+    **options,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`policy_loss_from_log_probs` of `log_probs_from_logits`."""
+    if mask is not None:
+        targets = targets.masked_fill(mask == 0, -100)
+        # what stands at masked positions must not matter, NaN included
+        logits = torch.where((mask == 0).unsqueeze(-1), 0.0, logits)
+    log_probs, entropy = log_probs_from_logits(
+        logits, targets, temperature=temperature, softcap=softcap, return_entropy=True
+    )
+    loss, stats = policy_loss_from_log_probs(
+        log_probs, old_log_probs, advantages, mask=mask, **options
+    )
+    if return_entropy:
+        valid = targets.numel() if mask is None else (mask != 0).sum()
+        stats["entropy"] = entropy.detach().sum() / valid
+    return loss, stats
+
+
+def policy_loss_from_log_probs(
+    log_probs: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    objective: Objective = GSPO(),
+    ref_log_probs: Tensor | None = None,
+    rollout_weights: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped objective of arXiv 2507.18071 (and GRPO's), as a loss, with its statistics."""
+    layout = resolve_layout(log_probs.shape, log_probs.device, mask, cu_seqlens)
+    old = log_probs.detach() if old_log_probs is None else old_log_probs
+    loss_sum = log_probs.new_zeros(())
+    tokens, sequences = 0, 0
+    seen = _Seen([], [], [], [], [], [], [])
+    for b, rows in enumerate(_sequences(layout)):
+        n = len(rows)
+        new_b, old_b = log_probs.reshape(-1)[rows], old.reshape(-1)[rows]
+        log_ratio = new_b - old_b
+        if n == 0:
+            seen.log_ratio.append(log_probs.new_zeros(()))
+            continue
+        tokens, sequences = tokens + n, sequences + 1
+        mean_log_ratio = log_ratio.sum() / n
+        ratio = {
+            "sequence": _capped_exp(mean_log_ratio).expand(n),
+            "sequence_token": _capped_exp(mean_log_ratio).detach()
+            * torch.exp(new_b - new_b.detach()),
+            "token": _capped_exp(log_ratio),
+        }[objective.ratio_level]
+        A = _pick(advantages, b, rows, layout)
+        clipped_ratio = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
+        terms = -torch.minimum(ratio * A, clipped_ratio * A)
+        if rollout_weights is not None:
+            terms = terms * _pick(rollout_weights, b, rows, layout)
+        if ref_log_probs is not None:
+            kl = _kl(objective.kl_estimator, new_b - ref_log_probs.reshape(-1)[rows])
+            terms = terms + objective.kl_coef * kl
+            seen.ref_kl.append(kl.detach())
+        is_mean = objective.aggregation == "seq-mean-token-mean"
+        loss_sum = loss_sum + (terms.sum() / n if is_mean else terms.sum())
+
+        seen.log_ratio.append(mean_log_ratio.detach())
+        seen.ratio.append(
+            ratio.detach() if objective.ratio_level == "token" else ratio.detach()[:1]
+        )
+        seen.low.append((A < 0) & (ratio < 1 - objective.clip_low))
+        seen.high.append((A > 0) & (ratio > 1 + objective.clip_high))
+        seen.kl.append(-log_ratio.detach())
+        seen.k3.append(torch.expm1(_capped(log_ratio.detach())) - log_ratio.detach())
+    if denominator is None:
+        denominator = {"token-mean": max(tokens, 1), "token-sum": 1}.get(
+            objective.aggregation, max(sequences, 1)
+        )
+    return loss_sum / denominator, seen.stats(log_probs)
+
+
+class _Seen:
+    """What the statistics are made of, sequence after sequence."""
+
+    def __init__(self, log_ratio, ratio, low, high, kl, k3, ref_kl) -> None:  # type: ignore[no-untyped-def]
+        self.log_ratio, self.ratio, self.low, self.high = log_ratio, ratio, low, high
+        self.kl, self.k3, self.ref_kl = kl, k3, ref_kl
+
+    def stats(self, like: Tensor) -> dict[str, Tensor]:
+        log_ratio = torch.stack(self.log_ratio) if self.log_ratio else like.new_zeros(0)
+        if not self.ratio:
+            zero, one = like.new_zeros(()), like.new_ones(())
+            names = ("clip_frac_sequences", "clip_frac_tokens", "clip_frac_low", "clip_frac_high",
+                     "approx_kl", "approx_kl_k3")  # fmt: skip
+            ones = ("ratio_mean", "ratio_min", "ratio_max", "effective_sample_size")
+            return dict.fromkeys(names, zero) | dict.fromkeys(ones, one) | {"log_ratio": log_ratio}
+        ratio, low, high = torch.cat(self.ratio), torch.cat(self.low), torch.cat(self.high)
+        in_sequence = [bool((a | b).any()) for a, b in zip(self.low, self.high, strict=True)]
+        w = ratio.clamp(max=1e15)
+        stats = {
+            "ratio_mean": ratio.mean(),
+            "ratio_min": ratio.min(),
+            "ratio_max": ratio.max(),
+            "clip_frac_sequences": torch.tensor(in_sequence, device=like.device).to(like).mean(),
+            "clip_frac_tokens": (low | high).to(like).mean(),
+            "clip_frac_low": low.to(like).mean(),
+            "clip_frac_high": high.to(like).mean(),
+            "approx_kl": torch.cat(self.kl).mean(),
+            "approx_kl_k3": torch.cat(self.k3).mean(),
+            "effective_sample_size": w.sum().square() / w.square().sum() / len(w),
+            "log_ratio": log_ratio,
+        }
+        if self.ref_kl:
+            stats["ref_kl"] = torch.cat(self.ref_kl).mean()
+        return stats
+
+
+def _sequences(layout: Layout) -> list[Tensor]:
+    """The valid rows of each sequence."""
+    if layout.cu_seqlens is None:
+        T = layout.shape[1]
+        bounds = [b * T for b in range(layout.batch + 1)]
+    else:
+        bounds = layout.cu_seqlens.tolist()
+    rows = [
+        torch.arange(first, last, device=layout.device)
+        for first, last in zip(bounds[:-1], bounds[1:], strict=True)
+    ]
+    if layout.mask is None:
+        return rows
+    return [r[layout.mask[r] != 0] for r in rows]
+
+
+def _pick(x: Tensor, b: int, rows: Tensor, layout: Layout) -> Tensor:
+    """A per-sequence or per-token argument at the rows of sequence b."""
+    return x[b].expand(len(rows)) if x.shape == (layout.batch,) else x.reshape(-1)[rows]
+
+
+def _capped(log_ratio: Tensor) -> Tensor:
+    """The cap keeps values finite; the gradient passes as if it were not there."""
+    return log_ratio + (log_ratio.clamp(-LOG_RATIO_CAP, LOG_RATIO_CAP) - log_ratio).detach()
+
+
+def _capped_exp(log_ratio: Tensor) -> Tensor:
+    return _capped(log_ratio).exp()
+
+
+def _kl(estimator: str, d: Tensor) -> Tensor:
+    if estimator == "k1":
+        return d
+    if estimator == "k2":
+        return d.square() / 2
+    return torch.expm1(_capped(-d)) + d

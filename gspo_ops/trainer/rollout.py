@@ -1,0 +1,226 @@
+"""Sample responses in batches, and compute the logits that predict them.
+
+For sampling, prompts are padded on the left, so that all responses start at one column:
+
+    tokens  [PAD PAD p p p | r r r PAD]      prompts (Q, P), responses (B, T), B = Q * G
+
+For training, a prompt and its G responses share one row, so that the prompt, most of the tokens, is
+run once and not G times. Each response sees the prompt and itself, at the positions it was
+sampled at:
+
+    tokens  [PAD PAD p p p | r r r PAD | r r PAD PAD | ...]      (Q, P + G * T)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+Autocast = Callable[[], AbstractContextManager]
+
+
+class Vocabulary(NamedTuple):
+    """The tokens that have a meaning for sampling.
+
+    Attributes:
+        pad_id: fills the padding, and is never sampled.
+        stop_ids: (S,) tokens that end a response: all with a newline in them, and EOS.
+    """
+
+    pad_id: int
+    stop_ids: Tensor
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Vocabulary:
+        """Read them from a tokenizer (PAD is EOS where it has no PAD)."""
+        eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+        texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+        stop_ids = [i for i, text in enumerate(texts) if "\n" in text or i == eos_id]
+        return cls(eos_id if pad_id is None else pad_id, torch.tensor(stop_ids, device=device))
+
+
+class Rollout(NamedTuple):
+    """Q prompts with G sampled responses each, B = Q * G in all.
+
+    Attributes:
+        prompts: (Q, P) token ids, padded on the left.
+        prompt_mask: (Q, P) bool, True at prompt tokens.
+        responses: (B, T) token ids, padded on the right; a prompt's responses are consecutive.
+        mask: (B, T) bool, True at response tokens, the stop token included.
+    """
+
+    prompts: Tensor
+    prompt_mask: Tensor
+    responses: Tensor
+    mask: Tensor
+
+    def split(self, parts: int) -> list[Rollout]:
+        """Consecutive equal parts, whole groups each, with padding as it is: all of one shape."""
+        return [Rollout(*part) for part in zip(*(tensor.chunk(parts) for tensor in self))]
+
+    def targets(self) -> Tensor:
+        """(N,) response tokens, packed."""
+        return self.responses[self.mask]
+
+    def cu_seqlens(self) -> Tensor:
+        """(B+1,) int32 offsets of the responses in the packed rows."""
+        return pad(self.mask.sum(1).cumsum(0), (1, 0)).int()
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    vocabulary: Vocabulary,
+    *,
+    group_size: int = 1,
+    max_new_tokens: int,
+    temperature: float,
+    autocast: Autocast,
+    generator: torch.Generator | None = None,
+) -> Rollout:
+    """Sample responses with a KV cache; each has at least one token and none is PAD.
+
+    Args:
+        model: a causal language model.
+        prompts: token ids of Q prompts.
+        vocabulary: PAD and the tokens that end a response.
+        group_size: responses per prompt, G.
+        max_new_tokens: longest response, in tokens, the stop token included.
+        temperature: logits are divided by it; 0 takes the likeliest token.
+        autocast: makes the context in which the model's body runs.
+        generator: of the random numbers.
+
+    Returns:
+        The rollout, T being the longest response sampled.
+    """
+    prompt_tokens, prompt_mask = _pad_left(prompts, vocabulary.pad_id, model.device)
+    cache = DynamicCache(config=model.config)
+    with autocast():
+        hidden = model.base_model(
+            prompt_tokens,
+            attention_mask=prompt_mask,
+            position_ids=_positions(prompt_mask),
+            past_key_values=cache,
+        ).last_hidden_state
+    # The prompt is run once for its whole group.
+    cache.batch_repeat_interleave(group_size)
+    last = hidden[:, -1].repeat_interleave(group_size, 0)
+    attention = prompt_mask.repeat_interleave(group_size, 0)
+
+    rows = torch.arange(len(last), device=model.device)  # the responses not yet ended
+    responses = rows.new_full((len(rows), max_new_tokens), vocabulary.pad_id)
+    mask = torch.zeros_like(responses, dtype=torch.bool)
+    for t in range(max_new_tokens):
+        logits = head_logits(model, last)
+        logits[:, vocabulary.pad_id] = -torch.inf
+        chosen = _choose(logits, temperature, generator)
+        responses[rows, t] = chosen
+        mask[rows, t] = True
+
+        going = (~torch.isin(chosen, vocabulary.stop_ids)).nonzero().squeeze(1)
+        if t + 1 == max_new_tokens or not len(going):
+            break
+        rows, attention = rows[going], pad(attention[going], (0, 1), value=True)
+        cache.batch_select_indices(going)
+        with autocast():
+            last = model.base_model(
+                chosen[going, None],
+                attention_mask=attention,
+                position_ids=attention.sum(1, keepdim=True) - 1,
+                past_key_values=cache,
+            ).last_hidden_state[:, -1]
+    return Rollout(prompt_tokens, prompt_mask, responses[:, : t + 1], mask[:, : t + 1])
+
+
+def response_logits(model: PreTrainedModel, rollout: Rollout, autocast: Autocast) -> Tensor:
+    """Logits of the distributions that the response tokens were drawn from.
+
+    Args:
+        model: a causal language model.
+        rollout: prompts and responses.
+        autocast: makes the context in which the model's body runs.
+
+    Returns:
+        (N, V) fp32, row t predicts ``rollout.targets()[t]``. No other rows are computed: prompts
+        and padding would be most of them.
+    """
+    (prompts, width), (count, length) = rollout.prompts.shape, rollout.responses.shape
+    tokens = torch.cat([rollout.prompts, rollout.responses.view(prompts, -1)], 1)
+    real = torch.cat([rollout.prompt_mask, rollout.mask.view(prompts, -1)], 1)
+    column = torch.arange(tokens.shape[1], device=tokens.device)
+    # Which response each column holds (-1: the prompt), and its place in it.
+    response = (column - width).div(length, rounding_mode="floor").clamp(min=-1)
+    place = column - width - response.clamp(min=0) * length
+    positions = _positions(rollout.prompt_mask)
+    positions = torch.cat([positions, positions[:, -1:] + 1 + place[width:]], 1)
+
+    with autocast():
+        hidden = model.base_model(
+            tokens,
+            attention_mask=_tree_mask(real, response),
+            position_ids=positions,
+            use_cache=False,
+        ).last_hidden_state
+    # A token's state predicts the next; a response's first token is predicted by the prompt's last.
+    before = torch.where(place == 0, width - 1, column - 1)[width:]
+    return head_logits(model, hidden[:, before].view(count, length, -1)[rollout.mask])
+
+
+def _tree_mask(real: Tensor, response: Tensor) -> Tensor:
+    """(Q, 1, S, S) bool: which tokens (last dimension) each token attends to.
+
+    Args:
+        real: (Q, S) bool, False at padding.
+        response: (S,) the response a column belongs to, -1 for the prompt.
+    """
+    causal = torch.ones(len(response), len(response), device=real.device).tril().bool()
+    lineage = (response == -1) | (response == response[:, None])
+    # Padding attends to itself: attending to nothing is NaN in some attention kernels.
+    itself = torch.eye(len(response), dtype=torch.bool, device=real.device)
+    return ((causal & lineage & real[:, None, :]) | itself)[:, None]
+
+
+def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Apply the output head in fp32.
+
+    A bf16 head would round the logits, which alone moves a sequence's ratio by as much as GSPO's
+    clip range is wide.
+
+    Args:
+        model: a causal language model.
+        hidden: (N, H) last hidden states.
+
+    Returns:
+        (N, V) fp32 logits.
+    """
+    return model.get_output_embeddings()(hidden.float())
+
+
+def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """One token per row of (B, V) logits: (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = (logits / temperature).softmax(-1)
+    return torch.multinomial(probs, 1, generator=generator).squeeze(1)
+
+
+def _pad_left(
+    prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(B, P) tokens and their bool mask."""
+    width = max(map(len, prompts))
+    tokens = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[False] * (width - len(prompt)) + [True] * len(prompt) for prompt in prompts]
+    return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """Positions that count from each row's first real token, whatever padding precedes it."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)

@@ -1,0 +1,301 @@
+"""From log-probs [N] to the loss, its statistics and g = d loss / d log_prob, in one launch.
+
+One program walks one sequence twice: first the sums that the ratio needs, then the loss terms and
+g. The program that finishes last adds up the per-sequence partial sums in a fixed order, so nothing
+depends on scheduling, and g stays free of the batch-wide denominator, which is not known earlier.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import ESS_RATIO_CAP, LOG_RATIO_CAP, expm1
+
+# rows of the table of partial sums [NUM_PARTIALS, B]
+TOKENS = tl.constexpr(0)
+LOSS = tl.constexpr(1)
+RATIO_COUNT = tl.constexpr(2)
+RATIO_SUM = tl.constexpr(3)
+RATIO_MIN = tl.constexpr(4)
+RATIO_MAX = tl.constexpr(5)
+ESS_SUM = tl.constexpr(6)
+ESS_SQUARE_SUM = tl.constexpr(7)
+CLIPPED_LOW = tl.constexpr(8)
+CLIPPED_HIGH = tl.constexpr(9)
+CLIPPED_SEQUENCE = tl.constexpr(10)
+OLD_MINUS_NEW = tl.constexpr(11)
+K3 = tl.constexpr(12)
+REF_KL = tl.constexpr(13)
+ACTIVE = tl.constexpr(14)
+SEQUENCES = tl.constexpr(15)
+NUM_PARTIALS = tl.constexpr(16)
+NUM_STATS = tl.constexpr(12)
+
+
+@triton.jit
+def cap_log_ratio(x):
+    """Keep exp(x) finite; NaN stays NaN."""
+    capped = tl.minimum(tl.maximum(x, -LOG_RATIO_CAP), LOG_RATIO_CAP)
+    return tl.where(x == x, capped, x)
+
+
+@triton.jit
+def k3(x):
+    """exp(x) - 1 - x, never negative in exact arithmetic."""
+    return expm1(cap_log_ratio(x)) - x
+
+
+@triton.jit
+def difference(new_ptr, old_ptr, rows, valid):
+    """new - old where valid, 0 elsewhere; 0 everywhere without old (on-policy)."""
+    if old_ptr is None:
+        return tl.zeros(rows.shape, tl.float32)
+    new = tl.load(new_ptr + rows, mask=valid, other=0.0)
+    return new - tl.load(old_ptr + rows, mask=valid, other=0.0)
+
+
+@triton.jit
+def load_valid(mask_ptr, rows, in_range):
+    if mask_ptr is None:
+        return in_range
+    return in_range & (tl.load(mask_ptr + rows, mask=in_range, other=0) != 0)
+
+
+@triton.jit
+def total(partials_ptr, B, BLOCK_B: tl.constexpr):
+    """Sum of one row of the table of partial sums, in a fixed order."""
+    acc = tl.zeros([BLOCK_B], tl.float32)
+    for start in range(0, B, BLOCK_B):
+        b = start + tl.arange(0, BLOCK_B)
+        # .cg: another multiprocessor has written it
+        acc += tl.load(partials_ptr + b, mask=b < B, other=0.0, cache_modifier=".cg")
+    return tl.sum(acc, axis=0)
+
+
+@triton.jit
+def largest(partials_ptr, sign, B, BLOCK_B: tl.constexpr):
+    """Maximum of sign * x over one row of the table of partial sums."""
+    acc = tl.full([BLOCK_B], float("-inf"), tl.float32)
+    for start in range(0, B, BLOCK_B):
+        b = start + tl.arange(0, BLOCK_B)
+        x = tl.load(partials_ptr + b, mask=b < B, other=0.0, cache_modifier=".cg")
+        acc = tl.maximum(acc, tl.where(b < B, sign * x, float("-inf")))
+    return tl.max(acc, axis=0)
+
+
+@triton.jit
+def finish(
+    partials_ptr, denominator_ptr, loss_ptr, stats_ptr, inv_denominator_ptr, B,
+    AGGREGATION: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """Loss and statistics of the batch from the partial sums of its sequences."""
+    tokens = total(partials_ptr + TOKENS * B, B, BLOCK_B)
+    sequences = total(partials_ptr + SEQUENCES * B, B, BLOCK_B)
+    if denominator_ptr is not None:
+        denominator = tl.load(denominator_ptr).to(tl.float32)
+    elif AGGREGATION == "token-mean":
+        denominator = tl.maximum(tokens, 1.0)
+    elif AGGREGATION == "token-sum":
+        denominator = tokens * 0.0 + 1.0
+    else:
+        denominator = tl.maximum(sequences, 1.0)
+    tl.store(inv_denominator_ptr, 1.0 / denominator)
+    tl.store(loss_ptr, total(partials_ptr + LOSS * B, B, BLOCK_B) / denominator)
+
+    per_token = 1.0 / tl.maximum(tokens, 1.0)
+    ratios = total(partials_ptr + RATIO_COUNT * B, B, BLOCK_B)
+    per_ratio = 1.0 / tl.maximum(ratios, 1.0)
+    ratio_mean = total(partials_ptr + RATIO_SUM * B, B, BLOCK_B) * per_ratio
+    ratio_min = -largest(partials_ptr + RATIO_MIN * B, -1.0, B, BLOCK_B)
+    ratio_max = largest(partials_ptr + RATIO_MAX * B, 1.0, B, BLOCK_B)
+    clipped_sequences = total(partials_ptr + CLIPPED_SEQUENCE * B, B, BLOCK_B)
+    clipped_low = total(partials_ptr + CLIPPED_LOW * B, B, BLOCK_B)
+    clipped_high = total(partials_ptr + CLIPPED_HIGH * B, B, BLOCK_B)
+    ess_sum = total(partials_ptr + ESS_SUM * B, B, BLOCK_B)
+    ess_square_sum = total(partials_ptr + ESS_SQUARE_SUM * B, B, BLOCK_B)
+    # an empty batch reports what an on-policy one would
+    some = ratios > 0
+    ess = ess_sum * per_ratio * (ess_sum / tl.where(some, ess_square_sum, 1.0))
+    tl.store(stats_ptr + 0, tl.where(some, ratio_mean, 1.0))
+    tl.store(stats_ptr + 1, tl.where(some, ratio_min, 1.0))
+    tl.store(stats_ptr + 2, tl.where(some, ratio_max, 1.0))
+    tl.store(stats_ptr + 3, clipped_sequences / tl.maximum(sequences, 1.0))
+    tl.store(stats_ptr + 4, (clipped_low + clipped_high) * per_token)
+    tl.store(stats_ptr + 5, clipped_low * per_token)
+    tl.store(stats_ptr + 6, clipped_high * per_token)
+    tl.store(stats_ptr + 7, total(partials_ptr + OLD_MINUS_NEW * B, B, BLOCK_B) * per_token)
+    tl.store(stats_ptr + 8, total(partials_ptr + K3 * B, B, BLOCK_B) * per_token)
+    tl.store(stats_ptr + 9, tl.where(some, ess, 1.0))
+    tl.store(stats_ptr + 10, total(partials_ptr + ACTIVE * B, B, BLOCK_B) * per_token)
+    tl.store(stats_ptr + 11, total(partials_ptr + REF_KL * B, B, BLOCK_B) * per_token)
+
+
+@triton.jit
+def policy_loss_fwd_kernel(
+    # inputs; log_probs, old, ref, rollout weights [N]; advantages [B] or [N]; each may be None
+    log_probs_ptr, old_log_probs_ptr, ref_log_probs_ptr, advantages_ptr, rollout_weights_ptr,
+    mask_ptr, cu_seqlens_ptr, denominator_ptr,
+    # outputs: g [N], log_ratio [B], loss, stats [NUM_STATS], 1 / denominator
+    g_ptr, log_ratio_ptr, loss_ptr, stats_ptr, inv_denominator_ptr,
+    # workspace: partial sums [NUM_PARTIALS, B] and a ticket that starts at 0
+    partials_ptr, ticket_ptr,
+    # shapes: rows of sequence b are cu_seqlens[b] .. cu_seqlens[b + 1], or b * T .. (b + 1) * T
+    N, T,
+    # options
+    clip_low, clip_high, log_clip_low, log_clip_high, kl_coef,
+    RATIO_LEVEL: tl.constexpr, AGGREGATION: tl.constexpr, KL_ESTIMATOR: tl.constexpr,
+    ADVANTAGE_PER_TOKEN: tl.constexpr, ROLLOUT_WEIGHT_PER_TOKEN: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0)
+    B = tl.num_programs(0)
+    if cu_seqlens_ptr is not None:
+        # never past the end of the rows, whatever the device tensor holds
+        first = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + b).to(tl.int64), 0), N)
+        last = tl.minimum(tl.load(cu_seqlens_ptr + b + 1).to(tl.int64), N)
+    else:
+        first = b.to(tl.int64) * T
+        last = first + T
+    length = last - first
+    t = tl.arange(0, BLOCK_T)
+
+    # the sums that the sequence's ratio needs
+    count = tl.zeros([BLOCK_T], tl.float32)
+    log_ratio_sum = tl.zeros([BLOCK_T], tl.float32)
+    rollout_sum = tl.zeros([BLOCK_T], tl.float32)
+    for start in range(0, length, BLOCK_T):
+        rows = first + start + t
+        valid = load_valid(mask_ptr, rows, start + t < length)
+        count += tl.where(valid, 1.0, 0.0)
+        log_ratio_sum += difference(log_probs_ptr, old_log_probs_ptr, rows, valid)
+        if ROLLOUT_WEIGHT_PER_TOKEN:
+            rollout_sum += tl.load(rollout_weights_ptr + rows, mask=valid, other=0.0)
+    n = tl.sum(count, axis=0)
+    log_ratio_total = tl.sum(log_ratio_sum, axis=0)
+    inv_n = 1.0 / tl.maximum(n, 1.0)
+    sequence_log_ratio = log_ratio_total * inv_n
+    tl.store(log_ratio_ptr + b, sequence_log_ratio)
+    sequence_ratio = tl.exp(cap_log_ratio(sequence_log_ratio))
+
+    weight = 1.0
+    if AGGREGATION == "seq-mean-token-mean":
+        weight = inv_n
+    advantage = tl.zeros([BLOCK_T], tl.float32)
+    if not ADVANTAGE_PER_TOKEN:
+        advantage += tl.load(advantages_ptr + b)
+    rollout_weight = 1.0
+    rollout_mean = 1.0
+    if ROLLOUT_WEIGHT_PER_TOKEN:
+        rollout_mean = tl.sum(rollout_sum, axis=0) * inv_n
+    elif rollout_weights_ptr is not None:
+        rollout_weight = tl.load(rollout_weights_ptr + b)
+        rollout_mean = rollout_weight
+
+    # loss terms and g
+    loss = tl.zeros([BLOCK_T], tl.float32)
+    ratio_sum = tl.zeros([BLOCK_T], tl.float32)
+    ratio_min = tl.full([BLOCK_T], float("inf"), tl.float32)
+    ratio_max = tl.full([BLOCK_T], float("-inf"), tl.float32)
+    ess_sum = tl.zeros([BLOCK_T], tl.float32)
+    ess_square_sum = tl.zeros([BLOCK_T], tl.float32)
+    clipped_low = tl.zeros([BLOCK_T], tl.float32)
+    clipped_high = tl.zeros([BLOCK_T], tl.float32)
+    k3_sum = tl.zeros([BLOCK_T], tl.float32)
+    ref_kl_sum = tl.zeros([BLOCK_T], tl.float32)
+    active = tl.zeros([BLOCK_T], tl.float32)
+    for start in range(0, length, BLOCK_T):
+        rows = first + start + t
+        in_range = start + t < length
+        valid = load_valid(mask_ptr, rows, in_range)
+        token_log_ratio = difference(log_probs_ptr, old_log_probs_ptr, rows, valid)
+        if RATIO_LEVEL == "token":
+            log_ratio = token_log_ratio
+        else:
+            log_ratio = tl.where(valid, sequence_log_ratio, 0.0)
+        ratio = tl.exp(cap_log_ratio(log_ratio))
+        if ADVANTAGE_PER_TOKEN:
+            advantage = tl.load(advantages_ptr + rows, mask=valid, other=0.0)
+        if ROLLOUT_WEIGHT_PER_TOKEN:
+            rollout_weight = tl.load(rollout_weights_ptr + rows, mask=valid, other=0.0)
+        is_high = valid & (advantage > 0) & (log_ratio > log_clip_high)
+        is_low = valid & (advantage < 0) & (log_ratio < log_clip_low)
+        bound = tl.where(is_high, 1.0 + clip_high, 1.0 - clip_low)
+        is_clipped = is_high | is_low
+        surrogate = tl.where(is_clipped, bound, ratio) * advantage
+        loss_term = -surrogate * rollout_weight
+        # every token's rollout weight reaches every token through the sequence's one ratio
+        g_weight = rollout_mean if RATIO_LEVEL == "sequence" else rollout_weight
+        g = tl.where(is_clipped, 0.0, -ratio * advantage * g_weight)
+        if ref_log_probs_ptr is not None:
+            delta = difference(log_probs_ptr, ref_log_probs_ptr, rows, valid)
+            if KL_ESTIMATOR == "k1":
+                ref_kl = delta
+                ref_kl_grad = 1.0
+            elif KL_ESTIMATOR == "k2":
+                ref_kl = 0.5 * delta * delta
+                ref_kl_grad = delta
+            else:
+                ref_kl = k3(-delta)
+                ref_kl_grad = -expm1(cap_log_ratio(-delta))
+            ref_kl_sum += tl.where(valid, ref_kl, 0.0)
+            loss_term += kl_coef * ref_kl
+            g += kl_coef * ref_kl_grad
+        g = tl.where(valid, g * weight, 0.0)
+        tl.store(g_ptr + rows, g, mask=in_range)
+
+        loss += tl.where(valid, loss_term * weight, 0.0)
+        clipped_low += tl.where(is_low, 1.0, 0.0)
+        clipped_high += tl.where(is_high, 1.0, 0.0)
+        k3_sum += k3(token_log_ratio)
+        active += tl.where(g != 0, 1.0, 0.0)
+        if RATIO_LEVEL == "token":
+            ess_ratio = tl.where(valid, tl.minimum(ratio, ESS_RATIO_CAP), 0.0)
+            ratio_sum += tl.where(valid, ratio, 0.0)
+            ratio_min = tl.minimum(ratio_min, tl.where(valid, ratio, float("inf")))
+            ratio_max = tl.maximum(ratio_max, tl.where(valid, ratio, float("-inf")))
+            ess_sum += ess_ratio
+            ess_square_sum += ess_ratio * ess_ratio
+
+    is_some = n > 0
+    sequences = tl.where(is_some, 1.0, 0.0)
+    partials_ptr += b
+    if RATIO_LEVEL == "token":
+        tl.store(partials_ptr + RATIO_COUNT * B, n)
+        tl.store(partials_ptr + RATIO_SUM * B, tl.sum(ratio_sum, axis=0))
+        tl.store(partials_ptr + RATIO_MIN * B, tl.min(ratio_min, axis=0))
+        tl.store(partials_ptr + RATIO_MAX * B, tl.max(ratio_max, axis=0))
+        tl.store(partials_ptr + ESS_SUM * B, tl.sum(ess_sum, axis=0))
+        tl.store(partials_ptr + ESS_SQUARE_SUM * B, tl.sum(ess_square_sum, axis=0))
+    else:
+        ess_ratio = tl.where(is_some, tl.minimum(sequence_ratio, ESS_RATIO_CAP), 0.0)
+        tl.store(partials_ptr + RATIO_COUNT * B, sequences)
+        tl.store(partials_ptr + RATIO_SUM * B, tl.where(is_some, sequence_ratio, 0.0))
+        tl.store(partials_ptr + RATIO_MIN * B, tl.where(is_some, sequence_ratio, float("inf")))
+        tl.store(partials_ptr + RATIO_MAX * B, tl.where(is_some, sequence_ratio, float("-inf")))
+        tl.store(partials_ptr + ESS_SUM * B, ess_ratio)
+        tl.store(partials_ptr + ESS_SQUARE_SUM * B, ess_ratio * ess_ratio)
+    low = tl.sum(clipped_low, axis=0)
+    high = tl.sum(clipped_high, axis=0)
+    tl.store(partials_ptr + TOKENS * B, n)
+    tl.store(partials_ptr + SEQUENCES * B, sequences)
+    tl.store(partials_ptr + LOSS * B, tl.sum(loss, axis=0))
+    tl.store(partials_ptr + CLIPPED_LOW * B, low)
+    tl.store(partials_ptr + CLIPPED_HIGH * B, high)
+    tl.store(partials_ptr + CLIPPED_SEQUENCE * B, tl.where(low + high > 0, 1.0, 0.0))
+    tl.store(partials_ptr + OLD_MINUS_NEW * B, -log_ratio_total)
+    tl.store(partials_ptr + K3 * B, tl.sum(k3_sum, axis=0))
+    tl.store(partials_ptr + REF_KL * B, tl.sum(ref_kl_sum, axis=0))
+    tl.store(partials_ptr + ACTIVE * B, tl.sum(active, axis=0))
+
+    if cu_seqlens_ptr is not None:
+        if b == B - 1:
+            # rows that no sequence claims must not train silently
+            for start in range(last, N, BLOCK_T):
+                rows = start + t
+                tl.store(g_ptr + rows, float("nan"), mask=rows < N)
+
+    tl.debug_barrier()
+    if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == B - 1:
+        finish(
+            partials_ptr - b, denominator_ptr, loss_ptr, stats_ptr, inv_denominator_ptr, B,
+            AGGREGATION, BLOCK_B,
+        )  # fmt: skip
