@@ -1,7 +1,8 @@
 """One implementation per device, behind opaque operators.
 
-Each operator is declared in `torch.library`, without an autograd formula of its own: autograd.Functions
-call it, torch.compile and FakeTensor see its schema and fake only.
+Each operator is declared in `torch.library`: autograd.Functions call it, torch.compile and
+FakeTensor see its schema and fake only. It has no derivative of its own, and says so when asked, so
+that double backward is an error.
 """
 
 from __future__ import annotations
@@ -39,6 +40,12 @@ def operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
         LIBRARY.define(schema)
         LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"gspo_ops::{name}", fake, lib=LIBRARY)
+        # without it the operator would pass for a constant, with a warning at most
+        torch.library.register_autograd(f"gspo_ops::{name}", _refuse_derivative, lib=LIBRARY)
         return getattr(torch.ops.gspo_ops, name).default
 
     return register
+
+
+def _refuse_derivative(ctx: object, *grads: Tensor) -> None:
+    raise NotImplementedError("gspo_ops has no second derivatives: double backward is impossible")

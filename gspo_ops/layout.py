@@ -49,7 +49,7 @@ class Layout:
     def per_sequence_or_token(
         self, name: str, x: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, bool]:
-        """An argument of shape (B,) or of the per-token shape, flat, and whether it is per token."""
+        """An argument of shape (B,) or per token, flat, and whether it is per token."""
         check_tensor(name, x, self.device)
         check_constant(name, x)
         if x.shape == (self.batch,):
@@ -95,11 +95,13 @@ def resolve_layout(
 
 
 def check_tensor(name: str, x: object, device: torch.device) -> None:
-    """Refuse what is not a tensor on this device."""
+    """Refuse what is not a dense tensor on this device."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.device != device:
         raise ValueError(f"{name} must be on {device} like the input, got {x.device}")
+    if x.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got {x.layout}")
 
 
 def check_constant(name: str, x: Tensor) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -20,6 +20,24 @@ IGNORED = -100
 _CHUNK_ELEMENTS = 1 << 20  # of the CPU path: 4 MiB of fp32, so that a chunk stays in cache
 
 
+@overload
+def log_probs_from_logits(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = ...,
+    softcap: float | None = ...,
+    return_entropy: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def log_probs_from_logits(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = ...,
+    softcap: float | None = ...,
+    return_entropy: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def log_probs_from_logits(
     logits: Tensor,
     targets: Tensor,
@@ -54,7 +72,7 @@ def log_probs_from_logits(
         IndexError: a target outside [0, V), on CPU. On GPU its log_prob is NaN.
     """
     check_logits(logits, targets)
-    check_softmax_options(temperature, softcap)
+    check_softmax_options(temperature, softcap, return_entropy)
     log_probs, entropy = _LogProbs.apply(
         logits, targets, targets != IGNORED, temperature, softcap, return_entropy
     )
@@ -121,11 +139,13 @@ def check_logits(logits: Tensor, targets: Tensor) -> None:
         )
 
 
-def check_softmax_options(temperature: float, softcap: float | None) -> None:
+def check_softmax_options(temperature: float, softcap: float | None, return_entropy: bool) -> None:
     """Refuse a temperature or a soft cap outside its range."""
     check_number("temperature", temperature, minimum=0.0, exclusive=True)
     if softcap is not None:
         check_number("softcap", softcap, minimum=0.0, exclusive=True)
+    if not isinstance(return_entropy, bool):
+        raise TypeError(f"return_entropy must be a bool, got {type(return_entropy).__name__}")
 
 
 # Operators
@@ -297,12 +317,20 @@ def _max_over_others(x: Tensor) -> Tensor:
     return row_max.masked_fill(row_max == -math.inf, 0.0)
 
 
-def _log_odds(row_max: Tensor, row_sum: Tensor, x_target: Tensor, temperature: float) -> Tensor:
-    return (row_max - x_target) / temperature + row_sum.log()
+def _log_odds(
+    row_max: Tensor, row_sum: Tensor, x_target: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """d, and the rounding error of the sum that makes it (Knuth)."""
+    a, b = (row_max - x_target) / temperature, row_sum.log()
+    d = a + b
+    b_part = d - a
+    return d, (a - (d - b_part)) + (b - b_part)
 
 
-def _minus_softplus(d: Tensor) -> Tensor:
-    return 0.0 - torch.logaddexp(d, torch.zeros_like(d))
+def _minus_softplus(d: Tensor, error: Tensor) -> Tensor:
+    """-softplus(d + error): of log-odds against, the log-probability."""
+    tail = torch.where((d > 0) & (error.abs() < 1), error, 0.0)
+    return 0.0 - (d.clamp(min=0) + (d.abs().neg().exp().log1p() + tail))
 
 
 def _live_targets(targets: Tensor, live: Tensor, V: int) -> Tensor:
@@ -338,14 +366,14 @@ def _torch_fwd(logits, targets, mask, temperature, softcap, return_entropy, out:
         log_e = x.clone() if return_entropy else None
         row_sum = x.exp_().sum(1)[: len(index)]
         row_max = row_max[: len(index)]
-        d = _log_odds(row_max, row_sum, x_target, temperature)
-        log_prob = _minus_softplus(d)
+        d, error = _log_odds(row_max, row_sum, x_target, temperature)
+        log_prob = _minus_softplus(d, error)
         out.log_probs[index] = log_prob
         out.row_max[index] = row_max
         out.row_sum[index] = row_sum
         if log_e is not None:
             weighted = log_e.mul_(x).masked_fill_(x == 0, 0.0).sum(1)[: len(index)]
-            log_q = _minus_softplus(-d)
+            log_q = _minus_softplus(-d, -error)
             others = log_q.exp() * (row_sum.log() - weighted / row_sum - log_q)
             p_log_p = log_prob.exp() * log_prob
             out.entropy[index] = others.masked_fill(log_q == -math.inf, 0.0) - p_log_p.masked_fill(
@@ -396,11 +424,11 @@ def _chunk_grad(x, y, known, g, with_entropy, temperature, softcap):
     x[:n].sub_(row_max[:, None])
     if temperature != 1.0:
         x.div_(temperature)
-    log_e = x[:n].clone() if with_entropy is not None else None
+    log_e = x[:n].clone() if with_entropy is not None else x
     x.exp_()
     row_sum = x.sum(1)[:n] if known is None else known[1]
     x = x[:n]
-    d = _log_odds(row_max, row_sum, x_target, temperature)
+    d, error = _log_odds(row_max, row_sum, x_target, temperature)
     q = torch.sigmoid(d)
     coef = torch.where(row_sum == 0, 0.0, q / row_sum)
     at_target = g * q
@@ -408,11 +436,11 @@ def _chunk_grad(x, y, known, g, with_entropy, temperature, softcap):
         x.mul_((-g * coef)[:, None])
     else:
         entropy, h = with_entropy
-        log_coef = torch.where(coef > 0, _minus_softplus(-d) - row_sum.log() + entropy, 0.0)
+        log_coef = torch.where(coef > 0, _minus_softplus(-d, -error) - row_sum.log() + entropy, 0.0)
         log_e.add_(log_coef[:, None]).mul_(h[:, None]).add_(g[:, None])
         # 0 * -inf where e is 0
         x.mul_(log_e.mul_(-coef[:, None]).masked_fill_(x == 0, 0.0))
-        log_p = _minus_softplus(d)
+        log_p = _minus_softplus(d, error)
         p_term = torch.sigmoid(-d) * (log_p + entropy)
         at_target = at_target - h * p_term.masked_fill(log_p == -math.inf, 0.0)
     x.scatter_(1, y[:, None], at_target[:, None])

@@ -20,9 +20,9 @@ class Objective:
     `kl_coef` times the KL estimate to the reference, averaged as `aggregation` says.
 
     Args:
-        ratio_level: `"sequence"` one length-normalised ratio per sequence (GSPO); `"sequence_token"`
-            the same value with each token's own gradient and advantage (GSPO-token); `"token"` one
-            ratio per token (GRPO, PPO).
+        ratio_level: `"sequence"` one length-normalised ratio per sequence (GSPO);
+            `"sequence_token"` the same value, with each token's own gradient and advantage
+            (GSPO-token); `"token"` one ratio per token (GRPO, PPO).
         clip_low, clip_high: width of the clip range below and above 1, both >= 0.
         aggregation: `"seq-mean-token-mean"` (the paper's), `"token-mean"`, `"seq-mean-token-sum"`
             or `"token-sum"`.

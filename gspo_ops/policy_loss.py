@@ -137,14 +137,14 @@ def policy_loss_from_logits(
 ) -> PolicyLoss:
     """Clipped policy-gradient loss straight from logits, without an N x V intermediate.
 
-    The same number as `policy_loss_from_log_probs(log_probs_from_logits(...), ...)`, as one autograd
-    node whose backward writes dlogits in one pass and leaves out every row with zero gradient:
+    The same number as `policy_loss_from_log_probs(log_probs_from_logits(...), ...)`, as one
+    autograd node whose backward writes dlogits in one pass and leaves out every row with zero gradient:
     masked, clipped, or with zero advantage.
 
-    With `old_log_probs=None`, and neither reference nor entropy asked for, the gradient of the loss
-    by the log-probs is known beforehand: the forward does not read the logits at all, and the
-    backward reads the rows with non-zero advantage only (NaN in the logits then shows in the
-    gradient, not in the loss).
+    With `old_log_probs=None`, and neither reference nor entropy asked for, the gradient by the
+    log-probs is known beforehand: the forward does not read the logits at all, and the backward
+    only the rows with non-zero advantage (NaN in the logits, and a target out of range, then show
+    in the backward, not in the loss).
 
     Args:
         logits: (B, T, V) or (N, V), float16, bfloat16, float32 or float64; any strides, as long as
@@ -166,14 +166,13 @@ def policy_loss_from_logits(
     Source: arXiv 2507.18071.
     """
     check_logits(logits, targets)
-    check_softmax_options(temperature, softcap)
+    check_softmax_options(temperature, softcap, return_entropy)
     layout = _check_layout(targets.shape, logits.device, "logits", mask, cu_seqlens)
     if not isinstance(objective, Objective):
         if return_entropy:
             raise ValueError("return_entropy is not available with a function as objective")
         ignored = targets if layout.mask is None else _ignore_masked(targets, layout.mask)
         log_probs = log_probs_from_logits(logits, ignored, temperature=temperature, softcap=softcap)
-        assert isinstance(log_probs, Tensor)
         return _custom_loss(
             layout, objective, log_probs, old_log_probs, advantages, ref_log_probs,
             rollout_weights, denominator,
@@ -217,14 +216,13 @@ class _PolicyLossFromLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, log_probs, *inputs):  # type: ignore[override]
         loss, stats, log_ratio, g, inv_denominator = policy_loss_fwd(log_probs, *inputs)
-        ctx.save_for_backward(g, inv_denominator)
+        ctx.save_for_backward(log_probs, g, inv_denominator)
         ctx.mark_non_differentiable(stats, log_ratio)
         return loss, stats, log_ratio
 
     @staticmethod
     def backward(ctx, grad_loss, *_):  # type: ignore[override]
-        g, inv_denominator = ctx.saved_tensors
-        grad = policy_loss_bwd(g, grad_loss, inv_denominator)
+        grad = policy_loss_bwd(*ctx.saved_tensors, grad_loss)
         return (grad, *(None for _ in PolicyInputs._fields))
 
 
@@ -284,8 +282,8 @@ def check_log_probs(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(
-            f"{name} must be float32 or float64, got {x.dtype}: rounding log-probs to 16 bits moves "
-            "a sequence's ratio by more than the clip range of GSPO (3e-4)"
+            f"{name} must be float32 or float64, got {x.dtype}: rounding log-probs to 16 bits "
+            "moves a sequence's ratio by more than the clip range of GSPO (3e-4)"
         )
 
 
@@ -401,15 +399,18 @@ def policy_loss_fwd(log_probs, *inputs):
     return _torch_policy_loss(log_probs, policy)
 
 
-def _bwd_fake(g, grad_loss, inv_denominator):
+def _bwd_fake(log_probs, g, inv_denominator, grad_loss):
     return torch.empty_like(g)
 
 
 @operator(
-    "policy_loss_bwd(Tensor g, Tensor grad_loss, Tensor inv_denominator) -> Tensor", _bwd_fake
+    "policy_loss_bwd(Tensor log_probs, Tensor g, Tensor inv_denominator, Tensor grad_loss) "
+    "-> Tensor",
+    _bwd_fake,
 )
-def policy_loss_bwd(g, grad_loss, inv_denominator):
-    """d loss / d log_probs; an operator, so that a second derivative is refused, not wrong."""
+def policy_loss_bwd(log_probs, g, inv_denominator, grad_loss):
+    """d loss / d log_probs, which are not read: they tie the gradient to its input, so that a
+    second derivative is refused, not zero."""
     return torch.where(g == 0, 0.0, g * (grad_loss * inv_denominator))
 
 
@@ -495,6 +496,8 @@ def _torch_policy_loss(log_probs, policy: PolicyInputs):
         denominator = {"token-mean": n.sum(), "token-sum": n.new_ones(())}.get(
             policy.aggregation, (n > 0).sum()
         ).clamp(min=1)
+    elif not denominator > 0:
+        raise ValueError(f"denominator must be > 0, got {denominator.item():g}")
     loss = torch.where(valid, loss_terms, 0.0).sum() / denominator
     ratios = (
         torch.where(valid, ratio, 0.0)[valid] if is_token_level else _capped_exp(log_ratio)[n > 0]
@@ -593,10 +596,11 @@ def _custom_loss(
     denominator: float | Tensor | None,
 ) -> PolicyLoss:
     """Loss of a function from flat (N,) tensors to loss terms; its stats come from the ratios."""
-    if not callable(objective):
+    if not callable(objective) or isinstance(objective, type):
+        got = repr(objective) if isinstance(objective, type) else type(objective).__name__
         raise TypeError(
-            "objective must be an Objective or a function of (log_probs, old_log_probs, "
-            f"advantages, sequence_ids), got {type(objective).__name__}"
+            "objective must be an Objective, as in GSPO(), or a function of (log_probs, "
+            f"old_log_probs, advantages, sequence_ids), got {got}"
         )
     if ref_log_probs is not None:
         raise ValueError("ref_log_probs is not used with a function as objective: close over it")
@@ -626,7 +630,7 @@ def _custom_loss(
     old = live.detach() if inputs.old_log_probs is None else where_valid(inputs.old_log_probs)
     terms = objective(live, old, where_valid(token_advantages), ids)
     if not isinstance(terms, Tensor) or terms.shape != flat.shape:
-        got = tuple(terms.shape) if isinstance(terms, Tensor) else type(terms).__name__
+        got = str(tuple(terms.shape)) if isinstance(terms, Tensor) else type(terms).__name__
         raise ValueError(
             f"objective must return one loss term per token, shape {tuple(flat.shape)}, got {got}"
         )

@@ -6,6 +6,8 @@ against these functions in float64.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -21,19 +23,30 @@ def log_probs_from_logits(
     *,
     temperature: float = 1.0,
     softcap: float | None = None,
-    return_entropy: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """log_softmax(softcap(logits) / temperature) at the targets, 0 at targets of -100."""
-    z = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    log_p = (z / temperature).log_softmax(-1)
+    log_p = _log_softmax(logits, temperature, softcap)
     ignored = targets == -100
     index = targets.masked_fill(ignored, 0).long().unsqueeze(-1)
-    log_probs = log_p.gather(-1, index).squeeze(-1)
-    log_probs = torch.where(ignored, 0.0, log_probs)
-    if not return_entropy:
-        return log_probs
+    return torch.where(ignored, 0.0, log_p.gather(-1, index).squeeze(-1))
+
+
+def entropy_from_logits(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """-sum_v p_v log p_v of each row, 0 at targets of -100."""
+    log_p = _log_softmax(logits, temperature, softcap)
     p_log_p = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p)
-    return log_probs, torch.where(ignored, 0.0, -p_log_p.sum(-1))
+    return torch.where(targets == -100, 0.0, -p_log_p.sum(-1))
+
+
+def _log_softmax(logits: Tensor, temperature: float, softcap: float | None) -> Tensor:
+    z = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    return (z / temperature).log_softmax(-1)
 
 
 def policy_loss_from_logits(
@@ -53,15 +66,15 @@ def policy_loss_from_logits(
         targets = targets.masked_fill(mask == 0, -100)
         # what stands at masked positions must not matter, NaN included
         logits = torch.where((mask == 0).unsqueeze(-1), 0.0, logits)
-    log_probs, entropy = log_probs_from_logits(
-        logits, targets, temperature=temperature, softcap=softcap, return_entropy=True
-    )
+    log_probs = log_probs_from_logits(logits, targets, temperature=temperature, softcap=softcap)
     loss, stats = policy_loss_from_log_probs(
         log_probs, old_log_probs, advantages, mask=mask, **options
     )
     if return_entropy:
         valid = targets.numel() if mask is None else (mask != 0).sum()
-        stats["entropy"] = entropy.detach().sum() / valid
+        with torch.no_grad():
+            entropy = entropy_from_logits(logits, targets, temperature=temperature, softcap=softcap)
+        stats["entropy"] = entropy.sum() / valid
     return loss, stats
 
 
@@ -168,10 +181,7 @@ def _sequences(layout: Layout) -> list[Tensor]:
         bounds = [b * T for b in range(layout.batch + 1)]
     else:
         bounds = layout.cu_seqlens.tolist()
-    rows = [
-        torch.arange(first, last, device=layout.device)
-        for first, last in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
+    rows = [torch.arange(first, last, device=layout.device) for first, last in pairwise(bounds)]
     if layout.mask is None:
         return rows
     return [r[layout.mask[r] != 0] for r in rows]

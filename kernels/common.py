@@ -29,6 +29,14 @@ def log1p(w):
 
 
 @triton.jit
+def two_sum(a, b):
+    """a + b, and the rounding error of that sum (Knuth)."""
+    total = a + b
+    b_part = total - a
+    return total, (a - (total - b_part)) + (b - b_part)
+
+
+@triton.jit
 def expm1(x):
     """exp(x) - 1 without cancellation near zero."""
     near = tl.abs(x) < 0.25

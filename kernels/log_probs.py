@@ -13,7 +13,7 @@ log_softmax and softmax lose it. The kernels hold m before the division by the t
 import triton
 import triton.language as tl
 
-from .common import LN_2, finite_or_zero, log1p, row_offset, tanh
+from .common import LN_2, finite_or_zero, log1p, row_offset, tanh, two_sum
 
 
 @triton.jit
@@ -25,6 +25,9 @@ def load_logits(x_ptr, cols, V, softcap, MASKED: tl.constexpr):
         x = tl.load(x_ptr + cols).to(tl.float32)
     if softcap is not None:
         x = softcap * tanh(x / softcap)
+        if MASKED:
+            # the cap has made what is beyond V finite
+            x = tl.where(cols < V, x, float("-inf"))
     return x
 
 
@@ -101,9 +104,18 @@ def load_target(x_ptr, target, softcap):
 
 @triton.jit
 def log_odds(row_max, row_sum, x_target, temperature):
-    """d and w = exp(-|d|), from which log_prob, q and 1 - q follow without cancellation."""
-    d = (row_max - x_target) / temperature + tl.log(row_sum)
-    return d, tl.exp(-tl.abs(d))
+    """d with its rounding error, and w = exp(-|d|), which gives the rest without cancellation."""
+    d, error = two_sum((row_max - x_target) / temperature, tl.log(row_sum))
+    return d, error, tl.exp(-tl.abs(d))
+
+
+@triton.jit
+def minus_softplus(d, error, w):
+    """-softplus(d + error): of log-odds against, the log-probability; NaN and inf pass."""
+    error = tl.where(tl.abs(error) < 1.0, error, 0.0)
+    positive = tl.where(d > 0, d, 0.0)
+    y = 0.0 - (positive + (log1p(w) + tl.where(d > 0, error, 0.0)))
+    return tl.where(d == d, y, d)
 
 
 @triton.jit
@@ -133,13 +145,10 @@ def log_probs_fwd_kernel(
         row_max, row_sum, t = sum_over_others(
             x_ptr, target, V, scale, softcap, entropy_ptr is not None, ROWS, COLS
         )
-        d, w = log_odds(row_max, row_sum, x_target, temperature)
-        softplus_tail = log1p(w)
-        log_prob = 0.0 - (tl.maximum(d, 0.0) + softplus_tail)
-        # tl.maximum may drop a NaN
-        log_prob = tl.where(d == d, log_prob, d)
+        d, error, w = log_odds(row_max, row_sum, x_target, temperature)
+        log_prob = minus_softplus(d, error, w)
         if entropy_ptr is not None:
-            log_q = 0.0 - (tl.maximum(-d, 0.0) + softplus_tail)
+            log_q = minus_softplus(-d, -error, w)
             q = tl.where(d >= 0, 1.0, w) / (1.0 + w)
             p = tl.where(d >= 0, w, 1.0) / (1.0 + w)
             others = tl.log(row_sum) - t / row_sum * LN_2 - log_q
@@ -219,7 +228,7 @@ def log_probs_bwd_kernel(
         else:
             row_max = tl.load(row_max_ptr + row)
             row_sum = tl.load(row_sum_ptr + row)
-        d, w = log_odds(row_max, row_sum, x_target, temperature)
+        d, error, w = log_odds(row_max, row_sum, x_target, temperature)
         q = tl.where(d >= 0, 1.0, w) / (1.0 + w)
         coef = tl.where(row_sum == 0, 0.0, q / row_sum)
         # a target that is NaN or out of range poisons the row
@@ -230,14 +239,13 @@ def log_probs_bwd_kernel(
         entropy_at_others = 0.0
         log_coef = 0.0
         if ENTROPY:
-            softplus_tail = log1p(w)
             p = tl.where(d >= 0, w, 1.0) / (1.0 + w)
-            log_p = 0.0 - (tl.maximum(d, 0.0) + softplus_tail)
+            log_p = minus_softplus(d, error, w)
             entropy = tl.load(entropy_ptr + row)
             at_target -= tl.where(p > 0, p * (log_p + entropy), 0.0) * h / temperature
             entropy_at_others = -h * coef / temperature
             # log p_v + entropy = log2(e_v) * ln 2 + log_coef
-            log_q = 0.0 - (tl.maximum(-d, 0.0) + softplus_tail)
+            log_q = minus_softplus(-d, -error, w)
             log_coef = tl.where(coef > 0, log_q - tl.log(row_sum) + entropy, 0.0)
 
         for start in range(0, V_main, BLOCK):

@@ -92,6 +92,7 @@ def finish(
     sequences = total(partials_ptr + SEQUENCES * B, B, BLOCK_B)
     if denominator_ptr is not None:
         denominator = tl.load(denominator_ptr).to(tl.float32)
+        denominator = tl.where(denominator > 0, denominator, float("nan"))
     elif AGGREGATION == "token-mean":
         denominator = tl.maximum(tokens, 1.0)
     elif AGGREGATION == "token-sum":
@@ -151,7 +152,7 @@ def policy_loss_fwd_kernel(
     if cu_seqlens_ptr is not None:
         # never past the end of the rows, whatever the device tensor holds
         first = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + b).to(tl.int64), 0), N)
-        last = tl.minimum(tl.load(cu_seqlens_ptr + b + 1).to(tl.int64), N)
+        last = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + b + 1).to(tl.int64), first), N)
     else:
         first = b.to(tl.int64) * T
         last = first + T
@@ -287,8 +288,12 @@ def policy_loss_fwd_kernel(
     tl.store(partials_ptr + ACTIVE * B, tl.sum(active, axis=0))
 
     if cu_seqlens_ptr is not None:
+        # rows that no sequence claims must not train silently
+        if b == 0:
+            for start in range(0, first, BLOCK_T):
+                rows = start + t
+                tl.store(g_ptr + rows, float("nan"), mask=rows < first)
         if b == B - 1:
-            # rows that no sequence claims must not train silently
             for start in range(last, N, BLOCK_T):
                 rows = start + t
                 tl.store(g_ptr + rows, float("nan"), mask=rows < N)

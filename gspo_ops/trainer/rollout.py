@@ -62,7 +62,8 @@ class Rollout(NamedTuple):
 
     def split(self, parts: int) -> list[Rollout]:
         """Consecutive equal parts, whole groups each, with padding as it is: all of one shape."""
-        return [Rollout(*part) for part in zip(*(tensor.chunk(parts) for tensor in self))]
+        chunks = [tensor.chunk(parts) for tensor in self]
+        return [Rollout(*part) for part in zip(*chunks, strict=True)]
 
     def targets(self) -> Tensor:
         """(N,) response tokens, packed."""
@@ -148,12 +149,12 @@ def response_logits(model: PreTrainedModel, rollout: Rollout, autocast: Autocast
         autocast: makes the context in which the model's body runs.
 
     Returns:
-        (N, V) fp32, row t predicts ``rollout.targets()[t]``. No other rows are computed: prompts
+        (N, V) fp32, row t predicts `rollout.targets()[t]`. No other rows are computed: prompts
         and padding would be most of them.
     """
     (prompts, width), (count, length) = rollout.prompts.shape, rollout.responses.shape
-    tokens = torch.cat([rollout.prompts, rollout.responses.view(prompts, -1)], 1)
-    real = torch.cat([rollout.prompt_mask, rollout.mask.view(prompts, -1)], 1)
+    tokens = torch.cat([rollout.prompts, rollout.responses.reshape(prompts, -1)], 1)
+    real = torch.cat([rollout.prompt_mask, rollout.mask.reshape(prompts, -1)], 1)
     column = torch.arange(tokens.shape[1], device=tokens.device)
     # Which response each column holds (-1: the prompt), and its place in it.
     response = (column - width).div(length, rounding_mode="floor").clamp(min=-1)

@@ -34,7 +34,7 @@ class Task:
     held_out: tuple[Problem, ...]
 
     def prompt(self, problem: Problem) -> str:
-        """The solved examples, one per line, then ``problem``'s question without its answer."""
+        """The solved examples, one per line, then `problem`'s question without its answer."""
         solved = [f"{example.question} {example.answer}\n" for example in self.examples]
         return "".join(solved) + problem.question
 
@@ -47,8 +47,8 @@ def parse_answer(response: str) -> str:
 def is_correct(response: str, problem: Problem) -> bool:
     """Whether the answer given is the right one, character for character.
 
-    ``reasoning_gym``'s ``score_answer`` gives partial credit for a wrong answer and full credit
-    for odd spellings (``+07``), so it isn't used.
+    `reasoning_gym`'s `score_answer` gives partial credit for a wrong answer and full credit
+    for odd spellings (`+07`), so it isn't used.
     """
     return parse_answer(response) == problem.answer
 
@@ -57,7 +57,7 @@ def make_task(name: str, *, examples: int, train_size: int, eval_size: int, seed
     """Draw distinct problems and divide them.
 
     Args:
-        name: one of ``TASKS``.
+        name: one of `TASKS`.
         examples: solved problems in each prompt.
         train_size: problems to train on.
         eval_size: held-out problems.
@@ -106,10 +106,8 @@ def _question_and_answer(entry: dict[str, Any]) -> str:
 
 TASKS: Mapping[str, _Source] = MappingProxyType(
     {
-        "short_sums": _Source(
-            "chain_sum", _expression, {"min_terms": 2, "max_terms": 4, "max_digits": 1}
-        ),
-        "sums": _Source("chain_sum", _expression, {"max_terms": 3, "max_digits": 2}),
+        "short_sums": _Source("chain_sum", _expression, {"max_terms": 3, "max_digits": 1}),
+        "sums": _Source("chain_sum", _expression, {"max_terms": 2, "max_digits": 2}),
         "products": _Source("products", _expression, {"max_digits": 2}),
         "letter_counting": _Source(
             "letter_counting", _question_and_answer, {"min_words": 2, "max_words": 4}
@@ -119,7 +117,7 @@ TASKS: Mapping[str, _Source] = MappingProxyType(
 
 
 def _distinct_problems(source: _Source, needed: int, seed: int) -> list[Problem]:
-    """Up to ``needed`` problems with different questions, in the order drawn."""
+    """Up to `needed` problems with different questions, in the order drawn."""
     # Many draws repeat a question; a source that hasn't given enough by then is too small.
     draws = reasoning_gym.create_dataset(
         source.dataset, seed=seed, size=20 * needed, **source.options

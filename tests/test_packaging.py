@@ -1,0 +1,171 @@
+"""What the wheel and the sdist hold, and that they work where the checkout can't be imported."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
+HEAVY = ["transformers", "reasoning_gym", "matplotlib", "trl", "tensorboard"]
+
+LOSS = """
+import torch, gspo_ops
+generator = torch.Generator().manual_seed(0)
+logits = torch.randn(2, 3, 50, generator=generator, requires_grad=True)
+targets = torch.randint(50, (2, 3), generator=generator)
+old = torch.full((2, 3), -4.0)
+loss, stats = gspo_ops.policy_loss_from_logits(logits, targets, old, torch.tensor([1.0, -1.0]),
+                                               objective=gspo_ops.GRPO())
+loss.backward()
+result["file"] = gspo_ops.__file__
+result["loss"] = loss.item()
+result["grad"] = logits.grad.abs().sum().item()
+result["kernels"] = "gspo_ops.kernels.log_probs" in sys.modules
+"""
+
+
+def run(code, *, cwd, first=None, interpret=False):
+    """Run code in a fresh Python away from the checkout; returns its dict `result`.
+
+    With `first`, that directory goes before the site-packages, whose .pth files (an editable
+    install is one) are not processed.
+    """
+    packages = [p for p in sys.path if p and Path(p).resolve() != ROOT and Path(p).is_dir()]
+    path = "" if first is None else f"sys.path[:] = {[str(first), *packages]!r}\n"
+    program = f"import json, sys\n{path}result = {{}}\n{code}\nprint(json.dumps(result))"
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "PYTHONPATH")}
+    if interpret:
+        env["TRITON_INTERPRET"] = "1"
+    flags = ["-I"] if first is None else ["-I", "-S"]
+    done = subprocess.run(
+        [sys.executable, *flags, "-c", program], cwd=cwd, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def pip(*arguments):
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def build_wheel(source, out):
+    pip("wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", out, source)
+    (wheel,) = Path(out).glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of the checkout, because a build leaves files behind and reads those it finds."""
+    for name in ("setuptools", "pip"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is needed to build the package")
+    copy = tmp_path_factory.mktemp("source") / "checkout"
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs")
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def sdist(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sdist")
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(out)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    (archive,) = out.glob("*.tar.gz")
+    return archive
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    return build_wheel(source, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    target = tmp_path_factory.mktemp("installed")
+    pip("install", "--no-deps", "--no-index", "--target", target, wheel)
+    return target
+
+
+def test_wheel_contents(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        for kernel in KERNELS:
+            text = archive.read(f"gspo_ops/kernels/{kernel}").decode()
+            assert text == (ROOT / "kernels" / kernel).read_text()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"gspo_ops"}
+    assert "gspo_ops/py.typed" in names
+    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "gspo_ops").rglob("*.py")}
+    assert expected <= set(names)
+
+
+def test_sdist_builds_the_same_wheel(sdist, wheel, tmp_path):
+    with tarfile.open(sdist) as archive:
+        links = [member.name for member in archive if member.issym() or member.islnk()]
+        archive.extractall(tmp_path, filter="data")
+    assert not links
+    (unpacked,) = tmp_path.iterdir()
+    assert (unpacked / "LICENSE").is_file()
+    assert not (unpacked / "kernels").exists()
+    again = build_wheel(unpacked, tmp_path / "wheel")
+    with zipfile.ZipFile(wheel) as first, zipfile.ZipFile(again) as second:
+        assert sorted(first.namelist()) == sorted(second.namelist())
+
+
+@pytest.mark.parametrize("interpret", [False, True], ids=["torch", "interpreter"])
+def test_installed_wheel_computes_a_loss(installed, tmp_path, interpret):
+    result = run(LOSS, cwd=tmp_path, first=installed, interpret=interpret)
+    assert Path(result["file"]).is_relative_to(installed)
+    assert result["kernels"] == interpret
+    assert result["grad"] > 0
+    here = run(LOSS, cwd=tmp_path)
+    assert result["loss"] == pytest.approx(here["loss"], rel=1e-6)
+    assert result["grad"] == pytest.approx(here["grad"], rel=1e-5)
+
+
+def test_installed_wheel_has_no_kernels_package(installed, tmp_path):
+    code = """
+import importlib.util
+sys.path[1:] = []
+result["found"] = importlib.util.find_spec("kernels") is not None
+"""
+    assert not run(code, cwd=tmp_path, first=installed)["found"]
+
+
+def test_kernels_of_the_checkout_are_not_importable_by_that_name(tmp_path):
+    code = """
+import importlib.util
+import gspo_ops
+import gspo_ops.kernels.log_probs as ours
+spec = importlib.util.find_spec("kernels")
+result["ours"] = ours.__file__
+result["found"] = [] if spec is None else list(spec.submodule_search_locations)
+"""
+    result = run(code, cwd=tmp_path)
+    assert Path(result["ours"]).is_file()
+    assert not [p for p in result["found"] if Path(p).resolve() == (ROOT / "kernels")]
+
+
+def test_kernels_is_a_link_without_init():
+    link = ROOT / "gspo_ops" / "kernels"
+    assert link.is_symlink()
+    assert os.readlink(link) == os.path.join("..", "kernels")
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "conftest.py").exists()
+    assert not (ROOT / "tests" / "__init__.py").exists()
+
+
+def test_import_is_light(tmp_path):
+    code = "import gspo_ops\nresult['loaded'] = sorted(m for m in sys.modules if '.' not in m)"
+    assert not set(run(code, cwd=tmp_path)["loaded"]) & set(HEAVY)

@@ -1,0 +1,191 @@
+"""Every public name is documented and typed, and imports point one way."""
+
+import ast
+import dataclasses
+import inspect
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import get_type_hints
+
+import pytest
+
+import gspo_ops
+
+PACKAGE = Path(gspo_ops.__file__).resolve().parent
+PUBLIC = {name: getattr(gspo_ops, name) for name in gspo_ops.__all__}
+FUNCTIONS = [name for name, x in PUBLIC.items() if inspect.isfunction(x)]
+CLASSES = [name for name, x in PUBLIC.items() if inspect.isclass(x)]
+
+
+def sections(doc):
+    """Section name to its items, name to text, of a docstring with Google's headings."""
+    found = {}
+    for block in re.split(r"\n\n+", inspect.cleandoc(doc)):
+        heading, _, body = block.partition("\n")
+        if re.fullmatch(r"(Args|Returns|Raises|Attributes):", heading):
+            # continuation lines are indented further than their item
+            joined = re.sub(r"\n {5,}", " ", body)
+            pairs = (line.strip().partition(":") for line in joined.splitlines())
+            found[heading[:-1]] = {
+                name.strip(): text.strip() for names, _, text in pairs for name in names.split(",")
+            }
+    return found
+
+
+def test_all_is_sorted_and_complete():
+    assert gspo_ops.__all__ == sorted(gspo_ops.__all__)
+    assert len(PUBLIC) == len(gspo_ops.__all__)
+    public = {
+        name
+        for name, x in vars(gspo_ops).items()
+        if not name.startswith("_") and not isinstance(x, ModuleType)
+    }
+    assert public <= set(PUBLIC)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_has_docstring(name):
+    assert inspect.getdoc(PUBLIC[name])
+    assert PUBLIC[name].__doc__, "an inherited docstring says nothing about this name"
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_function_documents_every_parameter(name):
+    function = PUBLIC[name]
+    parameters = inspect.signature(function).parameters
+    found = sections(function.__doc__)
+    assert set(found) >= {"Args", "Returns", "Raises"}
+    assert set(found["Args"]) == set(parameters)
+    assert all(found["Args"].values())
+    assert set(get_type_hints(function)) == {*parameters, "return"}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_class_documents_every_field(name):
+    cls = PUBLIC[name]
+    if dataclasses.is_dataclass(cls):
+        fields = {field.name for field in dataclasses.fields(cls)}
+        assert cls.__dataclass_params__.frozen
+    else:
+        fields = set(cls._fields)
+    documented = {}
+    for base in cls.__mro__:
+        found = sections(base.__doc__ or "")
+        documented |= found.get("Args", {}) | found.get("Attributes", {})
+    assert fields <= set(documented)
+    assert all(documented[field] for field in fields)
+    assert fields <= set(get_type_hints(cls))
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "group_advantages"])
+def test_reference_defines_every_op(name):
+    definition = getattr(gspo_ops.reference, name)
+    assert definition.__doc__
+    parameters = inspect.signature(definition).parameters
+    named = [n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD]
+    assert named == [n for n in inspect.signature(PUBLIC[name]).parameters if n in named]
+
+
+# Imports
+
+# a module imports from its own layer and those below it
+LAYERS = [
+    {"cli"},
+    {"trainer", "integrations"},
+    {"testing"},
+    {"gspo_ops"},  # the package itself
+    {"log_probs", "linear_log_probs", "policy_loss", "advantages", "reference"},
+    {"layout", "parallel", "objective", "backend"},
+    {"kernels"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+SOURCES = sorted(
+    path
+    for path in [*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")]
+    if "__pycache__" not in path.parts
+)
+
+
+def module_name(path):
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def unit(module):
+    """The file or folder of the package that a module belongs to."""
+    parts = module.split(".")
+    return parts[min(1, len(parts) - 1)]
+
+
+MODULES = {module_name(path): path for path in SOURCES}
+
+
+def imports(module):
+    """Full names of the modules that a module imports, wherever in its code."""
+    path = MODULES[module]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, base] if base else above)
+            names = {f"{base}.{alias.name}" for alias in node.names}
+            submodules = names & set(MODULES)
+            found |= submodules
+            if submodules != names:
+                found.add(base)
+    return found
+
+
+def is_ours(module):
+    return module == "gspo_ops" or module.startswith("gspo_ops.")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_one_way(module):
+    assert unit(module) in LEVEL, f"{unit(module)} needs a layer"
+    for imported in filter(is_ours, imports(module)):
+        assert LEVEL[unit(imported)] >= LEVEL[unit(module)], f"{module} imports {imported}"
+
+
+def test_imports_have_no_cycle():
+    graph = {module: imports(module) & set(MODULES) - {module} for module in MODULES}
+    while leaves := [module for module, below in graph.items() if not below & set(graph)]:
+        for module in leaves:
+            del graph[module]
+    assert not graph
+
+
+def test_reference_imports_only_definitions():
+    others = {m for m in imports("gspo_ops.reference") if m.split(".")[0] not in STDLIB}
+    assert others <= {"torch", "gspo_ops.layout", "gspo_ops.objective"}
+
+
+STDLIB = set(sys.stdlib_module_names)
+KERNELS = [module for module in MODULES if module.startswith("gspo_ops.kernels.")]
+
+
+@pytest.mark.parametrize("module", KERNELS)
+def test_kernels_import_triton_and_each_other(module):
+    for imported in imports(module):
+        assert imported.split(".")[0] == "triton" or imported in KERNELS
+    tree = ast.parse(MODULES[module].read_text())
+    absolute = [node.module for node in ast.walk(tree)
+                if isinstance(node, ast.ImportFrom) and node.level == 0]  # fmt: skip
+    assert not any(map(is_ours, absolute)), "imports among kernels are relative"
+
+
+@pytest.mark.parametrize("module", KERNELS)
+def test_kernel_and_op_share_a_name(module):
+    stem = module.rpartition(".")[2]
+    assert stem == "common" or f"gspo_ops.{stem}" in MODULES
+
+
+def test_everything_is_walked():
+    assert {"gspo_ops.kernels.log_probs", "gspo_ops.reference", "gspo_ops"} <= set(MODULES)

@@ -1,0 +1,151 @@
+"""`verify` passes on the ops as they are, and notices every kind of mistake planted in them."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gspo_ops import testing
+
+ROOT = Path(__file__).parent.parent
+VERIFY = """
+import sys, torch
+from gspo_ops import testing
+if {interpreted}:
+    testing.patch_interpreter()
+measured = testing.verify(torch.device("cpu"), dtypes=[torch.{dtype}], shapes=[(9, 4, 130)])
+print(testing.table([m for m in measured if not m.ok]))
+sys.exit(not all(m.ok for m in measured))
+"""
+
+# mistake: (file, line as it is, line as broken), for the kernels and for the CPU path
+KERNELS = {
+    "nothing": ("kernels/log_probs.py", "grad = e * at_others", "grad = e * at_others"),
+    "zero gradient": ("kernels/log_probs.py", "if live:\n        x_ptr = logits_ptr + row_offset("
+                      "row, T, stride_b, stride_t, ALIGN)\n        target = load_target_id("
+                      "targets_ptr + row, V)\n        x_target = load_target(x_ptr, target, "
+                      "softcap)\n        if row_max_ptr",
+                      "if live & (row < 0):\n        x_ptr = logits_ptr + row_offset("
+                      "row, T, stride_b, stride_t, ALIGN)\n        target = load_target_id("
+                      "targets_ptr + row, V)\n        x_target = load_target(x_ptr, target, "
+                      "softcap)\n        if row_max_ptr"),
+    "missing softmax term": ("kernels/log_probs.py", "grad = e * at_others", "grad = e * 0.0"),
+    "missing target term": (
+        "kernels/log_probs.py", "tl.where(cols == target, at_target, grad)", "grad"
+    ),
+    "entropy without its mean": (
+        "kernels/log_probs.py", "log_q - tl.log(row_sum) + entropy", "log_q - tl.log(row_sum)"
+    ),
+    "missing cross-token term": (
+        "kernels/policy_loss.py",
+        "sequence_log_ratio = log_ratio_total * inv_n",
+        "sequence_log_ratio = log_ratio_total * inv_n * 0.999",
+    ),
+    "no length normalisation": (
+        "kernels/policy_loss.py",
+        'if AGGREGATION == "seq-mean-token-mean":\n        weight = inv_n',
+        'if AGGREGATION == "seq-mean-token-mean":\n        weight = 1.0',
+    ),
+    "mask ignored": ("kernels/policy_loss.py", "if mask_ptr is None:", "if True:"),
+    "wrong clip side": (
+        "kernels/policy_loss.py",
+        "valid & (advantage > 0) & (log_ratio > log_clip_high)",
+        "valid & (advantage < 0) & (log_ratio > log_clip_high)",
+    ),
+    "clipped rows still trained": (
+        "kernels/policy_loss.py", "g = tl.where(is_clipped, 0.0, ", "g = tl.where(False, 0.0, "
+    ),
+}  # fmt: skip
+CPU_PATH = {
+    "nothing": ("gspo_ops/log_probs.py", "q = torch.sigmoid(d)", "q = torch.sigmoid(d)"),
+    "missing softmax term": (
+        "gspo_ops/log_probs.py", "x.mul_((-g * coef)[:, None])", "x.mul_(0.0)"
+    ),
+    "missing target term": (
+        "gspo_ops/log_probs.py", "x.scatter_(1, y[:, None], at_target[:, None])", "pass"
+    ),
+    "wrong clip side": (
+        "gspo_ops/policy_loss.py",
+        "(advantages > 0) & (token_log_ratio > log_high)",
+        "(advantages < 0) & (token_log_ratio > log_high)",
+    ),
+    "mask ignored": (
+        "gspo_ops/policy_loss.py", "valid = policy.mask != 0", "valid = policy.mask == policy.mask"
+    ),
+    "no length normalisation": ("gspo_ops/policy_loss.py", "g = g / n_or_1[ids]", "pass"),
+}  # fmt: skip
+
+
+def run_verify(folder, mistake, interpreted, dtype="float32"):
+    """Exit status and output of `verify` on a copy of the package with one line broken."""
+    shutil.copytree(ROOT / "gspo_ops", folder / "gspo_ops")  # follows the link to kernels/
+    file, line, broken = mistake
+    path = folder / (file if file.startswith("gspo_ops") else f"gspo_ops/{file}")
+    source = path.read_text()
+    assert source.count(line) == 1, f"{line!r} stands {source.count(line)} times in {file}"
+    path.write_text(source.replace(line, broken))
+    result = subprocess.run(
+        [sys.executable, "-c", VERIFY.format(interpreted=interpreted, dtype=dtype)],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder), "TRITON_INTERPRET": str(int(interpreted))},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode in (0, 1), result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
+    return result.returncode, result.stdout
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_verify_notices_a_broken_kernel(tmp_path, name, dtype):
+    code, output = run_verify(tmp_path, KERNELS[name], interpreted=True, dtype=dtype)
+    assert code == (0 if name == "nothing" else 1), output
+
+
+@pytest.mark.parametrize("name", CPU_PATH)
+def test_verify_notices_a_broken_cpu_path(tmp_path, name):
+    code, output = run_verify(tmp_path, CPU_PATH[name], interpreted=False)
+    assert code == (0 if name == "nothing" else 1), output
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("objective", testing.OBJECTIVES, ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_contracts(device, objective, dtype):
+    """Everything that `verify` measures is within its bound."""
+    logits = testing.synthetic_logits(9, 4, 1000, device=device).to(dtype)
+    for packed in (False, True):
+        for m in testing.measure(testing.make_case(logits, objective, packed=packed)):
+            assert m.ok, m
+
+
+def test_the_cases_straddle_the_clip_edges():
+    for objective in testing.OBJECTIVES:
+        logits = testing.synthetic_logits(9, 4, 130, device=torch.device("cpu"))
+        case = testing.make_case(logits, objective, packed=False)
+        _, stats = testing.reference.policy_loss_from_logits(
+            case.double().logits, case.targets, case.old_log_probs.double(),
+            case.advantages.double(), **case.options(),
+        )  # fmt: skip
+        assert 0 < stats["clip_frac_low"] < 0.5
+        assert 0 < stats["clip_frac_high"] < 0.5
+
+
+def test_ulp_distance():
+    x = torch.tensor([1.0, -1.0, 0.0], dtype=torch.bfloat16)
+    assert testing.ulp_distance(x, x.double()) == 0
+    assert testing.ulp_distance(x, torch.tensor([1.0 + 2**-7, -1.0, 0.0]).double()) == 1
+    assert testing.ulp_distance(x, torch.tensor([1.0, -1.0, 1e-3]).double()) > 1000
+    assert testing.ulp_distance(x * float("nan"), x.double()) != 0
+
+
+def test_nan_is_over_every_bound():
+    m = testing.Measured("op", torch.float32, "case", "ratio", float("nan"))
+    assert not m.ok
+    fine = testing.Measured("op", torch.float32, "case", "ratio", 0.0)
+    assert testing.worst_of([fine, m, fine]) == [m]

@@ -1,0 +1,588 @@
+"""What torch expects of an operation: derivatives, compile, fakes, determinism, autocast, DDP."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from itertools import pairwise
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+
+import gspo_ops
+from gspo_ops import log_probs, policy_loss
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+compiled_only = pytest.mark.skipif(
+    INTERPRETED, reason="torch's own machinery: the same operators, whatever implements them"
+)
+B, T, V = 3, 3, 11
+
+
+class Batch(NamedTuple):
+    """One padded batch of tensors that everything below is called with."""
+
+    logits: Tensor
+    targets: Tensor
+    log_probs: Tensor
+    old_log_probs: Tensor
+    advantages: Tensor
+    mask: Tensor
+
+
+def make_batch(dtype=torch.float32, device="cpu", T=T) -> Batch:
+    """A sequence inside the clip range, one clipped, one outside it but on the unclipped side."""
+    generator = torch.Generator().manual_seed(T)
+    logits = (2 * torch.randn(B, T, V, generator=generator, dtype=torch.float64)).to(dtype)
+    targets = torch.randint(0, V, (B, T), generator=generator)
+    logits, targets = logits.to(device), targets.to(device)
+    result = gspo_ops.log_probs_from_logits(logits, targets, **SOFTMAX)
+    old = result - torch.tensor([[1e-4], [1e-2], [2e-2]], device=device)
+    advantages = torch.tensor([0.7, 1.3, -0.9], device=device)
+    mask = torch.ones(B, T, dtype=torch.bool, device=device)
+    mask[0, -1] = mask[2, 1] = False
+    return Batch(logits, targets, result, old.to(result.dtype), advantages, mask)
+
+
+SOFTMAX = {"temperature": 1.3, "softcap": 8.0}
+
+
+def packed(x: Tensor) -> Tensor:
+    return x.flatten(0, 1)
+
+
+def cu_seqlens(x: Batch) -> Tensor:
+    N = x.mask.numel()
+    return torch.tensor([0, 2, 2, N], dtype=torch.int32, device=x.mask.device)
+
+
+def from_log_probs(x: Batch) -> tuple[Tensor, ...]:
+    result = gspo_ops.policy_loss_from_log_probs(
+        x.log_probs, x.old_log_probs, x.advantages, mask=x.mask
+    )
+    return result.loss, *result.stats.values()
+
+
+def from_log_probs_packed(x: Batch) -> tuple[Tensor, ...]:
+    result = gspo_ops.policy_loss_from_log_probs(
+        packed(x.log_probs), packed(x.old_log_probs), x.advantages, cu_seqlens=cu_seqlens(x),
+        objective=gspo_ops.GRPO(kl_coef=0.1), ref_log_probs=packed(x.old_log_probs) - 0.1,
+    )  # fmt: skip
+    return result.loss, *result.stats.values()
+
+
+def from_log_probs_on_policy(x: Batch) -> tuple[Tensor, ...]:
+    result = gspo_ops.policy_loss_from_log_probs(x.log_probs, None, x.advantages, mask=x.mask)
+    return result.loss, *result.stats.values()
+
+
+def from_logits(x: Batch) -> tuple[Tensor, ...]:
+    result = gspo_ops.policy_loss_from_logits(
+        x.logits, x.targets, x.old_log_probs, x.advantages, mask=x.mask, **SOFTMAX
+    )
+    return result.loss, *result.stats.values()
+
+
+def from_logits_packed(x: Batch) -> tuple[Tensor, ...]:
+    result = gspo_ops.policy_loss_from_logits(
+        packed(x.logits), packed(x.targets), packed(x.old_log_probs), x.advantages,
+        mask=packed(x.mask), cu_seqlens=cu_seqlens(x), return_entropy=True,
+        denominator=torch.tensor(5.0, device=x.logits.device), **SOFTMAX,
+    )  # fmt: skip
+    return result.loss, *result.stats.values()
+
+
+def from_logits_on_policy(x: Batch) -> tuple[Tensor, ...]:
+    result = gspo_ops.policy_loss_from_logits(
+        x.logits, x.targets, None, x.advantages, mask=x.mask, **SOFTMAX
+    )
+    return result.loss, *result.stats.values()
+
+
+def token_loss(log_probs, old_log_probs, advantages, sequence_ids):
+    return -torch.exp(log_probs - old_log_probs) * advantages
+
+
+def own_objective(x: Batch) -> tuple[Tensor, ...]:
+    result = gspo_ops.policy_loss_from_logits(
+        x.logits, x.targets, x.old_log_probs, x.advantages, mask=x.mask, objective=token_loss
+    )
+    return result.loss, *result.stats.values()
+
+
+def log_probs_only(x: Batch) -> tuple[Tensor, ...]:
+    return (gspo_ops.log_probs_from_logits(x.logits, x.targets, **SOFTMAX),)
+
+
+def log_probs_and_entropy(x: Batch) -> tuple[Tensor, ...]:
+    targets = x.targets.masked_fill(~x.mask, -100)
+    return gspo_ops.log_probs_from_logits(x.logits, targets, return_entropy=True, **SOFTMAX)
+
+
+class Case(NamedTuple):
+    call: Callable[[Batch], tuple[Tensor, ...]]
+    leaf: str  # the field of Batch that is differentiated
+    differentiable: int = 1  # how many of the results are
+
+    def __repr__(self) -> str:
+        return self.call.__name__
+
+    def with_leaf(self, x: Batch, leaf: Tensor) -> Batch:
+        return x._replace(**{self.leaf: leaf})
+
+    def outputs(self, x: Batch, leaf: Tensor) -> tuple[Tensor, ...]:
+        return self.call(self.with_leaf(x, leaf))
+
+    def results(self, x: Batch) -> tuple[Tensor, ...]:
+        """Outputs and the gradient of their weighted sum."""
+        leaf = getattr(x, self.leaf).detach().clone().requires_grad_()
+        outputs = self.outputs(x, leaf)
+        return (*(y.detach() for y in outputs), *torch.autograd.grad(self.total(outputs), leaf))
+
+    def total(self, outputs: tuple[Tensor, ...]) -> Tensor:
+        """A scalar whose derivative by each output element is different."""
+        total = outputs[0].new_zeros(())
+        for y in outputs[: self.differentiable]:
+            total = total + (y * torch.linspace(0.5, 1.5, y.numel()).to(y).view(y.shape)).sum()
+        return total
+
+
+CASES = [
+    Case(log_probs_only, "logits"),
+    Case(log_probs_and_entropy, "logits", differentiable=2),
+    Case(from_log_probs, "log_probs"),
+    Case(from_log_probs_packed, "log_probs"),
+    Case(from_log_probs_on_policy, "log_probs"),
+    Case(from_logits, "logits"),
+    Case(from_logits_packed, "logits"),
+    Case(from_logits_on_policy, "logits"),
+]
+all_cases = pytest.mark.parametrize("case", CASES, ids=repr)
+with_own_objective = pytest.mark.parametrize(
+    "case", [*CASES, Case(own_objective, "logits")], ids=repr
+)
+
+
+def assert_same_bits(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=0, equal_nan=False)
+
+
+# Derivatives
+
+
+@compiled_only
+@pytest.mark.parametrize("case", [c for c in CASES if "on_policy" not in repr(c)], ids=repr)
+def test_gradcheck(case):
+    x = make_batch(torch.float64)
+    leaf = getattr(x, case.leaf).detach().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda leaf: case.outputs(x, leaf)[: case.differentiable],
+        (leaf,),
+        check_undefined_grad=True,
+    )
+
+
+@compiled_only
+@pytest.mark.parametrize("case", [c for c in CASES if "on_policy" in repr(c)], ids=repr)
+def test_on_policy_gradient_is_that_at_ratio_one(case):
+    """The value is constant, so that gradcheck can't be used: only a copy as old makes it one."""
+    x = make_batch(torch.float64)
+    off_policy = {from_log_probs_on_policy: from_log_probs, from_logits_on_policy: from_logits}
+    twin = case._replace(call=off_policy[case.call])
+    leaf = getattr(x, case.leaf).detach().requires_grad_()
+    same_old = x._replace(old_log_probs=x.log_probs.clone())
+    assert torch.autograd.gradcheck(lambda leaf: twin.outputs(same_old, leaf)[0], (leaf,))
+    actual, expected = case.results(x), twin.results(same_old)
+    torch.testing.assert_close(actual[-1], expected[-1], rtol=1e-12, atol=0)
+    assert actual[0] == expected[0]
+
+
+@with_own_objective
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "squared"])
+def test_double_backward_raises(case, weighted, device):
+    """Also where a penalty on the gradient would otherwise be dropped without a word."""
+    x = make_batch(device=device)
+    leaf = getattr(x, case.leaf).detach().requires_grad_()
+    total = case.total(case.outputs(x, leaf))
+    total = total.square() if weighted else total
+    (grad,) = torch.autograd.grad(total, leaf, create_graph=True)
+    assert grad.requires_grad
+    with pytest.raises(NotImplementedError, match="double backward"):
+        torch.autograd.grad(grad.square().sum(), leaf, allow_unused=True)
+    with pytest.raises(NotImplementedError, match="double backward"):
+        (total + grad.square().sum()).backward()
+
+
+@with_own_objective
+def test_forward_mode_raises(case, device):
+    x = make_batch(device=device)
+    leaf = getattr(x, case.leaf).detach()
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        case.outputs(x, forward_ad.make_dual(leaf, torch.ones_like(leaf)))
+
+
+@pytest.mark.kernels
+@with_own_objective
+def test_backward_twice_gives_the_same_bits(case, device):
+    x = make_batch(device=device)
+    leaf = getattr(x, case.leaf).detach().requires_grad_()
+    total = case.total(case.outputs(x, leaf))
+    first = torch.autograd.grad(total, leaf, retain_graph=True)
+    assert first[0].count_nonzero() > 0
+    assert_same_bits(torch.autograd.grad(total, leaf), first)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(total, leaf)
+
+
+@pytest.mark.kernels
+@with_own_objective
+def test_repeated_runs_give_the_same_bits(case, device):
+    x = make_batch(device=device)
+    first = case.results(x)
+    for _ in range(1 if INTERPRETED else 3):
+        assert_same_bits(case.results(x), first)
+
+
+@pytest.mark.kernels
+@with_own_objective
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16] if INTERPRETED else [torch.bfloat16, torch.float32]
+)
+def test_inputs_stay_as_they_are(case, dtype, device):
+    x = make_batch(dtype, device)
+    leaf = getattr(x, case.leaf).detach().requires_grad_()
+    x = case.with_leaf(x, leaf)
+    before = [t.detach().clone() for t in x]
+    versions = [t._version for t in x]
+    case.total(case.call(x)).backward()
+    assert [t._version for t in x] == versions
+    assert_same_bits(tuple(t.detach() for t in x), tuple(before))
+
+
+# No gradient that nobody asked for
+
+
+@pytest.fixture
+def backward_calls(monkeypatch):
+    """Names of the backward operators that ran."""
+    calls = []
+
+    def record(module, name):
+        op = getattr(module, name)
+
+        def call(*args):
+            calls.append(name)
+            return op(*args)
+
+        monkeypatch.setattr(module, name, call)
+
+    record(log_probs, "log_probs_bwd")
+    record(policy_loss, "log_probs_bwd")
+    record(policy_loss, "policy_loss_bwd")
+    return calls
+
+
+@with_own_objective
+def test_frozen_inputs_cost_no_gradient(case, backward_calls, device):
+    x = make_batch(device=device)
+    other = torch.ones((), device=device, requires_grad=True)
+    outputs = case.call(x)
+    assert not any(y.requires_grad for y in outputs)
+    (case.total(outputs) * other).backward()
+    assert backward_calls == []
+    assert other.grad is not None
+    assert x.logits.grad is None
+
+    leaf = getattr(x, case.leaf).detach().requires_grad_()
+    with torch.no_grad():
+        outputs = case.outputs(x, leaf)
+    assert not any(y.requires_grad for y in outputs)
+    assert_same_bits(outputs, case.call(x))
+    with torch.inference_mode():
+        assert_same_bits(case.call(x), outputs)
+
+    assert case.total(case.outputs(x, leaf)).requires_grad
+    assert backward_calls == []
+    case.total(case.outputs(x, leaf)).backward()
+    assert len(backward_calls) == 1
+
+
+@with_own_objective
+def test_stats_are_detached(case, device):
+    x = make_batch(device=device)
+    outputs = case.outputs(x, getattr(x, case.leaf).detach().requires_grad_())
+    flags = [y.requires_grad for y in outputs]
+    assert flags == [i < case.differentiable for i in range(len(outputs))]
+
+
+# Operators
+
+
+def operator_calls() -> dict[str, list[tuple]]:
+    """The arguments with which the public functions call each operator."""
+    calls: dict[str, list[tuple]] = {}
+    modules = {log_probs: ["log_probs_fwd", "log_probs_bwd"],
+               policy_loss: ["log_probs_fwd", "log_probs_bwd", "policy_loss_fwd",
+                             "policy_loss_bwd"]}  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for module, names in modules.items():
+            for name in names:
+                op = getattr(module, name)
+
+                def record(*args, name=name, op=op):
+                    calls.setdefault(name, []).append(args)
+                    return op(*args)
+
+                patch.setattr(module, name, record)
+        for case in CASES:
+            case.results(make_batch())
+    return calls
+
+
+@compiled_only
+def test_opcheck():
+    calls = operator_calls()
+    names = {f"gspo_ops::{name}" for name in calls}
+    assert names == {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("gspo_ops::")}
+    for name, all_args in calls.items():
+        op = getattr(torch.ops.gspo_ops, name).default
+        for args in all_args:
+            detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+            torch.library.opcheck(op, detached)
+        # an input that requires grad: the derivative is refused, registered as such
+        torch.library.opcheck(op, all_args[0], test_utils=("test_schema", "test_faketensor"))
+
+
+@compiled_only
+@with_own_objective
+def test_fake_tensors_have_the_real_shapes_and_dtypes(case):
+    for dtype in (torch.bfloat16, torch.float64):
+        x = make_batch(dtype)
+        real = case.results(x)
+        with torch._subclasses.FakeTensorMode() as mode:
+            fake = case.results(Batch(*(mode.from_tensor(t) for t in x)))
+        for r, f in zip(real, fake, strict=True):
+            assert (f.shape, f.dtype, f.stride()) == (r.shape, r.dtype, r.stride())
+
+
+# torch.compile
+
+
+def check_compiled(case: Case, name: str, **options) -> None:
+    """Same bits as eager mode, and one compilation for every length."""
+    torch._dynamo.reset()
+    compiled = torch.compile(case.call, fullgraph=True, backend=name, **options)
+    for length in (5, 7, 9):
+        x = make_batch(T=length)
+        if not options:
+            for tensor in (x.logits, x.targets, x.log_probs, x.old_log_probs, x.mask):
+                torch._dynamo.mark_dynamic(tensor, 1)
+        leaf = getattr(x, case.leaf).requires_grad_()
+        with torch.compiler.set_stance("default" if length == 5 else "fail_on_recompile"):
+            outputs = compiled(x)
+        grads = torch.autograd.grad(case.total(outputs), leaf)
+        assert_same_bits((*(y.detach() for y in outputs), *grads), case.results(x))
+
+
+@compiled_only
+@with_own_objective
+@pytest.mark.parametrize("name", ["eager", "aot_eager"])
+def test_compile(case, name):
+    check_compiled(case, name, dynamic=True)
+
+
+@compiled_only
+@pytest.mark.parametrize("case", [CASES[0], CASES[5]], ids=repr)
+def test_compile_with_marked_dimension(case):
+    check_compiled(case, "aot_eager")
+
+
+@compiled_only
+def test_compile_inductor():
+    check_compiled(Case(from_logits, "logits"), "inductor", dynamic=True)
+
+
+@compiled_only
+def test_compiled_temperature_may_change():
+    torch._dynamo.reset()
+    x = make_batch()
+    compiled = torch.compile(gspo_ops.log_probs_from_logits, fullgraph=True, backend="eager")
+    for temperature in (1.0, 0.9, 0.8):
+        expected = gspo_ops.log_probs_from_logits(x.logits, x.targets, temperature=temperature)
+        assert torch.equal(compiled(x.logits, x.targets, temperature=temperature), expected)
+
+
+# Determinism
+
+
+@pytest.fixture
+def nan_filled_empties():
+    """Every empty() holds NaN (or the largest integer) before it is written."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+@pytest.mark.kernels
+@with_own_objective
+@pytest.mark.parametrize(
+    "dtype", [torch.float16] if INTERPRETED else [torch.float16, torch.float32, torch.float64]
+)
+def test_every_output_is_written(case, dtype, device, nan_filled_empties):
+    assert torch.empty(3, device=device).isnan().all()
+    x = make_batch(dtype, device)
+    for result in case.results(x):
+        assert result.isfinite().all()
+    x = x._replace(mask=torch.zeros_like(x.mask))
+    for result in case.results(x):
+        assert result.isfinite().all()
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("cu", [[1, 6], [0, 5], [2, 4], [0, 0, 0], [3, 1]])
+def test_rows_of_no_sequence_do_not_train(cu, device):
+    """The CPU path refuses such cu_seqlens; a kernel can only make them heard."""
+    if device.type == "cpu" and not INTERPRETED:
+        pytest.skip("refused on CPU")
+    log_probs = torch.randn(6, device=device, requires_grad=True)
+    batch = len(cu) - 1
+    result = gspo_ops.policy_loss_from_log_probs(
+        log_probs, None, torch.ones(batch, device=device),
+        cu_seqlens=torch.tensor(cu, device=device),
+    )  # fmt: skip
+    (grad,) = torch.autograd.grad(result.loss, log_probs)
+    claimed = torch.zeros(6, dtype=torch.bool)
+    for first, last in pairwise(cu):
+        claimed[first:last] = True
+    assert torch.equal(grad.isnan().cpu(), ~claimed)
+
+
+# Precision regimes
+
+
+@pytest.mark.kernels
+@with_own_objective
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16] if INTERPRETED else [torch.bfloat16, torch.float32]
+)
+def test_autocast_changes_nothing(case, dtype, device):
+    x = make_batch(dtype, device)
+    expected = case.results(x)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert_same_bits(case.results(x), expected)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    "case",
+    [c for c in CASES if c.leaf == "logits" and c.call is not log_probs_and_entropy],
+    ids=repr,
+)
+def test_loss_scale_is_applied_before_the_downcast(case, device):
+    """Most of the fp16 gradient would vanish if it were rounded before the scale."""
+    scale, tiny = 65536.0, 1e-6
+    x = make_batch(torch.float16, device)
+    leaf = x.logits.clone().requires_grad_()
+    (case.total(case.outputs(x, leaf)) * tiny * scale).backward()
+    exact_x = Batch(*(t.double() if t.is_floating_point() else t for t in x))
+    exact_leaf = exact_x.logits.requires_grad_()
+    (case.total(case.outputs(exact_x, exact_leaf)) * tiny).backward()
+    lost = (exact_leaf.grad != 0) & (exact_leaf.grad.abs() < 2**-25)
+    assert lost.double().mean() > 0.2
+    torch.testing.assert_close(
+        leaf.grad.double(), exact_leaf.grad * scale, rtol=2**-10, atol=2**-24
+    )
+
+
+# Offsets beyond int32
+
+
+def far_rows() -> None:
+    """Rows 2**30 elements apart in a buffer of which almost nothing is touched."""
+    V, stride = 5, 2**30
+    buffer = torch.empty(2 * stride + V, dtype=torch.bfloat16)
+    far = buffer.as_strided((3, V), (stride, 1))
+    near = torch.randn(3, V, generator=torch.Generator().manual_seed(0)).bfloat16()
+    far.copy_(near)
+    targets = torch.tensor([0, 4, 2])
+    results = []
+    for logits in (near, far):
+        leaf = logits.detach().requires_grad_()
+        result = gspo_ops.log_probs_from_logits(leaf, targets)
+        results.append((result.detach(), *torch.autograd.grad(result.sum(), leaf)))
+    assert_same_bits(*results)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs memory that is reserved lazily")
+@pytest.mark.parametrize("interpret", ["0", "1"], ids=["torch", "interpreter"])
+def test_row_offsets_are_64_bit(interpret):
+    run_here("far_rows", env={"TRITON_INTERPRET": interpret})
+
+
+def start_here(*args: str, env: dict[str, str] | None = None) -> subprocess.Popen:
+    """This file as a program, in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, __file__, *args], env=os.environ | (env or {}), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def run_here(*args: str, env: dict[str, str] | None = None) -> None:
+    process = start_here(*args, env=env)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+
+
+# Distributed data parallel
+
+
+def tiny_model() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Embedding(V, 8), nn.Tanh(), nn.Linear(8, V))
+
+
+def ddp_loss(model: nn.Module, rows: slice, world_size: int) -> Tensor:
+    """Loss of some sequences; DDP averages over ranks, so that the denominator is B / ranks."""
+    x = make_batch()
+    tokens = x.targets.roll(1, dims=1)
+    return gspo_ops.policy_loss_from_logits(
+        model(tokens[rows]), x.targets[rows], x.old_log_probs[rows], x.advantages[rows],
+        mask=x.mask[rows], denominator=B / world_size,
+    ).loss  # fmt: skip
+
+
+def ddp_worker(rank: str, store: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=int(rank), world_size=2,
+        timeout=timedelta(seconds=120),
+    )  # fmt: skip
+    model = nn.parallel.DistributedDataParallel(tiny_model())
+    ddp_loss(model, slice(0, 1) if rank == "0" else slice(1, B), world_size=2).backward()
+    alone = tiny_model()
+    ddp_loss(alone, slice(0, B), world_size=1).backward()
+    for ours, expected in zip(model.parameters(), alone.parameters(), strict=True):
+        assert expected.grad.count_nonzero() > 0
+        torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-5, atol=1e-8)
+    torch.distributed.destroy_process_group()
+
+
+@compiled_only
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_ddp_gradients_equal_those_of_one_process(tmp_path):
+    processes = [start_here("ddp_worker", str(rank), str(tmp_path / "store")) for rank in range(2)]
+    for process in processes:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+
+
+if __name__ == "__main__":
+    {"far_rows": far_rows, "ddp_worker": ddp_worker}[sys.argv[1]](*sys.argv[2:])

