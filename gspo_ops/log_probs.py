@@ -17,6 +17,7 @@ from .layout import check_tensor
 from .objective import check_number
 
 IGNORED = -100
+THREADS = 128  # per program: with 8 columns each they read 1024, and keep columns to themselves
 _CHUNK_ELEMENTS = 1 << 20  # of the CPU path: 4 MiB of fp32, so that a chunk stays in cache
 
 
@@ -228,8 +229,12 @@ def row_strides(logits: Tensor) -> tuple[int, int, int, int]:
 def block_shape(V: int, rows: int) -> dict[str, int]:
     """[ROWS, COLS] of a block. It depends on V alone, so a row's result never depends on N."""
     cols = min(1024, 1 << max(V - 1, 0).bit_length())
+    warp = 32
+    if torch.version.hip:
+        # wider warps; and registers for half as many elements, before scalars spill
+        warp, rows = 64, rows // 2
     rows = min(rows, 1 << (-(-V // cols) - 1).bit_length())
-    return {"ROWS": rows, "COLS": cols, "num_warps": 4}
+    return {"ROWS": rows, "COLS": cols, "num_warps": THREADS // warp}
 
 
 def _triton_fwd(logits, targets, mask, temperature, softcap, return_entropy, out: RowStats):
@@ -243,7 +248,7 @@ def _triton_fwd(logits, targets, mask, temperature, softcap, return_entropy, out
             out.log_probs, out.row_max, out.row_sum, out.entropy if return_entropy else None,
             T, V, stride_b, stride_t,
             temperature, math.log2(math.e) / temperature, softcap,
-            ALIGN=align, **block_shape(V, rows=8),
+            ALIGN=align, **block_shape(V, rows=8 if softcap is None else 4),
         )  # fmt: skip
 
 
@@ -255,6 +260,8 @@ def _triton_bwd(
 
     V = logits.shape[-1]
     T, stride_b, stride_t, align = row_strides(logits)
+    # entropy and soft cap together need twice the registers per element
+    rows = 2 if grad_entropy is not None and softcap is not None else 4
     with device_guard(logits):
         log_probs_bwd_kernel[(targets.numel(),)](
             logits, targets, mask, row_max, row_sum, entropy,
@@ -262,7 +269,7 @@ def _triton_bwd(
             grad_logits,
             T, V, stride_b, stride_t,
             temperature, math.log2(math.e) / temperature, softcap,
-            ALIGN=align, OUT_ALIGN=math.gcd(16, V), **block_shape(V, rows=4),
+            ALIGN=align, OUT_ALIGN=math.gcd(16, V), **block_shape(V, rows),
         )  # fmt: skip
 
 

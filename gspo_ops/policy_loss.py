@@ -80,7 +80,8 @@ def policy_loss_from_log_probs(
         log_probs: (B, T) padded or (N,) packed, float32 or float64.
         old_log_probs: same shape, of the policy that sampled; None means on-policy: every ratio is
             exactly 1, and the gradient flows.
-        advantages: (B,), or per token unless the ratio is the sequence's.
+        advantages: (B,), or per token unless the ratio is the sequence's. Packed, with N == B,
+            they are read as (B,).
         mask: padded (B, T) or packed (N,); non-zero where a token counts. Nothing at other places
             is used, whatever it holds.
         cu_seqlens: (B + 1,) int32 first rows of packed sequences, and N.
@@ -421,7 +422,7 @@ def _triton_policy_loss(log_probs, policy: PolicyInputs):
     from .kernels.policy_loss import NUM_PARTIALS, policy_loss_fwd_kernel
 
     loss, stats, log_ratio, g, inv_denominator = _fwd_fake(log_probs, *policy)
-    partials = g.new_empty(NUM_PARTIALS.value, policy.batch)
+    partials = g.new_empty(policy.batch, NUM_PARTIALS.value)
     ticket = torch.zeros(1, dtype=torch.int32, device=g.device)
     mask = policy.mask
     if mask is not None and mask.dtype == torch.bool:
@@ -438,7 +439,7 @@ def _triton_policy_loss(log_probs, policy: PolicyInputs):
             KL_ESTIMATOR=policy.kl_estimator,
             ADVANTAGE_PER_TOKEN=policy.advantage_per_token,
             ROLLOUT_WEIGHT_PER_TOKEN=policy.rollout_weight_per_token,
-            BLOCK_T=1024, BLOCK_B=1024, num_warps=4,
+            BLOCK_T=512, BLOCK_B=512, num_warps=8,
         )  # fmt: skip
     return loss, stats, log_ratio, g, inv_denominator
 

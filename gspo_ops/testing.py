@@ -133,9 +133,15 @@ def make_case(
     targets = targets.masked_fill(~mask.to(logits.device), -100)
     clean = torch.where(mask.to(logits.device).unsqueeze(-1), logits, 0.0).double()
     log_probs = reference.log_probs_from_logits(clean, targets).cpu()
-    old = log_probs - log_ratios(objective, mask, generator)
+    log_ratio = log_ratios(objective, mask, generator)
+    old = log_probs - log_ratio
     per_token = objective.ratio_level == "sequence_token"
     advantages = torch.randn((B, T) if per_token else (B,), generator=generator)
+    if objective.ratio_level == "sequence":
+        # clip where the ratio can be clipped; later sequences have the opposite sign
+        side = torch.where(log_ratio.sum(1) < 0, -1.0, 1.0)
+        side[7:] *= -1
+        advantages = advantages.abs() * side
     advantages[-1] = 0.0
     logits = logits.masked_fill(~mask.to(logits.device).unsqueeze(-1), math.nan)
     case = Case(

@@ -24,7 +24,7 @@ def load_logits(x_ptr, cols, V, softcap, MASKED: tl.constexpr):
     else:
         x = tl.load(x_ptr + cols).to(tl.float32)
     if softcap is not None:
-        x = softcap * tanh(x / softcap)
+        x = softcap * tanh(x * (1.0 / softcap))
         if MASKED:
             # the cap has made what is beyond V finite
             x = tl.where(cols < V, x, float("-inf"))
@@ -98,7 +98,7 @@ def load_target(x_ptr, target, softcap):
     """The target's logit; NaN for a target outside [0, V), so that it can't train silently."""
     x = tl.load(x_ptr + target, mask=target >= 0, other=float("nan")).to(tl.float32)
     if softcap is not None:
-        x = softcap * tanh(x / softcap)
+        x = softcap * tanh(x * (1.0 / softcap))
     return x
 
 
@@ -171,7 +171,7 @@ def logits_grad(
     raw = load_logits(x_ptr, cols, V, None, MASKED)
     x = raw
     if softcap is not None:
-        capped = tanh(raw / softcap)
+        capped = tanh(raw * (1.0 / softcap))
         x = softcap * capped
     e_log2 = (x - row_max) * scale
     e = tl.exp2(e_log2)

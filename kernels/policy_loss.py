@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .common import ESS_RATIO_CAP, LOG_RATIO_CAP, expm1
 
-# rows of the table of partial sums [NUM_PARTIALS, B]
+# columns of the table of partial sums [B, NUM_PARTIALS]
 TOKENS = tl.constexpr(0)
 LOSS = tl.constexpr(1)
 RATIO_COUNT = tl.constexpr(2)
@@ -47,37 +47,39 @@ def k3(x):
 @triton.jit
 def difference(new_ptr, old_ptr, rows, valid):
     """new - old where valid, 0 elsewhere; 0 everywhere without old (on-policy)."""
-    if old_ptr is None:
-        return tl.zeros(rows.shape, tl.float32)
-    new = tl.load(new_ptr + rows, mask=valid, other=0.0)
-    return new - tl.load(old_ptr + rows, mask=valid, other=0.0)
+    delta = tl.zeros(rows.shape, tl.float32)
+    if old_ptr is not None:
+        new = tl.load(new_ptr + rows, mask=valid, other=0.0)
+        delta = new - tl.load(old_ptr + rows, mask=valid, other=0.0)
+    return delta
 
 
 @triton.jit
 def load_valid(mask_ptr, rows, in_range):
-    if mask_ptr is None:
-        return in_range
-    return in_range & (tl.load(mask_ptr + rows, mask=in_range, other=0) != 0)
+    valid = in_range
+    if mask_ptr is not None:
+        valid = in_range & (tl.load(mask_ptr + rows, mask=in_range, other=0) != 0)
+    return valid
 
 
 @triton.jit
 def total(partials_ptr, B, BLOCK_B: tl.constexpr):
-    """Sum of one row of the table of partial sums, in a fixed order."""
+    """Sum of one column of the table of partial sums, in a fixed order."""
     acc = tl.zeros([BLOCK_B], tl.float32)
     for start in range(0, B, BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
         # .cg: another multiprocessor has written it
-        acc += tl.load(partials_ptr + b, mask=b < B, other=0.0, cache_modifier=".cg")
+        acc += tl.load(partials_ptr + b * NUM_PARTIALS, mask=b < B, other=0.0, cache_modifier=".cg")
     return tl.sum(acc, axis=0)
 
 
 @triton.jit
 def largest(partials_ptr, sign, B, BLOCK_B: tl.constexpr):
-    """Maximum of sign * x over one row of the table of partial sums."""
+    """Maximum of sign * x over one column of the table of partial sums."""
     acc = tl.full([BLOCK_B], float("-inf"), tl.float32)
     for start in range(0, B, BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
-        x = tl.load(partials_ptr + b, mask=b < B, other=0.0, cache_modifier=".cg")
+        x = tl.load(partials_ptr + b * NUM_PARTIALS, mask=b < B, other=0.0, cache_modifier=".cg")
         acc = tl.maximum(acc, tl.where(b < B, sign * x, float("-inf")))
     return tl.max(acc, axis=0)
 
@@ -88,8 +90,8 @@ def finish(
     AGGREGATION: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """Loss and statistics of the batch from the partial sums of its sequences."""
-    tokens = total(partials_ptr + TOKENS * B, B, BLOCK_B)
-    sequences = total(partials_ptr + SEQUENCES * B, B, BLOCK_B)
+    tokens = total(partials_ptr + TOKENS, B, BLOCK_B)
+    sequences = total(partials_ptr + SEQUENCES, B, BLOCK_B)
     if denominator_ptr is not None:
         denominator = tl.load(denominator_ptr).to(tl.float32)
         denominator = tl.where(denominator > 0, denominator, float("nan"))
@@ -100,19 +102,19 @@ def finish(
     else:
         denominator = tl.maximum(sequences, 1.0)
     tl.store(inv_denominator_ptr, 1.0 / denominator)
-    tl.store(loss_ptr, total(partials_ptr + LOSS * B, B, BLOCK_B) / denominator)
+    tl.store(loss_ptr, total(partials_ptr + LOSS, B, BLOCK_B) / denominator)
 
     per_token = 1.0 / tl.maximum(tokens, 1.0)
-    ratios = total(partials_ptr + RATIO_COUNT * B, B, BLOCK_B)
+    ratios = total(partials_ptr + RATIO_COUNT, B, BLOCK_B)
     per_ratio = 1.0 / tl.maximum(ratios, 1.0)
-    ratio_mean = total(partials_ptr + RATIO_SUM * B, B, BLOCK_B) * per_ratio
-    ratio_min = -largest(partials_ptr + RATIO_MIN * B, -1.0, B, BLOCK_B)
-    ratio_max = largest(partials_ptr + RATIO_MAX * B, 1.0, B, BLOCK_B)
-    clipped_sequences = total(partials_ptr + CLIPPED_SEQUENCE * B, B, BLOCK_B)
-    clipped_low = total(partials_ptr + CLIPPED_LOW * B, B, BLOCK_B)
-    clipped_high = total(partials_ptr + CLIPPED_HIGH * B, B, BLOCK_B)
-    ess_sum = total(partials_ptr + ESS_SUM * B, B, BLOCK_B)
-    ess_square_sum = total(partials_ptr + ESS_SQUARE_SUM * B, B, BLOCK_B)
+    ratio_mean = total(partials_ptr + RATIO_SUM, B, BLOCK_B) * per_ratio
+    ratio_min = -largest(partials_ptr + RATIO_MIN, -1.0, B, BLOCK_B)
+    ratio_max = largest(partials_ptr + RATIO_MAX, 1.0, B, BLOCK_B)
+    clipped_sequences = total(partials_ptr + CLIPPED_SEQUENCE, B, BLOCK_B)
+    clipped_low = total(partials_ptr + CLIPPED_LOW, B, BLOCK_B)
+    clipped_high = total(partials_ptr + CLIPPED_HIGH, B, BLOCK_B)
+    ess_sum = total(partials_ptr + ESS_SUM, B, BLOCK_B)
+    ess_square_sum = total(partials_ptr + ESS_SQUARE_SUM, B, BLOCK_B)
     # an empty batch reports what an on-policy one would
     some = ratios > 0
     ess = ess_sum * per_ratio * (ess_sum / tl.where(some, ess_square_sum, 1.0))
@@ -123,11 +125,11 @@ def finish(
     tl.store(stats_ptr + 4, (clipped_low + clipped_high) * per_token)
     tl.store(stats_ptr + 5, clipped_low * per_token)
     tl.store(stats_ptr + 6, clipped_high * per_token)
-    tl.store(stats_ptr + 7, total(partials_ptr + OLD_MINUS_NEW * B, B, BLOCK_B) * per_token)
-    tl.store(stats_ptr + 8, total(partials_ptr + K3 * B, B, BLOCK_B) * per_token)
+    tl.store(stats_ptr + 7, total(partials_ptr + OLD_MINUS_NEW, B, BLOCK_B) * per_token)
+    tl.store(stats_ptr + 8, total(partials_ptr + K3, B, BLOCK_B) * per_token)
     tl.store(stats_ptr + 9, tl.where(some, ess, 1.0))
-    tl.store(stats_ptr + 10, total(partials_ptr + ACTIVE * B, B, BLOCK_B) * per_token)
-    tl.store(stats_ptr + 11, total(partials_ptr + REF_KL * B, B, BLOCK_B) * per_token)
+    tl.store(stats_ptr + 10, total(partials_ptr + ACTIVE, B, BLOCK_B) * per_token)
+    tl.store(stats_ptr + 11, total(partials_ptr + REF_KL, B, BLOCK_B) * per_token)
 
 
 @triton.jit
@@ -137,7 +139,7 @@ def policy_loss_fwd_kernel(
     mask_ptr, cu_seqlens_ptr, denominator_ptr,
     # outputs: g [N], log_ratio [B], loss, stats [NUM_STATS], 1 / denominator
     g_ptr, log_ratio_ptr, loss_ptr, stats_ptr, inv_denominator_ptr,
-    # workspace: partial sums [NUM_PARTIALS, B] and a ticket that starts at 0
+    # workspace: partial sums [B, NUM_PARTIALS] and a ticket that starts at 0
     partials_ptr, ticket_ptr,
     # shapes: rows of sequence b are cu_seqlens[b] .. cu_seqlens[b + 1], or b * T .. (b + 1) * T
     N, T,
@@ -177,19 +179,37 @@ def policy_loss_fwd_kernel(
     tl.store(log_ratio_ptr + b, sequence_log_ratio)
     sequence_ratio = tl.exp(cap_log_ratio(sequence_log_ratio))
 
+    # what is known by now goes out by now, to keep registers free
+    row_ptr = partials_ptr + b * NUM_PARTIALS
+    is_some = n > 0
+    sequences = tl.where(is_some, 1.0, 0.0)
+    tl.store(row_ptr + TOKENS, n)
+    tl.store(row_ptr + SEQUENCES, sequences)
+    tl.store(row_ptr + OLD_MINUS_NEW, -log_ratio_total)
+    if RATIO_LEVEL == "token":
+        tl.store(row_ptr + RATIO_COUNT, n)
+    else:
+        ess_ratio = tl.where(is_some, tl.minimum(sequence_ratio, ESS_RATIO_CAP), 0.0)
+        tl.store(row_ptr + RATIO_COUNT, sequences)
+        tl.store(row_ptr + RATIO_SUM, tl.where(is_some, sequence_ratio, 0.0))
+        tl.store(row_ptr + RATIO_MIN, tl.where(is_some, sequence_ratio, float("inf")))
+        tl.store(row_ptr + RATIO_MAX, tl.where(is_some, sequence_ratio, float("-inf")))
+        tl.store(row_ptr + ESS_SUM, ess_ratio)
+        tl.store(row_ptr + ESS_SQUARE_SUM, ess_ratio * ess_ratio)
+
     weight = 1.0
     if AGGREGATION == "seq-mean-token-mean":
         weight = inv_n
     advantage = tl.zeros([BLOCK_T], tl.float32)
     if not ADVANTAGE_PER_TOKEN:
         advantage += tl.load(advantages_ptr + b)
-    rollout_weight = 1.0
+    rollout_weight = tl.full([BLOCK_T], 1.0, tl.float32)
     rollout_mean = 1.0
     if ROLLOUT_WEIGHT_PER_TOKEN:
         rollout_mean = tl.sum(rollout_sum, axis=0) * inv_n
     elif rollout_weights_ptr is not None:
-        rollout_weight = tl.load(rollout_weights_ptr + b)
-        rollout_mean = rollout_weight
+        rollout_mean = tl.load(rollout_weights_ptr + b)
+        rollout_weight *= rollout_mean
 
     # loss terms and g
     loss = tl.zeros([BLOCK_T], tl.float32)
@@ -256,36 +276,21 @@ def policy_loss_fwd_kernel(
             ess_sum += ess_ratio
             ess_square_sum += ess_ratio * ess_ratio
 
-    is_some = n > 0
-    sequences = tl.where(is_some, 1.0, 0.0)
-    partials_ptr += b
     if RATIO_LEVEL == "token":
-        tl.store(partials_ptr + RATIO_COUNT * B, n)
-        tl.store(partials_ptr + RATIO_SUM * B, tl.sum(ratio_sum, axis=0))
-        tl.store(partials_ptr + RATIO_MIN * B, tl.min(ratio_min, axis=0))
-        tl.store(partials_ptr + RATIO_MAX * B, tl.max(ratio_max, axis=0))
-        tl.store(partials_ptr + ESS_SUM * B, tl.sum(ess_sum, axis=0))
-        tl.store(partials_ptr + ESS_SQUARE_SUM * B, tl.sum(ess_square_sum, axis=0))
-    else:
-        ess_ratio = tl.where(is_some, tl.minimum(sequence_ratio, ESS_RATIO_CAP), 0.0)
-        tl.store(partials_ptr + RATIO_COUNT * B, sequences)
-        tl.store(partials_ptr + RATIO_SUM * B, tl.where(is_some, sequence_ratio, 0.0))
-        tl.store(partials_ptr + RATIO_MIN * B, tl.where(is_some, sequence_ratio, float("inf")))
-        tl.store(partials_ptr + RATIO_MAX * B, tl.where(is_some, sequence_ratio, float("-inf")))
-        tl.store(partials_ptr + ESS_SUM * B, ess_ratio)
-        tl.store(partials_ptr + ESS_SQUARE_SUM * B, ess_ratio * ess_ratio)
+        tl.store(row_ptr + RATIO_SUM, tl.sum(ratio_sum, axis=0))
+        tl.store(row_ptr + RATIO_MIN, tl.min(ratio_min, axis=0))
+        tl.store(row_ptr + RATIO_MAX, tl.max(ratio_max, axis=0))
+        tl.store(row_ptr + ESS_SUM, tl.sum(ess_sum, axis=0))
+        tl.store(row_ptr + ESS_SQUARE_SUM, tl.sum(ess_square_sum, axis=0))
     low = tl.sum(clipped_low, axis=0)
     high = tl.sum(clipped_high, axis=0)
-    tl.store(partials_ptr + TOKENS * B, n)
-    tl.store(partials_ptr + SEQUENCES * B, sequences)
-    tl.store(partials_ptr + LOSS * B, tl.sum(loss, axis=0))
-    tl.store(partials_ptr + CLIPPED_LOW * B, low)
-    tl.store(partials_ptr + CLIPPED_HIGH * B, high)
-    tl.store(partials_ptr + CLIPPED_SEQUENCE * B, tl.where(low + high > 0, 1.0, 0.0))
-    tl.store(partials_ptr + OLD_MINUS_NEW * B, -log_ratio_total)
-    tl.store(partials_ptr + K3 * B, tl.sum(k3_sum, axis=0))
-    tl.store(partials_ptr + REF_KL * B, tl.sum(ref_kl_sum, axis=0))
-    tl.store(partials_ptr + ACTIVE * B, tl.sum(active, axis=0))
+    tl.store(row_ptr + LOSS, tl.sum(loss, axis=0))
+    tl.store(row_ptr + CLIPPED_LOW, low)
+    tl.store(row_ptr + CLIPPED_HIGH, high)
+    tl.store(row_ptr + CLIPPED_SEQUENCE, tl.where(low + high > 0, 1.0, 0.0))
+    tl.store(row_ptr + K3, tl.sum(k3_sum, axis=0))
+    tl.store(row_ptr + REF_KL, tl.sum(ref_kl_sum, axis=0))
+    tl.store(row_ptr + ACTIVE, tl.sum(active, axis=0))
 
     if cu_seqlens_ptr is not None:
         # rows that no sequence claims must not train silently
@@ -301,6 +306,6 @@ def policy_loss_fwd_kernel(
     tl.debug_barrier()
     if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == B - 1:
         finish(
-            partials_ptr - b, denominator_ptr, loss_ptr, stats_ptr, inv_denominator_ptr, B,
+            partials_ptr, denominator_ptr, loss_ptr, stats_ptr, inv_denominator_ptr, B,
             AGGREGATION, BLOCK_B,
         )  # fmt: skip

@@ -270,7 +270,6 @@ def read_amdgcn(asm):
     bodies, loop = {}, None
     for line in text.splitlines():
         if block := re.match(r"\.L(BB\w+):|; %bb", line):
-            loop = block.group(1)
             inside = re.search(r"in Loop: Header=(BB\w+)", line)
             loop = inside.group(1) if inside else block.group(1)
         elif loop and re.match(r"\t[a-z]", line):
