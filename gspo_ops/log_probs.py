@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from .backend import compute_dtype, device_guard, operator, use_triton
+from .backend import compute_dtype, device_guard, operator, use_triton, with_huge_pages
 from .layout import check_tensor
 from .objective import check_number
 
@@ -294,34 +294,50 @@ def _row_chunks(logits: Tensor, live: Tensor) -> Iterator[tuple[Tensor, Tensor]]
 
 
 def _load(rows: Tensor, softcap: float | None, buffer: Tensor) -> Tensor:
-    """Rows in the compute dtype, soft-capped, in the buffer: at least two rows.
-
-    A reduction over a single row may be split among threads, over several never: so a row's result
-    does not depend on how many others stand beside it.
-    """
-    x = buffer[: max(len(rows), 2)]
-    x[: len(rows)] = rows
-    if softcap is not None:
-        x.div_(softcap).tanh_().mul_(softcap)
-    return x
+    """z: the rows in the compute dtype, soft-capped; in the buffer, unless they are that already."""
+    if softcap is None and rows.dtype == buffer.dtype:
+        return rows
+    z = buffer[: len(rows)].copy_(rows)
+    return z if softcap is None else z.div_(softcap).tanh_().mul_(softcap)
 
 
 def _buffer(logits: Tensor) -> Tensor:
+    """Room for a chunk, of two rows or more."""
     V = logits.shape[-1]
     size = max(min(_CHUNK_ELEMENTS // V, logits.numel() // V), 2)
     return torch.zeros(size, V, dtype=compute_dtype(logits.dtype), device=logits.device)
 
 
-def _split_target(x: Tensor, y: Tensor) -> Tensor:
-    """Take the targets y (R,) out of x, which keeps -inf there; returns their logits (R,)."""
-    target = x[: len(y)].gather(1, y[:, None])
-    x[: len(y)].scatter_(1, y[:, None], -math.inf)
-    return target.squeeze(1)
+def _shift(z: Tensor, row_max: Tensor, temperature: float) -> Tensor:
+    """(z - max) / temperature."""
+    return (z - row_max[:, None]).div_(temperature)
 
 
-def _max_over_others(x: Tensor) -> Tensor:
-    row_max = x.amax(1)
-    return row_max.masked_fill(row_max == -math.inf, 0.0)
+def _softmax(z: Tensor, row_max: Tensor, temperature: float, out: Tensor) -> tuple[Tensor, Tensor]:
+    """p and total, such that p * total = e = exp((z - max) / temperature).
+
+    torch.softmax is the fastest exponential there is on a CPU. Its own normaliser is too coarse for
+    a large vocabulary, so it is taken out again: the largest e is 1.
+    """
+    # shifted before it is scaled: z / temperature would round large logits
+    x = z if temperature == 1.0 else _shift(z, row_max, temperature)
+    p = torch.softmax(x, 1, out=out)
+    return p, 1.0 / p.amax(1)
+
+
+def _others(p: Tensor, y: Tensor, buffer: Tensor) -> Tensor:
+    """Sum of p without p_y, which becomes 0, for p in the first rows of the buffer.
+
+    A reduction over a single row may be split among threads, over several never: so that a row's
+    result does not depend on how many stand beside it, two are summed at least.
+    """
+    p.scatter_(1, y[:, None], 0.0)
+    return buffer[: max(len(p), 2)].sum(1)[: len(p)]
+
+
+def _times_log(p: Tensor, log_e: Tensor) -> Tensor:
+    """p * log_e, 0 where p is 0; overwrites log_e."""
+    return log_e.mul_(p).masked_fill_(p == 0, 0.0)
 
 
 def _log_odds(
@@ -364,27 +380,24 @@ def _torch_fwd(logits, targets, mask, temperature, softcap, return_entropy, out:
         x.zero_()
     buffer = _buffer(logits)
     for index, rows in _row_chunks(logits, live):
-        x = _load(rows, softcap, buffer)
-        x_target = _split_target(x, targets[index])
-        row_max = _max_over_others(x)
-        x.sub_(row_max[:, None])
-        if temperature != 1.0:
-            x.div_(temperature)
-        log_e = x.clone() if return_entropy else None
-        row_sum = x.exp_().sum(1)[: len(index)]
-        row_max = row_max[: len(index)]
+        y = targets[index]
+        z = _load(rows, softcap, buffer)
+        row_max = z.amax(1)
+        x_target = z.gather(1, y[:, None]).squeeze(1)
+        log_e = _shift(z, row_max, temperature) if return_entropy else None
+        p, total = _softmax(z, row_max, temperature, buffer[: len(y)])
+        others = _others(p, y, buffer)
+        row_sum = others * total
         d, error = _log_odds(row_max, row_sum, x_target, temperature)
         log_prob = _minus_softplus(d, error)
         out.log_probs[index] = log_prob
         out.row_max[index] = row_max
         out.row_sum[index] = row_sum
         if log_e is not None:
-            weighted = log_e.mul_(x).masked_fill_(x == 0, 0.0).sum(1)[: len(index)]
             log_q = _minus_softplus(-d, -error)
-            others = log_q.exp() * (row_sum.log() - weighted / row_sum - log_q)
-            p_log_p = log_prob.exp() * log_prob
-            out.entropy[index] = others.masked_fill(log_q == -math.inf, 0.0) - p_log_p.masked_fill(
-                log_prob == -math.inf, 0.0
+            rest = row_sum.log() - _times_log(p, log_e).sum(1) / others - log_q
+            out.entropy[index] = _zero_if_impossible(log_q, rest) - _zero_if_impossible(
+                log_prob, log_prob
             )
 
 
@@ -401,56 +414,64 @@ def _torch_bwd(
         live |= grad_entropy != 0
     live &= _all_or(mask, targets)
     targets = _live_targets(targets, live, logits.shape[-1])
-    out = grad_logits.view(-1, grad_logits.shape[-1])
+    out = with_huge_pages(grad_logits).view(-1, grad_logits.shape[-1])
     buffer = _buffer(logits)
     done = 0
     for index, rows in _row_chunks(logits, live):
-        out[done : int(index[0])] = 0
-        done = int(index[-1]) + 1
+        first, last = int(index[0]), int(index[-1]) + 1
+        out[done:first] = 0
+        done = last
+        chunk = out[first:last]
+        is_whole = len(chunk) == len(index)
         grad = _chunk_grad(
             _load(rows, softcap, buffer), targets[index],
             None if row_max is None else (row_max[index], row_sum[index]),
             g[index],
             None if grad_entropy is None else (entropy[index], grad_entropy[index]),
-            temperature, softcap,
+            temperature, softcap, buffer,
+            chunk if is_whole and out.dtype == buffer.dtype else buffer[: len(index)],
         )  # fmt: skip
-        if done - int(index[0]) == len(index):
-            out[int(index[0]) : done] = grad
+        if is_whole:
+            if grad is not chunk:
+                chunk.copy_(grad)
         else:
-            out[int(index[0]) : done] = 0
+            chunk.zero_()
             out.index_copy_(0, index, grad.to(out.dtype))
     out[done:] = 0
 
 
-def _chunk_grad(x, y, known, g, with_entropy, temperature, softcap):
-    """dlogits of a chunk of loaded rows x, which are overwritten. `known`: (row_max, row_sum)."""
-    n = len(y)
-    derivative = None if softcap is None else 1.0 - (x[:n] / softcap).square()
-    x_target = _split_target(x, y)
-    row_max = _max_over_others(x)[:n] if known is None else known[0]
-    x[:n].sub_(row_max[:, None])
-    if temperature != 1.0:
-        x.div_(temperature)
-    log_e = x[:n].clone() if with_entropy is not None else x
-    x.exp_()
-    row_sum = x.sum(1)[:n] if known is None else known[1]
-    x = x[:n]
+def _chunk_grad(z, y, known, g, with_entropy, temperature, softcap, buffer, out):
+    """dlogits of a chunk of loaded rows z, written to out. `known`: (row_max, row_sum) or None."""
+    derivative = None if softcap is None else 1.0 - (z / softcap).square()
+    x_target = z.gather(1, y[:, None]).squeeze(1)
+    row_max = z.amax(1) if known is None else known[0]
+    log_e = _shift(z, row_max, temperature) if with_entropy is not None else None
+    if known is None:
+        p, total = _softmax(z, row_max, temperature, buffer[: len(y)])
+        row_sum = _others(p, y, buffer) * total
+    else:
+        p, total = _softmax(z, row_max, temperature, out)
+        row_sum = known[1]
     d, error = _log_odds(row_max, row_sum, x_target, temperature)
     q = torch.sigmoid(d)
-    coef = torch.where(row_sum == 0, 0.0, q / row_sum)
+    coef = torch.where(row_sum == 0, 0.0, q * total / row_sum)
     at_target = g * q
-    if with_entropy is None:
-        x.mul_((-g * coef)[:, None])
+    if with_entropy is None or log_e is None:
+        grad = torch.mul(p, (-g * coef)[:, None], out=out)
     else:
         entropy, h = with_entropy
-        log_coef = torch.where(coef > 0, _minus_softplus(-d, -error) - row_sum.log() + entropy, 0.0)
-        log_e.add_(log_coef[:, None]).mul_(h[:, None]).add_(g[:, None])
-        # 0 * -inf where e is 0
-        x.mul_(log_e.mul_(-coef[:, None]).masked_fill_(x == 0, 0.0))
         log_p = _minus_softplus(d, error)
-        p_term = torch.sigmoid(-d) * (log_p + entropy)
-        at_target = at_target - h * p_term.masked_fill(log_p == -math.inf, 0.0)
-    x.scatter_(1, y[:, None], at_target[:, None])
+        at_target = at_target - h * _zero_if_impossible(log_p, log_p + entropy)
+        # -p_v * (g + h * (log p_v + entropy)), with log p_v = log_e_v + log q - log(row_sum)
+        log_coef = torch.where(coef > 0, _minus_softplus(-d, -error) - row_sum.log(), 0.0)
+        factor = log_e.add_((log_coef + entropy)[:, None]).mul_(h[:, None]).add_(g[:, None])
+        grad = torch.mul(_times_log(p, factor), -coef[:, None], out=out)
+    grad.scatter_(1, y[:, None], at_target[:, None])
     if temperature != 1.0:
-        x.div_(temperature)
-    return x if derivative is None else x.mul_(derivative)
+        grad.div_(temperature)
+    return grad if derivative is None else grad.mul_(derivative)
+
+
+def _zero_if_impossible(log_p: Tensor, x: Tensor) -> Tensor:
+    """exp(log_p) * x, 0 where log_p is -inf."""
+    return (log_p.exp() * x).masked_fill(log_p == -math.inf, 0.0)

@@ -88,7 +88,8 @@ def check_number(name: str, value: object, *, minimum: float, exclusive: bool = 
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     low = value <= minimum if exclusive else value < minimum
-    if not math.isfinite(value) or low:
+    # not math.isfinite, which torch.compile cannot trace for a symbolic float
+    if low or not -math.inf < value < math.inf:
         sign = ">" if exclusive else ">="
         raise ValueError(f"{name} must be finite and {sign} {minimum:g}, got {value!r}")
 

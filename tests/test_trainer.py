@@ -222,8 +222,8 @@ class TestTasks:
         assert parse_answer(" -3 \nmore") == "-3"
 
     def test_too_few_problems(self):
-        with pytest.raises(ValueError, match=r"'products' gave \d+ distinct problems"):
-            make_task("products", examples=2, train_size=9000, eval_size=10, seed=0)
+        with pytest.raises(ValueError, match=r"'digit_sums' gave \d+ distinct problems"):
+            make_task("digit_sums", examples=2, train_size=300, eval_size=10, seed=0)
 
     def test_unknown_name(self):
         with pytest.raises(ValueError, match="task: expected one of"):
@@ -246,11 +246,11 @@ class TestTraining:
         settings = config(tmp_path, steps=20, group_size=16, learning_rate=3e-3)
         trainer = Trainer(settings, model, tokenizer, task(answer=""))
         rewards = [trainer.step(problems)["reward"] for problems in trainer._problem_batches()]
-        assert sum(rewards[:3]) / 3 < 0.3
-        assert sum(rewards[-3:]) / 3 > 0.8
+        assert sum(rewards[:2]) / 2 < 0.7
+        assert sum(rewards[-2:]) / 2 > 0.9
 
     def test_equal_rewards_leave_the_model_alone(self, model, tokenizer, tmp_path):
-        trainer = Trainer(config(tmp_path), model, tokenizer, task(answer="never"))
+        trainer = Trainer(config(tmp_path), model, tokenizer, task(answer="12345"))
         before = [p.clone() for p in model.parameters()]
         row = trainer.step(list(task().train[:4]))
         assert row["reward"] == row["active_token_frac"] == row["mixed_groups"] == 0.0

@@ -20,7 +20,7 @@ _REQUIRED = ("transformers", "reasoning_gym", "tqdm", "matplotlib")
 _FIELDS: dict[str, tuple[Any, str]] = {
     "out": (Path, "directory for the metrics and the picture"),
     "model": (str, "'smollm2', or a local directory that transformers loads"),
-    "task": (str, "short_sums, sums, products or letter_counting"),
+    "task": (str, "digit_sums, sums, products or letter_counting"),
     "steps": (int, "rollout batches"),
     "time_limit": (float, "seconds of training after which no further step starts"),
     "prompts_per_step": (int, "problems in a rollout batch"),

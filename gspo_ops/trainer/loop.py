@@ -169,7 +169,8 @@ class Trainer:
 
     def _problem_batches(self) -> Iterator[list[Problem]]:
         """`steps` batches, through the training problems in shuffled epochs."""
-        order, queue = random.Random(self.config.seed), []
+        order = random.Random(self.config.seed)
+        queue: list[Problem] = []
         for _ in range(self.config.steps):
             if len(queue) < self.config.prompts_per_step:
                 queue = list(self.task.train)

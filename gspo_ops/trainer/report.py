@@ -11,6 +11,7 @@ from types import TracebackType
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import Tensor
 
 _SMOOTHING = 5  # steps in the running mean drawn over noisy points
@@ -124,23 +125,32 @@ def plot(rows: Sequence[Row], summary: Summary, path: Path) -> None:
         return [row[name] for row in rows]
 
     _points_and_mean(reward, steps, column("reward"), "C0")
-    reward.set(title="Reward of the sampled responses", ylabel="mean reward", ylim=(0, 1))
+    reward.set(title="Reward of the sampled responses", ylabel="fraction right")
+    reward.legend(frameon=False, loc="lower right")
     _points_and_mean(clip, steps, column("clip_frac_sequences"), "C1")
-    clip.set(title="Clip fraction", ylabel="fraction of sequences", ylim=(0, 1))
+    clip.set(title="Clip fraction", ylabel="fraction of sequences")
+    clip.legend(frameon=False, loc="upper right")
     _points_and_mean(live, steps, column("active_token_frac"), "C2")
-    live.set(title="Live fraction", ylabel="fraction of tokens with gradient", ylim=(0, 1))
+    live.set(title="Live fraction", ylabel="fraction of tokens with gradient")
+    live.legend(frameon=False, loc="upper right")
+    for axis in (reward, clip, live):
+        axis.set_ylim(-0.02, 1.02)
 
     ratio.fill_between(steps, column("ratio_min"), column("ratio_max"), color="C3", alpha=0.2)
     ratio.plot(steps, column("ratio_min"), color="C3", lw=0.8, label="min, max")
     ratio.plot(steps, column("ratio_max"), color="C3", lw=0.8)
     ratio.plot(steps, column("ratio_mean"), color="black", lw=1.5, label="mean")
     ratio.set(title="Sequence ratio $s_i$", ylabel="$s_i$ (log scale)", yscale="log")
+    ratio.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ratio.yaxis.set_major_formatter("{x:g}")
+    ratio.yaxis.set_minor_formatter("")
     ratio.legend(frameon=False)
 
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     for axis in axes[1]:
         axis.set_xlabel("step (rollout batch)")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(str(summary).replace(": ", ":\n", 1))
     figure.savefig(path, dpi=120)
 
@@ -155,4 +165,3 @@ def _points_and_mean(
         window = values[max(0, end - _SMOOTHING) : end]
         smooth.append(sum(window) / len(window))
     axis.plot(steps, smooth, color=color, lw=2, label=f"mean of last {_SMOOTHING}")
-    axis.legend(frameon=False)

@@ -106,7 +106,8 @@ def _question_and_answer(entry: dict[str, Any]) -> str:
 
 TASKS: Mapping[str, _Source] = MappingProxyType(
     {
-        "short_sums": _Source("chain_sum", _expression, {"max_terms": 3, "max_digits": 1}),
+        # 200 questions in all
+        "digit_sums": _Source("chain_sum", _expression, {"max_terms": 2, "max_digits": 1}),
         "sums": _Source("chain_sum", _expression, {"max_terms": 2, "max_digits": 2}),
         "products": _Source("products", _expression, {"max_digits": 2}),
         "letter_counting": _Source(
