@@ -1,9 +1,9 @@
-"""`policy_loss_from_logits` against the eager formula: time, peak memory and error, on this machine.
+"""Time, peak memory and error of `policy_loss_from_logits` against the eager formula, here.
 
     python benchmarks/logits.py --out benchmarks/results/NAME.json
 
-Eager is `logits.float().log_softmax(-1).gather(...)` followed by the same GSPO loss in torch. Rounds
-are interleaved; ratios are taken within a round, because the speed of a machine drifts.
+Eager is `logits.float().log_softmax(-1).gather(...)` followed by the same GSPO loss in torch.
+Rounds are interleaved; ratios are taken within a round, because the speed of a machine drifts.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import statistics
 import subprocess
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +48,10 @@ def make_inputs(N: int, V: int, dtype: torch.dtype, f: float, device: torch.devi
     targets = torch.randint(V, (B, N // B), generator=generator).to(device)
     with torch.no_grad():
         new = torch.stack(
-            [reference.log_probs_from_logits(x.float(), y) for x, y in zip(logits, targets, strict=True)]
+            [
+                reference.log_probs_from_logits(x.float(), y)
+                for x, y in zip(logits, targets, strict=True)
+            ]
         )
     advantages = torch.randn(B, generator=generator)
     advantages[round(B * f) :] = 0
@@ -88,28 +89,16 @@ def peak_bytes(provider: Callable[..., Tensor], inputs: dict) -> int:
         torch.cuda.reset_peak_memory_stats()
         step(provider, inputs)
         return torch.cuda.max_memory_allocated() - before
-    # the resident set, sampled every millisecond: the CPU allocator keeps no statistics
-    page = os.sysconf("SC_PAGE_SIZE")
+    # the kernel's high-water mark of the resident set, reset first: the allocator keeps none
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _high_water_mark()
+    step(provider, inputs)
+    return _high_water_mark() - before
 
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * page
 
-    before = peak = resident()
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.001):
-            peak = max(peak, resident())
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    grad = step(provider, inputs)
-    peak = max(peak, resident())
-    done.set()
-    thread.join()
-    del grad
-    return peak - before
+def _high_water_mark() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def error(provider: Callable[..., Tensor], inputs: dict) -> float:
@@ -125,12 +114,18 @@ def error(provider: Callable[..., Tensor], inputs: dict) -> float:
     return relative(grad, exact.grad[0])
 
 
-def measure(N: int, V: int, dtype: torch.dtype, f: float, device: torch.device, rounds: int) -> dict:
+def measure(
+    N: int, V: int, dtype: torch.dtype, f: float, device: torch.device, rounds: int
+) -> dict:
     inputs = make_inputs(N, V, dtype, f, device)
     errors = {name: error(provider, inputs) for name, provider in PROVIDERS.items()}
     if not errors["gspo_ops"] <= max(4e-6, 1.1 * errors["eager"]):
         raise SystemExit(f"not timed, because the gradient is off: {errors}")
-    memory = {name: peak_bytes(provider, inputs) for name, provider in PROVIDERS.items()}
+    # the largest of three: memory that is given back late can hide a peak
+    memory = {
+        name: max(peak_bytes(provider, inputs) for _ in range(3))
+        for name, provider in PROVIDERS.items()
+    }
     times: dict[str, list[float]] = {name: [] for name in PROVIDERS}
     for _ in range(rounds):
         for name, provider in PROVIDERS.items():

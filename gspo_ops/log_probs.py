@@ -91,7 +91,9 @@ class RowStats(NamedTuple):
 
 class _LogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, targets, mask, temperature, softcap, return_entropy):  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx, logits, targets, mask, temperature, softcap, return_entropy
+    ):
         stats = RowStats(
             *log_probs_fwd(logits, targets, mask, temperature, softcap, return_entropy)
         )
@@ -294,7 +296,7 @@ def _row_chunks(logits: Tensor, live: Tensor) -> Iterator[tuple[Tensor, Tensor]]
 
 
 def _load(rows: Tensor, softcap: float | None, buffer: Tensor) -> Tensor:
-    """z: the rows in the compute dtype, soft-capped; in the buffer, unless they are that already."""
+    """z: rows in the compute dtype, soft-capped; in the buffer unless they are that already."""
     if softcap is None and rows.dtype == buffer.dtype:
         return rows
     z = buffer[: len(rows)].copy_(rows)

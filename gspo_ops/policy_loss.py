@@ -139,8 +139,8 @@ def policy_loss_from_logits(
     """Clipped policy-gradient loss straight from logits, without an N x V intermediate.
 
     The same number as `policy_loss_from_log_probs(log_probs_from_logits(...), ...)`, as one
-    autograd node whose backward writes dlogits in one pass and leaves out every row with zero gradient:
-    masked, clipped, or with zero advantage.
+    autograd node whose backward writes dlogits in one pass and leaves out every row with zero
+    gradient: masked, clipped, or with zero advantage.
 
     With `old_log_probs=None`, and neither reference nor entropy asked for, the gradient by the
     log-probs is known beforehand: the forward does not read the logits at all, and the backward
@@ -229,7 +229,9 @@ class _PolicyLossFromLogProbs(torch.autograd.Function):
 
 class _PolicyLossFromLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, targets, temperature, softcap, return_entropy, *inputs):  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx, logits, targets, temperature, softcap, return_entropy, *inputs
+    ):
         policy = PolicyInputs(*inputs)
         log_probs = row_max = row_sum = None
         entropy = targets.new_empty(0, dtype=compute_dtype(logits.dtype))

@@ -54,6 +54,7 @@ class Case:
     advantages: Tensor
     mask: Tensor | None
     cu_seqlens: Tensor | None
+    rollout_weights: Tensor
     objective: Objective
 
     @property
@@ -67,7 +68,12 @@ class Case:
         return "padded" if self.cu_seqlens is None else "packed"
 
     def options(self) -> dict:
-        return {"mask": self.mask, "cu_seqlens": self.cu_seqlens, "objective": self.objective}
+        return {
+            "mask": self.mask,
+            "cu_seqlens": self.cu_seqlens,
+            "rollout_weights": self.rollout_weights,
+            "objective": self.objective,
+        }
 
     def double(self) -> Case:
         """The same numbers in float64, with logits at masked positions replaced by 0."""
@@ -77,6 +83,7 @@ class Case:
             logits=logits.double(),
             old_log_probs=self.old_log_probs.double(),
             advantages=self.advantages.double(),
+            rollout_weights=self.rollout_weights.double(),
         )
 
 
@@ -146,7 +153,8 @@ def make_case(
     logits = logits.masked_fill(~mask.to(logits.device).unsqueeze(-1), math.nan)
     case = Case(
         logits, targets, old.float().to(logits.device), advantages.to(logits.device),
-        mask.to(logits.device), None, objective,
+        mask.to(logits.device), None,
+        (0.5 + torch.rand(B, T, generator=generator)).to(logits.device), objective,
     )  # fmt: skip
     return _pack(case, in_sequence, lengths) if packed else case
 
@@ -162,6 +170,7 @@ def _pack(case: Case, in_sequence: Tensor, lengths: Tensor) -> Case:
         advantages=case.advantages if case.advantages.ndim == 1 else case.advantages[keep],
         mask=case.mask[keep] if case.mask is not None else None,
         cu_seqlens=cu_seqlens.to(case.logits.device),
+        rollout_weights=case.rollout_weights[keep],
     )
 
 
@@ -236,7 +245,7 @@ def _measure_from_log_probs(case: Case) -> dict[str, float]:
     theirs = log_probs.double().requires_grad_()
     out = policy_loss_from_log_probs(ours, case.old_log_probs, case.advantages, **case.options())
     loss64, stats64 = reference.policy_loss_from_log_probs(
-        theirs, exact.old_log_probs, exact.advantages, **case.options()
+        theirs, exact.old_log_probs, exact.advantages, **exact.options()
     )
     upstream = torch.randn((), generator=torch.Generator().manual_seed(3)).to(loss64.device)
     (out.loss * upstream).backward()
@@ -268,7 +277,7 @@ def _measure_from_logits(case: Case) -> dict[str, float]:
 
     logits64 = exact.logits.requires_grad_()
     loss64, stats64 = reference.policy_loss_from_logits(
-        logits64, exact.targets, exact.old_log_probs, exact.advantages, **case.options()
+        logits64, exact.targets, exact.old_log_probs, exact.advantages, **exact.options()
     )
     (loss64 * upstream).backward()
     assert logits64.grad is not None
@@ -305,7 +314,7 @@ def _measure_on_policy(case: Case) -> dict[str, float]:
     exact = case.double()
     logits64 = exact.logits.requires_grad_()
     reference.policy_loss_from_logits(
-        logits64, exact.targets, None, exact.advantages, **case.options()
+        logits64, exact.targets, None, exact.advantages, **exact.options()
     )[0].backward()
     errors = [grad_errors(grad, logits64.grad, case.targets) for grad in grads]
     return quantities | {q: max(e[q] for e in errors) for q in errors[0]}

@@ -42,15 +42,24 @@ KERNELS = {
     ),
     "missing cross-token term": (
         "kernels/policy_loss.py",
-        "sequence_log_ratio = log_ratio_total * inv_n",
-        "sequence_log_ratio = log_ratio_total * inv_n * 0.999",
+        'g_weight = rollout_mean if RATIO_LEVEL == "sequence" else rollout_weight',
+        "g_weight = rollout_weight",
+    ),
+    "the token's ratio for the sequence's": (
+        "kernels/policy_loss.py",
+        "-ratio * advantage * g_weight",
+        "-tl.exp(token_log_ratio) * advantage * g_weight",
     ),
     "no length normalisation": (
         "kernels/policy_loss.py",
         'if AGGREGATION == "seq-mean-token-mean":\n        weight = inv_n',
         'if AGGREGATION == "seq-mean-token-mean":\n        weight = 1.0',
     ),
-    "mask ignored": ("kernels/policy_loss.py", "in_range & (tl.load(mask_ptr + rows, mask=in_range, other=0) != 0)", "in_range"),
+    "mask ignored": (
+        "kernels/policy_loss.py",
+        "in_range & (tl.load(mask_ptr + rows, mask=in_range, other=0) != 0)",
+        "in_range",
+    ),
     "wrong clip side": (
         "kernels/policy_loss.py",
         "valid & (advantage > 0) & (log_ratio > log_clip_high)",
@@ -129,7 +138,7 @@ def test_the_cases_straddle_the_clip_edges():
         case = testing.make_case(logits, objective, packed=False)
         _, stats = testing.reference.policy_loss_from_logits(
             case.double().logits, case.targets, case.old_log_probs.double(),
-            case.advantages.double(), **case.options(),
+            case.advantages.double(), **case.double().options(),
         )  # fmt: skip
         assert 0 < stats["clip_frac_low"] < 0.5
         assert 0 < stats["clip_frac_high"] < 0.5

@@ -42,8 +42,8 @@ class TrainConfig:
     model: str = "smollm2"
     task: str = "digit_sums"
     examples: int = 2
-    train_size: int = 100
-    eval_size: int = 98
+    train_size: int = 76
+    eval_size: int = 76
     steps: int = 100
     time_limit: float | None = None
     prompts_per_step: int = 16

@@ -21,7 +21,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Task:
-    """Problems of one kind; no question is in two of the three sets.
+    """Problems of one kind; none is in two of the three sets, not even mirrored.
 
     Attributes:
         examples: the solved problems shown in every prompt.
@@ -106,7 +106,7 @@ def _question_and_answer(entry: dict[str, Any]) -> str:
 
 TASKS: Mapping[str, _Source] = MappingProxyType(
     {
-        # 200 questions in all
+        # 155 problems in all
         "digit_sums": _Source("chain_sum", _expression, {"max_terms": 2, "max_digits": 1}),
         "sums": _Source("chain_sum", _expression, {"max_terms": 2, "max_digits": 2}),
         "products": _Source("products", _expression, {"max_digits": 2}),
@@ -118,15 +118,19 @@ TASKS: Mapping[str, _Source] = MappingProxyType(
 
 
 def _distinct_problems(source: _Source, needed: int, seed: int) -> list[Problem]:
-    """Up to `needed` problems with different questions, in the order drawn."""
+    """Up to `needed` different problems, in the order drawn.
+
+    Questions made of the same words, with the same answer, are one problem: who was trained on
+    `3 + 4` has not been tested by `4 + 3`.
+    """
     # Many draws repeat a question; a source that hasn't given enough by then is too small.
     draws = reasoning_gym.create_dataset(
         source.dataset, seed=seed, size=20 * needed, **source.options
     )
-    problems: dict[str, Problem] = {}
+    problems: dict[tuple[str, ...], Problem] = {}
     for entry in draws:
-        question = source.ask(entry)
-        problems.setdefault(question, Problem(question, entry["answer"]))
+        problem = Problem(source.ask(entry), entry["answer"])
+        problems.setdefault((*sorted(problem.question.split()), problem.answer), problem)
         if len(problems) == needed:
             break
     return list(problems.values())
