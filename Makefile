@@ -13,8 +13,8 @@ demo: $(READY)
 	$(PY) -m gspo_ops.cli train --preset demo
 
 test: $(READY)
-	$(PY) -m pytest
-	TRITON_INTERPRET=1 $(PY) -m pytest -m kernels
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -n 2 -m kernels
 
 lint: $(READY)
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy

@@ -323,6 +323,7 @@ def _softmax(z: Tensor, row_max: Tensor, temperature: float, out: Tensor) -> tup
     """
     # shifted before it is scaled: z / temperature would round large logits
     x = z if temperature == 1.0 else _shift(z, row_max, temperature)
+    # in place when z stands in out: each element is read before it is written
     p = torch.softmax(x, 1, out=out)
     return p, 1.0 / p.amax(1)
 

@@ -53,6 +53,20 @@ def test_accuracy(device, N, V, dtype):
     assert_accurate(logits, sample(logits) if N else torch.zeros(0, dtype=torch.long))
 
 
+def test_a_row_alone_is_bitwise_the_row_in_a_batch(device):
+    """At a vocabulary so large that a reduction over one row may be split among threads."""
+    logits = synthetic_logits(1, 5, 151936, device=device)[0]
+    targets = sample(logits)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = log_probs_from_logits(logits, targets)
+        alone = [log_probs_from_logits(logits[i : i + 1], targets[i : i + 1]) for i in range(5)]
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(together, torch.cat(alone))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_accuracy_at_a_real_vocabulary(device, dtype):
     logits = synthetic_logits(1, 3, 151936, device=device)[0].to(dtype)

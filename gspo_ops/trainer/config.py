@@ -20,6 +20,7 @@ class TrainConfig:
         examples: solved problems shown in each prompt.
         train_size: distinct problems to train on; they are gone through in shuffled epochs.
         eval_size: held-out problems, none of them among the others.
+        eval_samples: responses sampled to each held-out problem, at the training temperature.
         steps: rollout batches.
         time_limit: seconds of training after which no further step starts; None for no limit.
         prompts_per_step: problems in a rollout batch.
@@ -44,6 +45,7 @@ class TrainConfig:
     examples: int = 2
     train_size: int = 76
     eval_size: int = 76
+    eval_samples: int = 4
     steps: int = 100
     time_limit: float | None = None
     prompts_per_step: int = 16
@@ -63,6 +65,7 @@ class TrainConfig:
         for name in (
             "examples",
             "train_size",
+            "eval_samples",
             "steps",
             "prompts_per_step",
             "mini_batches",

@@ -161,11 +161,13 @@ class Trainer:
         }
 
     def evaluate(self) -> Tensor:
-        """Greedy answers to the held-out problems: (eval_size,) 1.0 where right, else 0.0."""
+        """(eval_size,) fraction of right answers among those sampled to each held-out problem."""
         held_out = self.task.held_out
+        samples, temperature = self.config.eval_samples, self.config.temperature
         batches = [held_out[i : i + _EVAL_BATCH] for i in range(0, len(held_out), _EVAL_BATCH)]
         bar = tqdm(batches, desc="held-out problems", leave=False)
-        return torch.cat([self._rewards(b, self._sample(b, 1, temperature=0)) for b in bar]).cpu()
+        rewards = [self._rewards(b, self._sample(b, samples, temperature)) for b in bar]
+        return torch.cat(rewards).view(-1, samples).mean(1).cpu()
 
     def _problem_batches(self) -> Iterator[list[Problem]]:
         """`steps` batches, through the training problems in shuffled epochs."""

@@ -51,17 +51,16 @@ class MetricsFile:
 
 @dataclass(frozen=True)
 class Summary:
-    """Held-out accuracy before and after, on the same problems.
+    """Held-out accuracy before and after: of sampled responses to the same problems.
 
     Attributes:
-        problems: held-out problems, n.
-        before: fraction answered right before training.
-        before_se: its standard error, that of a mean of n independent answers.
-        after: fraction answered right after training.
+        problems: held-out problems, n; each has an accuracy, over the responses sampled to it.
+        before: mean accuracy before training.
+        before_se: its standard error, that of a mean over n problems.
+        after: mean accuracy after training.
         after_se: its standard error.
         gain: after - before.
-        gain_se: standard error of the gain: of the mean of the n paired differences, each -1, 0 or
-            1, one for each problem.
+        gain_se: standard error of the gain: of the mean of the n differences, one per problem.
         seconds: the whole run, both evaluations included.
     """
 
@@ -76,7 +75,7 @@ class Summary:
 
     @classmethod
     def of(cls, before: Tensor, after: Tensor, *, seconds: float) -> Summary:
-        """Summarise (n,) 1.0-or-0.0 results before and after, problem by problem."""
+        """Summarise (n,) accuracies before and after, problem by problem."""
         gain = after - before
         return cls(
             problems=len(before),
