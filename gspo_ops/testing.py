@@ -144,10 +144,12 @@ def make_case(
     old = log_probs - log_ratio
     per_token = objective.ratio_level == "sequence_token"
     advantages = torch.randn((B, T) if per_token else (B,), generator=generator)
-    if objective.ratio_level == "sequence":
-        # clip where the ratio can be clipped; later sequences have the opposite sign
-        side = torch.where(log_ratio.sum(1) < 0, -1.0, 1.0)
+    if objective.ratio_level != "token":
+        # mostly on the side where the sequence's ratio can be clipped
+        side = torch.where((log_ratio * mask).sum(1) < 0, -1.0, 1.0)
         side[7:] *= -1
+        if per_token:
+            side = side[:, None] * torch.where(torch.arange(T) % 4 == 3, -1.0, 1.0)
         advantages = advantages.abs() * side
     advantages[-1] = 0.0
     logits = logits.masked_fill(~mask.to(logits.device).unsqueeze(-1), math.nan)

@@ -15,7 +15,10 @@ from gspo_ops import (
 )
 from gspo_ops.testing import OBJECTIVES, log_ratios, relative, worst
 
-pytestmark = pytest.mark.kernels
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.filterwarnings("ignore:aggregation=.* weights sequences by their length"),
+]
 
 LEVELS = {"sequence": (3e-4, 4e-4), "sequence_token": (3e-4, 4e-4), "token": (0.2, 0.27)}
 AGGREGATIONS = ["seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "token-sum"]
