@@ -72,7 +72,9 @@ KERNELS = {
 CPU_PATH = {
     "nothing": ("gspo_ops/log_probs.py", "q = torch.sigmoid(d)", "q = torch.sigmoid(d)"),
     "missing softmax term": (
-        "gspo_ops/log_probs.py", "torch.mul(p, (-g * coef)[:, None], out=out)", "torch.mul(p, 0.0, out=out)"
+        "gspo_ops/log_probs.py",
+        "torch.mul(p, (-g * coef)[:, None], out=out)",
+        "torch.mul(p, 0.0, out=out)",
     ),
     "missing target term": (
         "gspo_ops/log_probs.py", "grad.scatter_(1, y[:, None], at_target[:, None])", "pass"
