@@ -7,6 +7,9 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+# A log-ratio beyond it counts as this much: its exp stays finite. Also in kernels/common.py.
+LOG_RATIO_CAP = 80.0
+
 RatioLevel = Literal["sequence", "sequence_token", "token"]
 Aggregation = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "token-sum"]
 KLEstimator = Literal["k1", "k2", "k3"]

@@ -22,7 +22,15 @@ from .log_probs import (
     log_probs_from_logits,
     log_probs_fwd,
 )
-from .objective import GSPO, Aggregation, KLEstimator, Objective, RatioLevel, check_number
+from .objective import (
+    GSPO,
+    LOG_RATIO_CAP,
+    Aggregation,
+    KLEstimator,
+    Objective,
+    RatioLevel,
+    check_number,
+)
 
 TokenLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -40,8 +48,7 @@ STATS = (
     "active_token_frac",
     "ref_kl",
 )
-LOG_RATIO_CAP = 80.0
-ESS_RATIO_CAP = 1e15
+ESS_RATIO_CAP = 1e15  # as in kernels/common.py: its square leaves room for sums in fp32
 
 
 class PolicyLoss(NamedTuple):

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from .layout import Layout, resolve_layout
-from .objective import GSPO, Objective
-
-LOG_RATIO_CAP = 80.0
+from .objective import GSPO, LOG_RATIO_CAP, Objective
 
 
 def log_probs_from_logits(
