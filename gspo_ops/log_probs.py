@@ -170,7 +170,7 @@ def log_probs_fwd(logits, targets, mask, temperature, softcap, return_entropy):
     forward = _triton_fwd if use_triton(logits) else _torch_fwd
     out = RowStats(*_fwd_fake(logits, targets, mask, temperature, softcap, return_entropy))
     targets = targets.reshape(-1).contiguous()
-    mask = None if mask is None else _bytes(mask.reshape(-1))
+    mask = None if mask is None else loadable(mask.reshape(-1))
     if targets.numel():
         forward(logits, targets, mask, temperature, softcap, return_entropy, out)
     return tuple(out)
@@ -202,7 +202,7 @@ def log_probs_bwd(
         backward = _triton_bwd if use_triton(logits) else _torch_bwd
         backward(
             logits, targets.reshape(-1).contiguous(),
-            None if mask is None else _bytes(mask.reshape(-1)),
+            None if mask is None else loadable(mask.reshape(-1)),
             row_max, row_sum, entropy, grad_log_probs.reshape(-1).contiguous(),
             None if grad_entropy is None else grad_entropy.reshape(-1).contiguous(),
             grad_loss, inv_denominator, temperature, softcap, grad_logits,
@@ -210,7 +210,7 @@ def log_probs_bwd(
     return grad_logits
 
 
-def _bytes(mask: Tensor) -> Tensor:
+def loadable(mask: Tensor) -> Tensor:
     """A contiguous mask whose dtype a kernel can load."""
     mask = mask.contiguous()
     return mask.view(torch.uint8) if mask.dtype == torch.bool else mask

@@ -18,6 +18,7 @@ from .log_probs import (
     RowStats,
     check_logits,
     check_softmax_options,
+    loadable,
     log_probs_bwd,
     log_probs_from_logits,
     log_probs_fwd,
@@ -34,6 +35,7 @@ from .objective import (
 
 TokenLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
+# in the order that the kernel writes them
 STATS = (
     "ratio_mean",
     "ratio_min",
@@ -433,9 +435,7 @@ def _triton_policy_loss(log_probs, policy: PolicyInputs):
     loss, stats, log_ratio, g, inv_denominator = _fwd_fake(log_probs, *policy)
     partials = g.new_empty(policy.batch, NUM_PARTIALS.value)
     ticket = torch.zeros(1, dtype=torch.int32, device=g.device)
-    mask = policy.mask
-    if mask is not None and mask.dtype == torch.bool:
-        mask = mask.view(torch.uint8)
+    mask = None if policy.mask is None else loadable(policy.mask)
     with device_guard(g):
         policy_loss_fwd_kernel[(policy.batch,)](
             log_probs, policy.old_log_probs, policy.ref_log_probs, policy.advantages,

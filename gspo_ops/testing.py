@@ -25,7 +25,8 @@ CLIP_BAND = 1e-6  # half-width of the band around a clip edge where a decision m
 EDGE_OFFSET = 5e-6  # where the test ratios stand beside the edges
 OBJECTIVES = (GSPO(), GSPOToken(), GRPO())
 
-# The contract: worst allowed value of each quantity. "ulp" counts steps of the gradient's dtype.
+# Worst allowed value of each quantity: the contract's, but for loss and entropy, which it leaves
+# open. "ulp" counts steps of the gradient's dtype.
 BOUNDS = {
     "log_prob": 2e-6,
     "entropy": 1e-5,

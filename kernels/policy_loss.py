@@ -28,7 +28,6 @@ REF_KL = tl.constexpr(13)
 ACTIVE = tl.constexpr(14)
 SEQUENCES = tl.constexpr(15)
 NUM_PARTIALS = tl.constexpr(16)
-NUM_STATS = tl.constexpr(12)
 
 
 @triton.jit
@@ -89,7 +88,7 @@ def finish(
     partials_ptr, denominator_ptr, loss_ptr, stats_ptr, inv_denominator_ptr, B,
     AGGREGATION: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """Loss and statistics of the batch from the partial sums of its sequences."""
+    """Loss and statistics, in the order of STATS, from the partial sums of the sequences."""
     tokens = total(partials_ptr + TOKENS, B, BLOCK_B)
     sequences = total(partials_ptr + SEQUENCES, B, BLOCK_B)
     if denominator_ptr is not None:
@@ -137,7 +136,7 @@ def policy_loss_fwd_kernel(
     # inputs; log_probs, old, ref, rollout weights [N]; advantages [B] or [N]; each may be None
     log_probs_ptr, old_log_probs_ptr, ref_log_probs_ptr, advantages_ptr, rollout_weights_ptr,
     mask_ptr, cu_seqlens_ptr, denominator_ptr,
-    # outputs: g [N], log_ratio [B], loss, stats [NUM_STATS], 1 / denominator
+    # outputs: g [N], log_ratio [B], loss, stats as `finish` writes them, 1 / denominator
     g_ptr, log_ratio_ptr, loss_ptr, stats_ptr, inv_denominator_ptr,
     # workspace: partial sums [B, NUM_PARTIALS] and a ticket that starts at 0
     partials_ptr, ticket_ptr,
