@@ -9,19 +9,23 @@ Rounds are interleaved; ratios are taken within a round, because the speed of a 
 from __future__ import annotations
 
 import argparse
-import gc
-import json
 import statistics
-import subprocess
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from measure import (
+    default_device,
+    interleaved,
+    plausible_peak_bytes,
+    provenance,
+    seconds,
+    write,
+)
 from torch import Tensor
 
 from gspo_ops import GSPO, policy_loss_from_logits, reference
-from gspo_ops.cli import environment
 from gspo_ops.testing import relative
 
 
@@ -67,50 +71,6 @@ def step(provider: Callable[..., Tensor], inputs: dict) -> Tensor:
     return logits.grad
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def seconds(provider: Callable[..., Tensor], inputs: dict) -> float:
-    device = inputs["logits"].device
-    synchronize(device)
-    start = time.perf_counter()
-    step(provider, inputs)
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def peak_bytes(provider: Callable[..., Tensor], inputs: dict) -> int:
-    """Extra memory of one step at its peak, dlogits included."""
-    gc.collect()
-    if inputs["logits"].is_cuda:
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step(provider, inputs)
-        return torch.cuda.max_memory_allocated() - before
-    # the kernel's high-water mark of the resident set, reset first: the allocator keeps none
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _high_water_mark()
-    step(provider, inputs)
-    return _high_water_mark() - before
-
-
-def plausible_peak_bytes(provider: Callable[..., Tensor], inputs: dict) -> int:
-    """A peak below the size of dlogits, which every step returns, was not one: try again."""
-    for _ in range(20):
-        peak = peak_bytes(provider, inputs)
-        if peak > 0.99 * inputs["logits"].nbytes:
-            return peak
-        time.sleep(1)
-    raise SystemExit("peak memory can't be measured here: the system takes pages back meanwhile")
-
-
-def _high_water_mark() -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
-
-
 def error(provider: Callable[..., Tensor], inputs: dict) -> float:
     """Relative L2 error of dlogits against float64, on the first sequence with a gradient."""
     grad = step(provider, inputs)[0]
@@ -131,15 +91,13 @@ def measure(
     errors = {name: error(provider, inputs) for name, provider in PROVIDERS.items()}
     if not errors["gspo_ops"] <= max(4e-6, 1.1 * errors["eager"]):
         raise SystemExit(f"not timed, because the gradient is off: {errors}")
-    memory = {name: plausible_peak_bytes(provider, inputs) for name, provider in PROVIDERS.items()}
-    times: dict[str, list[float]] = {name: [] for name in PROVIDERS}
-    order = list(PROVIDERS.items())
-    for _ in range(rounds):
-        for name, provider in order:
-            times[name].append(seconds(provider, inputs))
-        order.reverse()  # neither always pays for what the other has left behind
-    ratios = sorted(b / a for a, b in zip(times["eager"], times["gspo_ops"], strict=True))
     dlogits = inputs["logits"].nbytes
+    steps = {name: partial(step, provider, inputs) for name, provider in PROVIDERS.items()}
+    memory = {name: plausible_peak_bytes(run, dlogits, device) for name, run in steps.items()}
+    times = interleaved(
+        {name: partial(seconds, run, device) for name, run in steps.items()}, rounds
+    )
+    ratios = sorted(b / a for a, b in zip(times["eager"], times["gspo_ops"], strict=True))
     return {
         "N": N, "V": V, "dtype": str(dtype)[6:], "f": f,
         "median_ms": {name: 1e3 * statistics.median(t) for name, t in times.items()},
@@ -160,7 +118,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     results = []
     for dtype in (torch.bfloat16, torch.float32):
         for f in (1.0, 0.5):
@@ -177,15 +135,7 @@ def main() -> None:
                 f"(eager {row['grad_error_rel_l2']['eager']:.1e})"
             )
     if args.out:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip()
-        report = {
-            "environment": environment().splitlines(), "threads": torch.get_num_threads(),
-            "commit": commit, "date": time.strftime("%Y-%m-%d"), "rounds": args.rounds,
-            "results": results,
-        }  # fmt: skip
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        write(args.out, {**provenance(), "rounds": args.rounds, "results": results})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 from . import reference
 from .advantages import group_advantages
+from .head import LoRA, Plan, plan_from_hidden
+from .linear_log_probs import log_probs_from_hidden
+from .linear_policy_loss import policy_loss_from_hidden
 from .log_probs import log_probs_from_logits
 from .objective import GRPO, GSPO, GSPOToken, Objective
 from .policy_loss import PolicyLoss, policy_loss_from_log_probs, policy_loss_from_logits
@@ -12,10 +15,15 @@ __all__ = [
     "GRPO",
     "GSPO",
     "GSPOToken",
+    "LoRA",
     "Objective",
+    "Plan",
     "PolicyLoss",
     "group_advantages",
+    "log_probs_from_hidden",
     "log_probs_from_logits",
+    "plan_from_hidden",
+    "policy_loss_from_hidden",
     "policy_loss_from_log_probs",
     "policy_loss_from_logits",
     "reference",

@@ -11,7 +11,7 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -60,8 +60,9 @@ def operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
         LIBRARY.define(schema)
         LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"gspo_ops::{name}", fake, lib=LIBRARY)
-        # without it the operator would pass for a constant, with a warning at most
-        torch.library.register_autograd(f"gspo_ops::{name}", _refuse_derivative, lib=LIBRARY)
+        if "(a!)" not in schema:  # one that changes its arguments can't have it: `refuse_graph`
+            # without it the operator would pass for a constant, with a warning at most
+            torch.library.register_autograd(f"gspo_ops::{name}", _refuse_derivative, lib=LIBRARY)
         return getattr(torch.ops.gspo_ops, name).default
 
     return register
@@ -69,3 +70,42 @@ def operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
 
 def _refuse_derivative(ctx: object, *grads: Tensor) -> None:
     raise NotImplementedError("gspo_ops has no second derivatives: double backward is impossible")
+
+
+def refuse_graph() -> None:
+    """Refuse a backward under create_graph=True, where an operator can't do it by itself."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        _refuse_derivative(None)
+
+
+@contextlib.contextmanager
+def exact_matmul(device: torch.device) -> Iterator[None]:
+    """Products in the dtype of their operands, whatever the caller allows: no TF32, no autocast."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch < 2.9
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            with torch.autocast(device.type, enabled=False):
+                yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    allowed = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, allowed, strict=True):
+            backend.fp32_precision = precision
+
+
+def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, accumulated and returned in fp32 (float64 for float64)."""
+    if a.dtype in (torch.float32, torch.float64):
+        return torch.mm(a, b)
+    if a.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):  # torch >= 2.8
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())

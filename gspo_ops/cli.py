@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     verify.add_argument(
         "--model",
         metavar="NAME",
-        help="use the logits of a real model: 'smollm2', or a local path that transformers loads",
+        help="use logits, hidden states and head of a real model: 'smollm2', or a local path that "
+        "transformers loads",
     )
     args = parser.parse_args(argv)
     if args.command == "env":
@@ -74,8 +75,9 @@ def _verify(device: torch.device, model: str | None) -> int:
     if interpreted:
         testing.patch_interpreter()
         options["shapes"] = ((9, 3, 1000), (5, 2, 4097))
+        options["head_shapes"] = ((9, 2, 19, 1100),)
     if model is not None:
-        options["logits"], options["targets"] = _model_logits(model, device)
+        options |= _model_outputs(model)
     path = "Triton's interpreter" if interpreted else "Triton" if device.type == "cuda" else "torch"
     print(f"{environment()}\nverifying on {device} ({path}) against float64")
 
@@ -91,17 +93,22 @@ def _verify(device: torch.device, model: str | None) -> int:
     return 1 if over else 0
 
 
-def _model_logits(name: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, T, V) logits of a real model on a few texts, and the (B, T) tokens that follow."""
+def _model_outputs(name: str) -> dict[str, Any]:
+    """Logits (B, T, V) of a real model on a few texts, the head that gave them, and the (B, T)
+    tokens that follow."""
+    from .testing import Head
     from .trainer.model import load_model
 
     model, tokenizer = load_model(name)
     rows = [tokenizer(text)["input_ids"] for text in _TEXTS]
     T = min(len(row) for row in rows)
     ids = torch.tensor([row[:T] for row in rows])
+    last = model.get_output_embeddings()
     with torch.no_grad():
-        logits = model(ids).logits
-    return logits[:, :-1].to(device), ids[:, 1:].to(device)
+        output = model(ids, output_hidden_states=True)
+    hidden = output.hidden_states[-1][:, :-1].float()
+    head = Head(hidden, last.weight.detach().float(), getattr(last, "bias", None))
+    return {"logits": output.logits[:, :-1], "head": head, "targets": ids[:, 1:]}
 
 
 _TEXTS = (

@@ -353,21 +353,24 @@ def _log_odds(
     return d, (a - (d - b_part)) + (b - b_part)
 
 
-def _minus_softplus(d: Tensor, error: Tensor) -> Tensor:
+def minus_softplus(d: Tensor, error: Tensor | None = None) -> Tensor:
     """-softplus(d + error): of log-odds against, the log-probability."""
-    tail = torch.where((d > 0) & (error.abs() < 1), error, 0.0)
-    return 0.0 - (d.clamp(min=0) + (d.abs().neg().exp().log1p() + tail))
+    y = d.abs().neg().exp().log1p()
+    if error is not None:
+        y = y + torch.where((d > 0) & (error.abs() < 1), error, 0.0)
+    return 0.0 - (d.clamp(min=0) + y)
 
 
-def _live_targets(targets: Tensor, live: Tensor, V: int) -> Tensor:
-    """Targets as int64 with 0 at dead rows; a target outside [0, V) at a live one is refused."""
-    targets = torch.where(live, targets, 0).long()
+def checked_targets(targets: Tensor, V: int, rows: Tensor | None = None) -> Tensor:
+    """Targets as int64; one outside [0, V) is refused, with its place in `rows`."""
+    targets = targets.long()
     wrong = ((targets < 0) | (targets >= V)).nonzero().squeeze(1)
     if len(wrong):
-        row = int(wrong[0])
+        first = int(wrong[0])
+        row = first if rows is None else int(rows[first])
         raise IndexError(
-            f"targets must lie in [0, {V}) where they count, got {int(targets[row])} at row {row} "
-            f"({len(wrong)} such rows); mask rows out, or mark them with {IGNORED}"
+            f"targets must lie in [0, {V}) where they count, got {int(targets[first])} at row "
+            f"{row} ({len(wrong)} such rows); mask rows out, or mark them with {IGNORED}"
         )
     return targets
 
@@ -378,7 +381,7 @@ def _all_or(mask: Tensor | None, like: Tensor) -> Tensor:
 
 def _torch_fwd(logits, targets, mask, temperature, softcap, return_entropy, out: RowStats):
     live = _all_or(mask, targets)
-    targets = _live_targets(targets, live, logits.shape[-1])
+    targets = checked_targets(torch.where(live, targets, 0), logits.shape[-1])
     for x in out:
         x.zero_()
     buffer = _buffer(logits)
@@ -392,16 +395,14 @@ def _torch_fwd(logits, targets, mask, temperature, softcap, return_entropy, out:
         others = _others(p, y, buffer)
         row_sum = others * total
         d, error = _log_odds(row_max, row_sum, x_target, temperature)
-        log_prob = _minus_softplus(d, error)
+        log_prob = minus_softplus(d, error)
         out.log_probs[index] = log_prob
         out.row_max[index] = row_max
         out.row_sum[index] = row_sum
         if log_e is not None:
-            log_q = _minus_softplus(-d, -error)
+            log_q = minus_softplus(-d, -error)
             rest = row_sum.log() - _times_log(p, log_e).sum(1) / others - log_q
-            out.entropy[index] = _zero_if_impossible(log_q, rest) - _zero_if_impossible(
-                log_prob, log_prob
-            )
+            out.entropy[index] = times_exp(log_q, rest) - times_exp(log_prob, log_prob)
 
 
 def _torch_bwd(
@@ -416,7 +417,7 @@ def _torch_bwd(
     if grad_entropy is not None:
         live |= grad_entropy != 0
     live &= _all_or(mask, targets)
-    targets = _live_targets(targets, live, logits.shape[-1])
+    targets = checked_targets(torch.where(live, targets, 0), logits.shape[-1])
     out = with_huge_pages(grad_logits).view(-1, grad_logits.shape[-1])
     buffer = _buffer(logits)
     done = 0
@@ -463,10 +464,10 @@ def _chunk_grad(z, y, known, g, with_entropy, temperature, softcap, buffer, out)
         grad = torch.mul(p, (-g * coef)[:, None], out=out)
     else:
         entropy, h = with_entropy
-        log_p = _minus_softplus(d, error)
-        at_target = at_target - h * _zero_if_impossible(log_p, log_p + entropy)
+        log_p = minus_softplus(d, error)
+        at_target = at_target - h * times_exp(log_p, log_p + entropy)
         # -p_v * (g + h * (log p_v + entropy)), with log p_v = log_e_v + log q - log(row_sum)
-        log_coef = torch.where(coef > 0, _minus_softplus(-d, -error) - row_sum.log(), 0.0)
+        log_coef = torch.where(coef > 0, minus_softplus(-d, -error) - row_sum.log(), 0.0)
         factor = log_e.add_((log_coef + entropy)[:, None]).mul_(h[:, None]).add_(g[:, None])
         grad = torch.mul(_times_log(p, factor), -coef[:, None], out=out)
     grad.scatter_(1, y[:, None], at_target[:, None])
@@ -475,6 +476,6 @@ def _chunk_grad(z, y, known, g, with_entropy, temperature, softcap, buffer, out)
     return grad if derivative is None else grad.mul_(derivative)
 
 
-def _zero_if_impossible(log_p: Tensor, x: Tensor) -> Tensor:
+def times_exp(log_p: Tensor, x: Tensor) -> Tensor:
     """exp(log_p) * x, 0 where log_p is -inf."""
     return (log_p.exp() * x).masked_fill(log_p == -math.inf, 0.0)

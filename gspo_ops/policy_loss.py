@@ -113,20 +113,20 @@ def policy_loss_from_log_probs(
     Source: arXiv 2507.18071.
     """
     check_log_probs("log_probs", log_probs)
-    layout = _check_layout(log_probs.shape, log_probs.device, "log_probs", mask, cu_seqlens)
+    layout = check_layout(log_probs.shape, log_probs.device, "log_probs", mask, cu_seqlens)
     dtype = log_probs.dtype
     if not isinstance(objective, Objective):
-        return _custom_loss(
+        return custom_loss(
             layout, objective, log_probs, old_log_probs, advantages, ref_log_probs,
             rollout_weights, denominator,
         )  # fmt: skip
-    inputs = _policy_inputs(
+    inputs = policy_inputs(
         layout, dtype, objective, old_log_probs, advantages, ref_log_probs, rollout_weights,
         denominator,
     )  # fmt: skip
     flat = log_probs.reshape(-1).contiguous()
     loss, stats, log_ratio = _PolicyLossFromLogProbs.apply(flat, *inputs)
-    return PolicyLoss(loss, _named_stats(stats, log_ratio, inputs))
+    return PolicyLoss(loss, named_stats(stats, log_ratio, inputs))
 
 
 def policy_loss_from_logits(
@@ -177,24 +177,24 @@ def policy_loss_from_logits(
     """
     check_logits(logits, targets)
     check_softmax_options(temperature, softcap, return_entropy)
-    layout = _check_layout(targets.shape, logits.device, "logits", mask, cu_seqlens)
+    layout = check_layout(targets.shape, logits.device, "logits", mask, cu_seqlens)
     if not isinstance(objective, Objective):
         if return_entropy:
             raise ValueError("return_entropy is not available with a function as objective")
-        ignored = targets if layout.mask is None else _ignore_masked(targets, layout.mask)
+        ignored = targets if layout.mask is None else ignore_masked(targets, layout.mask)
         log_probs = log_probs_from_logits(logits, ignored, temperature=temperature, softcap=softcap)
-        return _custom_loss(
+        return custom_loss(
             layout, objective, log_probs, old_log_probs, advantages, ref_log_probs,
             rollout_weights, denominator,
         )  # fmt: skip
-    inputs = _policy_inputs(
+    inputs = policy_inputs(
         layout, compute_dtype(logits.dtype), objective, old_log_probs, advantages, ref_log_probs,
         rollout_weights, denominator,
     )  # fmt: skip
     loss, stats, log_ratio, entropy = _PolicyLossFromLogits.apply(
         logits, targets, temperature, softcap, return_entropy, *inputs
     )
-    named = _named_stats(stats, log_ratio, inputs)
+    named = named_stats(stats, log_ratio, inputs)
     if return_entropy:
         named["entropy"] = entropy
     return PolicyLoss(loss, named)
@@ -250,7 +250,7 @@ class _PolicyLossFromLogits(torch.autograd.Function):
             )
             log_probs, row_max, row_sum = rows.log_probs, rows.row_max, rows.row_sum
             if return_entropy:
-                entropy = rows.entropy.sum() / _valid_tokens(policy)
+                entropy = rows.entropy.sum() / valid_tokens(policy)
         loss, stats, log_ratio, g, inv_denominator = policy_loss_fwd(log_probs, *inputs)
         ctx.save_for_backward(logits, targets, policy.mask, row_max, row_sum, g, inv_denominator)
         ctx.options = temperature, softcap
@@ -267,17 +267,17 @@ class _PolicyLossFromLogits(torch.autograd.Function):
         return (grad_logits, None, None, None, None, *(None for _ in PolicyInputs._fields))
 
 
-def _valid_tokens(policy: PolicyInputs) -> Tensor | int:
+def valid_tokens(policy: PolicyInputs) -> Tensor | int:
     if policy.mask is None:
         return max(policy.rows, 1)
     return (policy.mask != 0).sum().clamp(min=1)
 
 
-def _ignore_masked(targets: Tensor, mask: Tensor) -> Tensor:
+def ignore_masked(targets: Tensor, mask: Tensor) -> Tensor:
     return targets.masked_fill((mask == 0).view(targets.shape), -100)
 
 
-def _named_stats(stats: Tensor, log_ratio: Tensor, inputs: PolicyInputs) -> dict[str, Tensor]:
+def named_stats(stats: Tensor, log_ratio: Tensor, inputs: PolicyInputs) -> dict[str, Tensor]:
     named = dict(zip(STATS, stats.unbind(), strict=True))
     if inputs.ref_log_probs is None:
         del named["ref_kl"]
@@ -299,7 +299,7 @@ def check_log_probs(name: str, x: Tensor) -> None:
         )
 
 
-def _check_layout(
+def check_layout(
     shape: torch.Size,
     device: torch.device,
     name: str,
@@ -311,7 +311,7 @@ def _check_layout(
     return resolve_layout(shape, device, mask, cu_seqlens)
 
 
-def _policy_inputs(
+def policy_inputs(
     layout: Layout,
     dtype: torch.dtype,
     objective: Objective,
@@ -381,7 +381,7 @@ def _denominator_tensor(
 # Operators
 
 
-def _fwd_fake(log_probs, *inputs):
+def policy_loss_fake(log_probs, *inputs):
     policy = PolicyInputs(*inputs)
     like = policy.advantages
     scalar = like.new_empty(())
@@ -391,13 +391,19 @@ def _fwd_fake(log_probs, *inputs):
     )  # fmt: skip
 
 
+# the schema of PolicyInputs
+POLICY_INPUTS = (
+    "Tensor? old_log_probs, Tensor advantages, Tensor? mask, Tensor? cu_seqlens, "
+    "Tensor? ref_log_probs, Tensor? rollout_weights, Tensor? denominator, SymInt rows, "
+    "SymInt batch, bool advantage_per_token, bool rollout_weight_per_token, str ratio_level, "
+    "str aggregation, str kl_estimator, float clip_low, float clip_high, float kl_coef"
+)
+
+
 @operator(
-    "policy_loss_fwd(Tensor? log_probs, Tensor? old_log_probs, Tensor advantages, Tensor? mask, "
-    "Tensor? cu_seqlens, Tensor? ref_log_probs, Tensor? rollout_weights, Tensor? denominator, "
-    "SymInt rows, SymInt batch, bool advantage_per_token, bool rollout_weight_per_token, "
-    "str ratio_level, str aggregation, str kl_estimator, float clip_low, float clip_high, "
-    "float kl_coef) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _fwd_fake,
+    f"policy_loss_fwd(Tensor? log_probs, {POLICY_INPUTS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    policy_loss_fake,
 )
 def policy_loss_fwd(log_probs, *inputs):
     """loss, stats (len(STATS),), log_ratio (B,), g (N,) and 1 / D.
@@ -432,7 +438,7 @@ def policy_loss_bwd(log_probs, g, inv_denominator, grad_loss):
 def _triton_policy_loss(log_probs, policy: PolicyInputs):
     from .kernels.policy_loss import NUM_PARTIALS, policy_loss_fwd_kernel
 
-    loss, stats, log_ratio, g, inv_denominator = _fwd_fake(log_probs, *policy)
+    loss, stats, log_ratio, g, inv_denominator = policy_loss_fake(log_probs, *policy)
     partials = g.new_empty(policy.batch, NUM_PARTIALS.value)
     ticket = torch.zeros(1, dtype=torch.int32, device=g.device)
     mask = None if policy.mask is None else loadable(policy.mask)
@@ -595,7 +601,7 @@ def _rollout_weights(policy: PolicyInputs, ids: Tensor, valid: Tensor) -> Tensor
 # A user's own objective: N numbers, differentiated by autograd
 
 
-def _custom_loss(
+def custom_loss(
     layout: Layout,
     objective: TokenLoss,
     log_probs: Tensor,
@@ -627,7 +633,7 @@ def _custom_loss(
         clip_high=1e30,
         aggregation=getattr(objective, "aggregation", "seq-mean-token-mean"),
     )
-    inputs = _policy_inputs(
+    inputs = policy_inputs(
         layout, log_probs.dtype, generic, old_log_probs, advantages, None, None, denominator
     )
     flat = log_probs.reshape(-1)

@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .head import LoRA
 from .layout import Layout, resolve_layout
 from .objective import GSPO, LOG_RATIO_CAP, Objective
 
@@ -45,6 +46,52 @@ def entropy_from_logits(
 def _log_softmax(logits: Tensor, temperature: float, softcap: float | None) -> Tensor:
     z = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     return (z / temperature).log_softmax(-1)
+
+
+def logits_from_hidden(
+    hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None, lora: LoRA | None = None
+) -> Tensor:
+    """hidden @ weight^T + bias, with weight + scale * b @ a for a LoRA head."""
+    if lora is not None:
+        weight = weight + lora.scale * lora.b @ lora.a
+    logits = hidden @ weight.mT
+    return logits if bias is None else logits + bias
+
+
+def log_probs_from_hidden(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    lora: LoRA | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """`log_probs_from_logits` of `logits_from_hidden`."""
+    # what stands at ignored positions must not matter, NaN included
+    hidden = torch.where((targets == -100).unsqueeze(-1), 0.0, hidden)
+    logits = logits_from_hidden(hidden, weight, bias=bias, lora=lora)
+    return log_probs_from_logits(logits, targets, temperature=temperature, softcap=softcap)
+
+
+def policy_loss_from_hidden(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    lora: LoRA | None = None,
+    **options,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`policy_loss_from_logits` of `logits_from_hidden`."""
+    if mask is not None:
+        hidden = torch.where((mask == 0).unsqueeze(-1), 0.0, hidden)
+    logits = logits_from_hidden(hidden, weight, bias=bias, lora=lora)
+    return policy_loss_from_logits(logits, targets, old_log_probs, advantages, mask=mask, **options)
 
 
 def policy_loss_from_logits(

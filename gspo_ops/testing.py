@@ -2,7 +2,8 @@
 
 Inputs are realistic: targets are sampled from the logits, and old log-probs stand so close to the
 new ones that the ratios straddle both clip edges, a few 1e-6 to either side. Everything is compared
-with `gspo_ops.reference` in float64 on identical inputs.
+with `gspo_ops.reference` in float64 on identical inputs. The ops that start from hidden states are
+measured with every plan, and 16-bit gradients of theirs against those of eager with fp32 logits.
 """
 
 from __future__ import annotations
@@ -11,12 +12,18 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import reference
+from .backend import use_triton
+from .head import plan_from_hidden
+from .linear_log_probs import log_probs_from_hidden
+from .linear_policy_loss import policy_loss_from_hidden
 from .log_probs import log_probs_from_logits
 from .objective import GRPO, GSPO, GSPOToken, Objective
 from .policy_loss import policy_loss_from_log_probs, policy_loss_from_logits
@@ -26,7 +33,8 @@ EDGE_OFFSET = 5e-6  # where the test ratios stand beside the edges
 OBJECTIVES = (GSPO(), GSPOToken(), GRPO())
 
 # Worst allowed value of each quantity: the contract's, but for loss and entropy, which it leaves
-# open. "ulp" counts steps of the gradient's dtype.
+# open. "ulp" counts steps of the gradient's dtype; "allowed" is `ALLOWED` times the error of eager
+# with fp32 logits, and one ulp of bf16.
 BOUNDS = {
     "log_prob": 2e-6,
     "entropy": 1e-5,
@@ -42,12 +50,51 @@ BOUNDS = {
     "grad of log_probs, rel L2": 2e-6,
     "non-zeros in dead rows": 0,
     "bits that differ on repeat": 0,
+    "log_prob from hidden": 4e-6,
+    "entropy from hidden": 2e-5,
+    "dhidden, rel L2": 5e-6,
+    "dweight, rel L2": 5e-6,
+    "dbias, rel L2": 5e-6,
+    "dhidden / allowed": 1,
+    "dweight / allowed": 1,
+    "dbias / allowed": 1,
+    "ratio, plans apart": 1e-6,
+    "plans apart, rel L2": 5e-6,
+    "plans apart / allowed": 1,
+    "ratio, logits op apart": 1e-6,
+    "logits op apart, rel L2": 5e-6,
 }
+ALLOWED = 1.1
+BF16_ULP = 2**-8
+
+
+class Head(NamedTuple):
+    """Hidden states (B, T, H) or (N, H), and the weight (V, H) and bias (V,) that they meet."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def logits(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        hidden, weight, bias = self.to(dtype)
+        return reference.logits_from_hidden(hidden, weight, bias=bias)
+
+    def to(self, dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> Head:
+        """Hidden states in one dtype, weight and bias in the same or in another."""
+        head = self.map(lambda x: x.to(weight_dtype or dtype))
+        return head._replace(hidden=self.hidden.to(dtype))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Head:
+        bias = None if self.bias is None else function(self.bias)
+        return Head(function(self.hidden), function(self.weight), bias)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One batch. Per-token tensors are (B, T) padded or (N,) packed; logits have V behind."""
+    """One batch. Per-token tensors are (B, T) padded or (N,) packed; logits have V behind.
+
+    Where it starts from a head, its logits are the exact ones, in float64.
+    """
 
     logits: Tensor
     targets: Tensor
@@ -57,6 +104,18 @@ class Case:
     cu_seqlens: Tensor | None
     rollout_weights: Tensor
     objective: Objective
+    head: Head | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.logits.dtype if self.head is None else self.head.hidden.dtype
+
+    @property
+    def name(self) -> str:
+        name = f"{type(self.objective).__name__} {self.layout}"
+        if self.head is not None and self.head.weight.dtype != self.dtype:
+            name += f", {str(self.head.weight.dtype)[6:]} weight"
+        return name
 
     @property
     def valid(self) -> Tensor:
@@ -116,18 +175,37 @@ def synthetic_logits(B: int, T: int, V: int, *, device: torch.device, seed: int 
     return logits.scatter_add_(-1, index, peak).clamp_(-32, 32).to(device)
 
 
+def synthetic_head(B: int, T: int, H: int, V: int, *, device: torch.device, seed: int = 0) -> Head:
+    """A head in float32 whose logits lie within +-32: some rows flat, some sharply peaked."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    weight = randn(V, H) / math.sqrt(H)
+    bias = randn(V)
+    spread, peak = 3 * torch.rand(2, B, T, 1, generator=generator)
+    aligned = weight[torch.randint(V, (B, T), generator=generator)]
+    hidden = spread * randn(B, T, H) + 6 * peak * aligned / aligned.norm(dim=-1, keepdim=True)
+    largest = (hidden @ weight.mT).abs().amax(-1, keepdim=True).clamp(min=26)
+    return Head(hidden * (26 / largest), weight, bias).map(lambda x: x.to(device))
+
+
 def make_case(
-    logits: Tensor,
+    source: Tensor | Head,
     objective: Objective,
     *,
     packed: bool,
     targets: Tensor | None = None,
     seed: int = 0,
 ) -> Case:
-    """A case from logits (B, T, V): ragged lengths with 0 and 1 among them, tool tokens masked.
+    """A case from logits (B, T, V) or a head: ragged lengths, 0 and 1 among them, with tool tokens
+    masked.
 
-    Padding holds NaN logits and targets of -100.
+    Padding holds targets of -100, and NaN in logits and hidden states.
     """
+    head = source if isinstance(source, Head) else None
+    logits = source.logits() if isinstance(source, Head) else source
     generator = torch.Generator().manual_seed(seed)
     B, T, _ = logits.shape
     lengths = torch.randint(1, T + 1, (B,), generator=generator)
@@ -153,11 +231,14 @@ def make_case(
             side = side[:, None] * torch.where(torch.arange(T) % 4 == 3, -1.0, 1.0)
         advantages = advantages.abs() * side
     advantages[-1] = 0.0
-    logits = logits.masked_fill(~mask.to(logits.device).unsqueeze(-1), math.nan)
+    padding = ~mask.to(logits.device).unsqueeze(-1)
+    logits = logits.masked_fill(padding, math.nan)
+    if head is not None:
+        head = head._replace(hidden=head.hidden.masked_fill(padding, math.nan))
     case = Case(
         logits, targets, old.float().to(logits.device), advantages.to(logits.device),
         mask.to(logits.device), None,
-        (0.5 + torch.rand(B, T, generator=generator)).to(logits.device), objective,
+        (0.5 + torch.rand(B, T, generator=generator)).to(logits.device), objective, head,
     )  # fmt: skip
     return _pack(case, in_sequence, lengths) if packed else case
 
@@ -174,6 +255,7 @@ def _pack(case: Case, in_sequence: Tensor, lengths: Tensor) -> Case:
         mask=case.mask[keep] if case.mask is not None else None,
         cu_seqlens=cu_seqlens.to(case.logits.device),
         rollout_weights=case.rollout_weights[keep],
+        head=case.head and case.head._replace(hidden=case.head.hidden[keep]),
     )
 
 
@@ -203,11 +285,13 @@ def log_ratios(objective: Objective, mask: Tensor, generator: torch.Generator) -
 
 def measure(case: Case) -> Iterator[Measured]:
     """Every quantity of every op on one case."""
-    name = f"{type(case.objective).__name__} {case.layout}"
+    if case.head is not None:
+        yield from _measure_head(case, case.head)
+        return
 
     def rows(op: str, quantities: dict[str, float]) -> Iterator[Measured]:
         for quantity, value in quantities.items():
-            yield Measured(op, case.logits.dtype, name, quantity, value)
+            yield Measured(op, case.dtype, case.name, quantity, value)
 
     yield from rows("log_probs_from_logits", _measure_log_probs(case))
     if case.logits.dtype == torch.float32:
@@ -323,6 +407,244 @@ def _measure_on_policy(case: Case) -> dict[str, float]:
     return quantities | {q: max(e[q] for e in errors) for q in errors[0]}
 
 
+# From hidden states
+
+
+class _Result(NamedTuple):
+    """Detached values, and the gradients by the head's tensors."""
+
+    values: dict[str, Tensor]
+    grads: dict[str, Tensor]
+
+
+class _Exact(NamedTuple):
+    """What a result is compared with."""
+
+    exact: _Result
+    eager: _Result  # from fp32 logits, gradients rounded to the dtype of their tensors
+
+    def errors(self, grads: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, float]:
+        """Distance of gradients to others, as the contract counts it for the dtypes."""
+        errors = {name: relative(grads[name], others[name].double()) for name in grads}
+        if all(grad.dtype == torch.float32 for grad in grads.values()):
+            return {f"{name}, rel L2": error for name, error in errors.items()}
+        exact, eager = self.exact.grads, self.eager.grads
+        return {
+            f"{name} / allowed": error / (ALLOWED * relative(eager[name], exact[name]) + BF16_ULP)
+            for name, error in errors.items()
+        }
+
+
+def _through(head: Head, function: Callable[[Head], tuple[Tensor, dict[str, Tensor]]]) -> _Result:
+    """Values of a function of a head, and the gradients of the scalar that it returns first."""
+    leaves = head.map(lambda x: x.clone().requires_grad_())
+    total, values = function(leaves)
+    total.backward()
+    grads = {f"d{name}": x.grad for name, x in leaves._asdict().items() if x is not None}
+    return _Result({name: value.detach() for name, value in values.items()}, grads)
+
+
+def _expected(case: Case, head: Head, g: Tensor, h: Tensor | None = None) -> _Exact:
+    """Log-probs, and gradients of their sum weighted by g, and that of entropies by h."""
+    clean = head._replace(hidden=torch.where(case.valid.unsqueeze(-1), head.hidden, 0.0))
+
+    def plain(dtype: torch.dtype) -> Callable[[Head], tuple[Tensor, dict[str, Tensor]]]:
+        def function(leaves: Head) -> tuple[Tensor, dict[str, Tensor]]:
+            logits = leaves.logits(dtype)
+            log_probs = reference.log_probs_from_logits(logits, case.targets)
+            if h is None:
+                return (log_probs * g.to(dtype)).sum(), {"log_prob": log_probs}
+            entropy = reference.entropy_from_logits(logits, case.targets)
+            values = {"log_prob": log_probs, "entropy": entropy}
+            return (log_probs * g.to(dtype) + entropy * h.to(dtype)).sum(), values
+
+        return function
+
+    return _Exact(
+        _through(clean.to(torch.float64), plain(torch.float64)),
+        _through(clean, plain(torch.float32)),
+    )
+
+
+def head_plans(head: Head) -> dict[str, dict]:
+    """Options of every plan, with all the memory that it wants and with less, by its name."""
+    on_triton = use_triton(head.hidden)
+    plans: dict[str, dict] = {}
+    for products, name in product(("mm", "triton") if on_triton else ("auto",), PLANS):
+        kind, _, part = name.partition(" ")
+        options: dict[str, Any] = {"plan": kind, "products": products}
+        if part:
+            whole = plan_from_hidden(head.hidden, head.weight, plan=options["plan"])
+            options["memory_budget"] = whole.kept_bytes // 2
+            if kind == "keep":  # by name it keeps everything
+                options["plan"] = "auto"
+        plans[f"{name}, {products}" if on_triton else name] = options
+    return plans
+
+
+PLANS = ("keep", "keep part", "recompute", "chunk", "chunk part")
+
+
+def _measure_head(case: Case, head: Head) -> Iterator[Measured]:
+    """Both ops with every plan, each against float64 and against the first plan."""
+    plans = head_plans(head)
+    without_chunks = {name: plan for name, plan in plans.items() if plan["plan"] != "chunk"}
+    for op, chosen, of_plan in (
+        ("log_probs_from_hidden", without_chunks, _measure_head_log_probs(case, head)),
+        ("policy_loss_from_hidden", plans, _measure_head_loss(case, head)),
+        ("policy_loss_from_hidden", plans, _measure_head_on_policy(case, head)),
+    ):
+        for name, options in chosen.items():
+            for quantity, value in of_plan(options).items():
+                yield Measured(op, case.dtype, f"{case.name}, {name}", quantity, value)
+
+
+def _measure_head_log_probs(case: Case, head: Head) -> Callable[[dict], dict[str, float]]:
+    g, h = _upstream(case.targets, 1), _upstream(case.targets, 2)
+    dead = torch.rand(g.shape, generator=torch.Generator().manual_seed(5)).to(g.device) < 0.3
+    g, h = g.masked_fill(dead, 0.0), h.masked_fill(dead, 0.0)
+    expected = _expected(case, head, g, h)
+    first: list[_Result] = []
+
+    def of_plan(options: dict) -> dict[str, float]:
+        def function(leaves: Head) -> tuple[Tensor, dict[str, Tensor]]:
+            log_probs, entropy = log_probs_from_hidden(
+                leaves.hidden, leaves.weight, case.targets, bias=leaves.bias, return_entropy=True,
+                **options,
+            )  # fmt: skip
+            total = (log_probs * g + entropy * h).sum()
+            return total, {"log_prob": log_probs, "entropy": entropy}
+
+        ours = _through(head, function)
+        first.append(ours)
+        values, exact = ours.values, expected.exact.values
+        return {
+            "log_prob from hidden": worst(values["log_prob"] - exact["log_prob"]),
+            "entropy from hidden": worst(values["entropy"] - exact["entropy"]),
+            **expected.errors(ours.grads, expected.exact.grads),
+            **_plans_apart(expected, ours, first[0]),
+            "non-zeros in dead rows": non_zeros(ours.grads["dhidden"][dead | ~case.valid]),
+            "bits that differ on repeat": _all_differing(ours, _through(head, function)),
+        }
+
+    return of_plan
+
+
+def _measure_head_loss(case: Case, head: Head) -> Callable[[dict], dict[str, float]]:
+    exact_case = case.double()
+    upstream = torch.randn((), generator=torch.Generator().manual_seed(4)).to(case.logits.device)
+    log_probs64 = reference.log_probs_from_logits(exact_case.logits, case.targets).requires_grad_()
+    loss64, stats64 = reference.policy_loss_from_log_probs(
+        log_probs64, exact_case.old_log_probs, exact_case.advantages, **exact_case.options()
+    )
+    (g,) = torch.autograd.grad(loss64 * upstream, log_probs64)
+    ratio64 = stats64["log_ratio"].exp()
+    expected = _expected(case, head, g)
+    alive = _any_in_row(expected.exact.grads["dhidden"].to(case.dtype))
+
+    def from_logits(leaves: Head) -> tuple[Tensor, dict[str, Tensor]]:
+        out = policy_loss_from_logits(
+            leaves.logits(torch.float32), case.targets, case.old_log_probs, case.advantages,
+            **case.options(),
+        )  # fmt: skip
+        return out.loss * upstream, {"ratio": out.stats["log_ratio"].double().exp()}
+
+    logits_op = _through(head, from_logits) if case.dtype == torch.float32 else None
+    first: list[_Result] = []
+
+    def of_plan(options: dict) -> dict[str, float]:
+        def function(leaves: Head) -> tuple[Tensor, dict[str, Tensor]]:
+            out = policy_loss_from_hidden(
+                leaves.hidden, leaves.weight, case.targets, case.old_log_probs, case.advantages,
+                bias=leaves.bias, **case.options(), **options,
+            )  # fmt: skip
+            ratio = out.stats["log_ratio"].double().exp()
+            return out.loss * upstream, {"loss": out.loss, "ratio": ratio}
+
+        ours = _through(head, function)
+        first.append(ours)
+        dhidden = ours.grads["dhidden"]
+        quantities = {
+            "loss": worst(ours.values["loss"] - loss64),
+            "ratio": worst(ours.values["ratio"] - ratio64),
+            "clip decisions flipped": float((_any_in_row(dhidden) != alive).sum()),
+            **expected.errors(ours.grads, expected.exact.grads),
+            **_plans_apart(expected, ours, first[0]),
+            "non-zeros in dead rows": non_zeros(dhidden[g == 0]),
+            "bits that differ on repeat": _all_differing(ours, _through(head, function)),
+        }
+        if logits_op is None:
+            return quantities
+        errors = expected.errors(ours.grads, logits_op.grads)
+        return quantities | {
+            "ratio, logits op apart": worst(ours.values["ratio"] - logits_op.values["ratio"]),
+            "logits op apart, rel L2": max(errors.values()),
+        }
+
+    return of_plan
+
+
+def _measure_head_on_policy(case: Case, head: Head) -> Callable[[dict], dict[str, float]]:
+    """old_log_probs=None, and old log-probs that the same plan has given before."""
+    exact_case = case.double()
+    log_probs64 = reference.log_probs_from_logits(exact_case.logits, case.targets).requires_grad_()
+    loss64, _ = reference.policy_loss_from_log_probs(
+        log_probs64, None, exact_case.advantages, **exact_case.options()
+    )
+    (g,) = torch.autograd.grad(loss64, log_probs64)
+    expected = _expected(case, head, g)
+
+    def of_plan(options: dict) -> dict[str, float]:
+        olds: list[Tensor | None] = [None]
+        if options["plan"] != "chunk":
+            with torch.no_grad():
+                olds.append(
+                    log_probs_from_hidden(
+                        head.hidden, head.weight, case.targets, bias=head.bias, **options
+                    )
+                )
+        quantities: dict[str, float] = {}
+        for old in olds:
+
+            def function(leaves: Head, old: Tensor | None = old) -> tuple[Tensor, dict]:
+                out = policy_loss_from_hidden(
+                    leaves.hidden, leaves.weight, case.targets, old, case.advantages,
+                    bias=leaves.bias, **case.options(), **options,
+                )  # fmt: skip
+                return out.loss, out.stats
+
+            ours = _through(head, function)
+            names = ("ratio_mean", "ratio_min", "ratio_max")
+            found = {
+                "on-policy ratio - 1": max(worst(ours.values[name] - 1) for name in names),
+                "on-policy clipped": float(ours.values["clip_frac_tokens"]),
+                **expected.errors(ours.grads, expected.exact.grads),
+            }
+            quantities = {q: max(value, quantities.get(q, 0.0)) for q, value in found.items()}
+        return quantities
+
+    return of_plan
+
+
+def _plans_apart(expected: _Exact, ours: _Result, first: _Result) -> dict[str, float]:
+    errors = expected.errors(ours.grads, first.grads)
+    kind = next(iter(errors)).removeprefix("dhidden")
+    apart = {f"plans apart{kind}": max(errors.values())}
+    if "ratio" in ours.values:
+        apart["ratio, plans apart"] = worst(ours.values["ratio"] - first.values["ratio"])
+    return apart
+
+
+def _any_in_row(x: Tensor) -> Tensor:
+    return (x != 0).any(-1)
+
+
+def _all_differing(x: _Result, y: _Result) -> float:
+    pairs = [*zip(x.values.values(), y.values.values(), strict=True)]
+    pairs += zip(x.grads.values(), y.grads.values(), strict=True)
+    return sum(differing(a, b) for a, b in pairs)
+
+
 def grad_errors(grad: Tensor | None, exact: Tensor | None, targets: Tensor) -> dict[str, float]:
     """Errors of dlogits as the contract counts them for its dtype."""
     assert grad is not None
@@ -387,42 +709,54 @@ def verify(
     *,
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16),
     shapes: Sequence[tuple[int, int, int]] = ((9, 16, 4097), (8, 5, 32000)),
+    head_shapes: Sequence[tuple[int, int, int, int]] = ((9, 16, 37, 4097), (8, 5, 129, 9000)),
     logits: Tensor | None = None,
+    head: Head | None = None,
     targets: Tensor | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Measured]:
-    """Check every op, dtype, layout and objective on the device against float64.
+    """Check every op, dtype, layout, objective and plan on the device against float64.
 
     Args:
         device: where to run.
-        dtypes: of the logits.
-        shapes: (B, T, V) of the synthetic batches.
-        logits, targets: (B, T, V) and (B, T) of a real model, instead of synthetic ones.
+        dtypes: of the logits, or of hidden states and weight.
+        shapes: (B, T, V) of the synthetic logits.
+        head_shapes: (B, T, H, V) of the synthetic hidden states and weights.
+        logits, head, targets: (B, T, V), (B, T, H) and (V, H), and (B, T) of a real model, instead
+            of synthetic ones.
         progress: called with one line per case.
 
     Returns:
         Every measured quantity; `worst_of` boils them down.
     """
-    if logits is None:
-        sources = [
-            synthetic_logits(*shape, device=device, seed=i) for i, shape in enumerate(shapes)
-        ]
+    sources: list[Tensor | Head] = []
+    if logits is None or head is None:
+        sources += [synthetic_logits(*x, device=device, seed=i) for i, x in enumerate(shapes)]
+        sources += [synthetic_head(*x, device=device, seed=i) for i, x in enumerate(head_shapes)]
     else:
-        sources = [logits.to(device).float()]
+        sources += [logits.to(device).float(), head.map(lambda x: x.to(device))]
     measured: list[Measured] = []
-    for i, source in enumerate(sources):
-        for dtype in dtypes:
-            for objective in OBJECTIVES:
-                for packed in (False, True):
-                    case = make_case(
-                        source.to(dtype), objective, packed=packed, targets=targets, seed=i
-                    )
-                    progress(
-                        f"{str(dtype)[6:]} {type(objective).__name__} {case.layout} "
-                        f"{tuple(source.shape)}"
-                    )
-                    measured += measure(case)
+    for seed, source in enumerate(sources):
+        for variant, objective, packed in _variants(source, dtypes):
+            case = make_case(variant, objective, packed=packed, targets=targets, seed=seed)
+            shape = tuple(case.logits.shape)
+            progress(f"{str(case.dtype)[6:]} {case.name} {shape} {'head' if case.head else ''}")
+            measured += measure(case)
     return measured
+
+
+def _variants(
+    source: Tensor | Head, dtypes: Sequence[torch.dtype]
+) -> Iterator[tuple[Tensor | Head, Objective, bool]]:
+    """A source in each dtype, with each objective, padded and packed."""
+    for dtype, objective, packed in product(dtypes, OBJECTIVES, (False, True)):
+        if isinstance(source, Head):
+            # half of them without a bias
+            yield (source if packed else source._replace(bias=None)).to(dtype), objective, packed
+        else:
+            yield source.to(dtype), objective, packed
+    if isinstance(source, Head) and torch.bfloat16 in dtypes:
+        yield source.to(torch.bfloat16, torch.float32), GSPO(), True
 
 
 def worst_of(measured: list[Measured]) -> list[Measured]:

@@ -96,8 +96,9 @@ LAYERS = [
     {"trainer", "integrations"},
     {"testing"},
     {"gspo_ops"},  # the package itself
-    {"log_probs", "linear_log_probs", "policy_loss", "advantages", "reference"},
-    {"layout", "parallel", "objective", "backend"},
+    {"linear_policy_loss", "linear_log_probs"},
+    {"policy_loss", "log_probs", "logit_tiles", "advantages", "reference"},
+    {"head", "layout", "parallel", "objective", "backend"},
     {"kernels"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,5 +1,6 @@
 """The reference trainer, on a two-layer model with a character vocabulary."""
 
+import copy
 import dataclasses
 import importlib.util
 import json
@@ -18,10 +19,15 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("reasoning_gym")
 pytest.importorskip("matplotlib")
 
-from gspo_ops.trainer.loop import Trainer  # noqa: E402
+from gspo_ops.trainer.loop import Batch, Trainer  # noqa: E402
 from gspo_ops.trainer.model import load_model  # noqa: E402
 from gspo_ops.trainer.report import Summary  # noqa: E402
-from gspo_ops.trainer.rollout import Vocabulary, generate, response_logits  # noqa: E402
+from gspo_ops.trainer.rollout import (  # noqa: E402
+    Vocabulary,
+    generate,
+    head_logits,
+    response_hidden,
+)
 from gspo_ops.trainer.tasks import (  # noqa: E402
     TASKS,
     Problem,
@@ -72,6 +78,26 @@ def model(tokenizer, device):
     )
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(config).eval().to(device)
+
+
+def softcapped_model(tokenizer, device):
+    config = transformers.Gemma3TextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.3,
+        final_logit_softcapping=2.0,
+        pad_token_id=PAD,
+        bos_token_id=EOS,
+        eos_token_id=EOS,
+        attn_implementation="sdpa",
+    )
+    torch.manual_seed(0)
+    return transformers.Gemma3ForCausalLM(config).eval().to(device)
 
 
 @pytest.fixture
@@ -149,12 +175,13 @@ class TestRollout:
                 assert token == logits.argmax()
                 sequence.append(token)
 
-    def test_response_logits_equal_plain_forward(self, sample, model):
+    def test_logits_of_response_hidden_equal_plain_forward(self, sample, model):
         """One row per group is the same function as one row per sequence."""
         prompts, rollout = sample(group_size=5, max_new_tokens=6, temperature=2.0)
         with torch.no_grad():
-            packed = response_logits(model, rollout, nullcontext)
-        assert packed.shape == (int(rollout.mask.sum()), len(CHARACTERS) + 2)
+            hidden = response_hidden(model, rollout, nullcontext)
+            packed = head_logits(model, hidden)
+        assert hidden.shape == (int(rollout.mask.sum()), model.config.hidden_size)
         assert packed.dtype == torch.float32
         for i, logits in enumerate(packed.split(rollout.mask.sum(1).tolist())):
             prompt, response = prompts[i // 5], rollout.responses[i][rollout.mask[i]]
@@ -162,6 +189,16 @@ class TestRollout:
             with torch.no_grad():
                 plain = model(sequence[None]).logits[0, len(prompt) - 1 : -1]
             torch.testing.assert_close(logits, plain, atol=1e-5, rtol=1e-5)
+
+    def test_softcap_is_applied(self, tokenizer, device):
+        model = softcapped_model(tokenizer, device)
+        tokens = torch.tensor([tokenizer("10 - 4 - 3 =")["input_ids"]], device=device)
+        with torch.no_grad():
+            hidden = model.base_model(tokens).last_hidden_state
+            capped, plain = head_logits(model, hidden), model(tokens).logits
+            uncapped = model.lm_head(hidden)
+        assert uncapped.abs().max() > 2.0 > capped.abs().max()
+        torch.testing.assert_close(capped, plain, atol=1e-5, rtol=1e-5)
 
     def test_split_keeps_groups_and_shapes(self, sample):
         _, rollout = sample(group_size=4, max_new_tokens=6, temperature=1.0)
@@ -236,10 +273,14 @@ class TestTasks:
 
 
 class TestTraining:
+    @pytest.mark.parametrize("loss_from", ["hidden", "logits"])
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    def test_first_mini_batch_is_on_policy_exactly(self, model, tokenizer, tmp_path, dtype):
+    def test_first_mini_batch_is_on_policy_exactly(
+        self, model, tokenizer, tmp_path, dtype, loss_from
+    ):
+        settings = config(tmp_path, dtype=dtype, loss_from=loss_from)
         # The newline is often sampled, so that some rewards differ and the weights move.
-        trainer = Trainer(config(tmp_path, dtype=dtype), model, tokenizer, task(answer=""))
+        trainer = Trainer(settings, model, tokenizer, task(answer=""))
         before = [p.clone() for p in model.parameters()]
         for problems in trainer._problem_batches():
             row = trainer.step(problems)
@@ -286,6 +327,77 @@ class TestTraining:
         assert row["first_ratio_error"] == 0.0
 
 
+class TestLossFromHidden:
+    def test_the_head_is_not_called_in_training(self, model, tokenizer, tmp_path):
+        def fail(*_):
+            raise AssertionError("the head was called")
+
+        for loss_from in ("hidden", "logits"):
+            trainer = Trainer(config(tmp_path, loss_from=loss_from), model, tokenizer, task())
+            batch = off_policy_batch(trainer)
+            with model.get_output_embeddings().register_forward_pre_hook(fail):
+                if loss_from == "hidden":
+                    trainer._old_log_probs(batch.rollout)
+                    assert trainer._update(batch)["grad_norm"] > 0
+                else:  # the hook would have noticed
+                    with pytest.raises(AssertionError, match="the head was called"):
+                        trainer._update(batch)
+
+    @pytest.mark.parametrize("head", ["plain", "tied", "bias", "softcap"])
+    def test_gradients_are_those_from_logits(self, model, tokenizer, device, tmp_path, head):
+        if head == "softcap":
+            model = softcapped_model(tokenizer, device)
+        elif head == "tied":
+            model.lm_head.weight = model.get_input_embeddings().weight
+        elif head == "bias":
+            bias = torch.linspace(-1, 1, len(tokenizer), device=device)
+            model.lm_head.bias = torch.nn.Parameter(bias)
+        settings = config(tmp_path, dtype="float32", temperature=1.3)
+        trainer = Trainer(settings, model, tokenizer, task())
+        batch = off_policy_batch(trainer)
+        expected = gradients(trainer, batch, loss_from="logits")
+        assert all(gradient.any() for gradient in expected.values())
+        for name, gradient in gradients(trainer, batch, loss_from="hidden").items():
+            error = (gradient - expected[name]).norm() / expected[name].norm()
+            assert error <= 1e-5, name
+
+    def test_a_tied_weight_gets_both_gradients(self, model, tokenizer, tmp_path):
+        model.lm_head.weight.data.copy_(model.get_input_embeddings().weight)
+        tied = copy.deepcopy(model)
+        tied.lm_head.weight = tied.get_input_embeddings().weight
+        settings = config(tmp_path, dtype="float32")
+        trainer = Trainer(settings, model, tokenizer, task())
+        batch = off_policy_batch(trainer)
+        parts = gradients(trainer, batch)
+        both = gradients(Trainer(settings, tied, tokenizer, task()), batch)
+        body, head = parts["model.embed_tokens.weight"], parts["lm_head.weight"]
+        assert body.any()
+        assert head.any()
+        assert "lm_head.weight" not in both
+        torch.testing.assert_close(
+            both["model.embed_tokens.weight"], body + head, atol=1e-7, rtol=1e-5
+        )
+
+
+def off_policy_batch(trainer):
+    """Half of its ratios are clipped, some advantages are zero."""
+    rollout = trainer._sample(list(trainer.task.train[:4]), 4, temperature=1.0)
+    advantages = torch.linspace(-1, 1, 16, device=trainer.model.device)
+    old = trainer._old_log_probs(rollout)
+    shift = torch.tensor([0.2, -0.2], device=old.device).repeat(8)
+    old = old + shift.repeat_interleave(rollout.mask.sum(1))
+    return Batch(rollout, torch.where(advantages.abs() < 0.2, 0.0, advantages), old)
+
+
+def gradients(trainer, batch, loss_from="hidden"):
+    """Of one update, which is not carried out."""
+    trainer.config = dataclasses.replace(trainer.config, loss_from=loss_from, max_grad_norm=1e30)
+    trainer.optimizer = torch.optim.SGD([torch.zeros(1)])
+    trainer.model.zero_grad()
+    trainer._update(batch)
+    return {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
+
+
 def test_gain_is_paired():
     before = torch.tensor([0.0, 0.0, 0.0, 1.0])
     after = torch.tensor([1.0, 1.0, 0.0, 1.0])
@@ -309,6 +421,7 @@ def test_gain_is_paired():
         ("max_new_tokens", 0),
         ("temperature", 0.0),
         ("temperature", math.nan),
+        ("loss_from", "head"),
         ("learning_rate", -1e-5),
         ("max_grad_norm", math.inf),
         ("dtype", "float16"),
@@ -327,6 +440,7 @@ def test_bad_settings_are_refused_by_name(name, value):
         (["--task", "poetry"], "task: expected one of"),
         (["--model", "no/such/model"], "model: expected 'smollm2' or a local model directory"),
         (["--clip-low", "-1"], "clip_low"),
+        (["--loss-from", "head"], "loss_from: expected 'hidden' or 'logits', got 'head'"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message, capsys):
@@ -357,9 +471,9 @@ def test_local_model_directory(model, tmp_path):
 
 
 def test_a_head_that_is_not_linear_is_refused(model, tmp_path):
-    model.config.final_logit_softcapping = 30.0
+    model.config.logit_scale = 0.25
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="final_logit_softcapping"):
+    with pytest.raises(ValueError, match="logit_scale"):
         load_model(str(tmp_path))
 
 

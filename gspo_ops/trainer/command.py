@@ -27,6 +27,7 @@ _FIELDS: dict[str, tuple[Any, str]] = {
     "group_size": (int, "sampled responses per problem"),
     "mini_batches": (int, "updates per rollout batch"),
     "max_new_tokens": (int, "longest response, in tokens"),
+    "loss_from": (str, "hidden (the head is not called in training) or logits"),
     "learning_rate": (float, "of AdamW"),
     "dtype": (str, "bfloat16 (autocast over fp32 weights) or float32"),
     "device": (str, "a torch device, or auto: the GPU if there is one"),

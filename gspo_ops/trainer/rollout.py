@@ -1,4 +1,4 @@
-"""Sample responses in batches, and compute the logits that predict them.
+"""Sample responses in batches, and compute the hidden states that predict them.
 
 For sampling, prompts are padded on the left, so that all responses start at one column:
 
@@ -140,8 +140,8 @@ def generate(
     return Rollout(prompt_tokens, prompt_mask, responses[:, : t + 1], mask[:, : t + 1])
 
 
-def response_logits(model: PreTrainedModel, rollout: Rollout, autocast: Autocast) -> Tensor:
-    """Logits of the distributions that the response tokens were drawn from.
+def response_hidden(model: PreTrainedModel, rollout: Rollout, autocast: Autocast) -> Tensor:
+    """Last hidden states, from which the head predicts the response tokens.
 
     Args:
         model: a causal language model.
@@ -149,8 +149,8 @@ def response_logits(model: PreTrainedModel, rollout: Rollout, autocast: Autocast
         autocast: makes the context in which the model's body runs.
 
     Returns:
-        (N, V) fp32, row t predicts `rollout.targets()[t]`. No other rows are computed: prompts
-        and padding would be most of them.
+        (N, H) in the body's dtype, row t predicts `rollout.targets()[t]`. No other rows are
+        there: prompts and padding would be most of them.
     """
     (prompts, width), (count, length) = rollout.prompts.shape, rollout.responses.shape
     tokens = torch.cat([rollout.prompts, rollout.responses.reshape(prompts, -1)], 1)
@@ -171,7 +171,7 @@ def response_logits(model: PreTrainedModel, rollout: Rollout, autocast: Autocast
         ).last_hidden_state
     # A token's state predicts the next; a response's first token is predicted by the prompt's last.
     before = torch.where(place == 0, width - 1, column - 1)[width:]
-    return head_logits(model, hidden[:, before].view(count, length, -1)[rollout.mask])
+    return hidden[:, before].view(count, length, -1)[rollout.mask]
 
 
 def _tree_mask(real: Tensor, response: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ def _tree_mask(real: Tensor, response: Tensor) -> Tensor:
 
 
 def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Apply the output head in fp32.
+    """Apply the output head, and the model's softcap, in fp32.
 
     A bf16 head would round the logits, which alone moves a sequence's ratio by as much as GSPO's
     clip range is wide.
@@ -201,7 +201,14 @@ def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     Returns:
         (N, V) fp32 logits.
     """
-    return model.get_output_embeddings()(hidden.float())
+    logits = model.get_output_embeddings()(hidden.float())
+    softcap = logit_softcap(model)
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def logit_softcap(model: PreTrainedModel) -> float | None:
+    """The c of models that replace their logits by c * tanh(logits / c); None for the others."""
+    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
 
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:

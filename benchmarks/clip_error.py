@@ -1,0 +1,222 @@
+"""What a log-prob method's rounding does to GSPO's ratio, on hidden states of a real model.
+
+    python benchmarks/clip_error.py --out benchmarks/results/NAME.json --plot docs/clip_error.png
+
+A model samples responses; its bf16 hidden states and its bf16 head go into every method, and into
+float64. The old policy is the head before a small update. Error is that of s_i; a decision is
+flipped where the error carries s_i over the edge of the clip range that its advantage looks at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import NormalDist
+from typing import NamedTuple
+
+import torch
+from measure import default_device, provenance, write
+from providers import METHODS, Method, versions
+from torch import Tensor
+
+from gspo_ops import GSPO, reference
+
+LENGTHS = (64, 128, 256, 512, 1024)
+# Exact log-ratios are taken as normal, of a spread at which 15% of sequences are clipped: the share
+# that the GSPO paper reports.
+SPREAD = 3.4e-4
+# Change of every head weight between the old policy and the new: some steps of Adam at lr 1e-6.
+UPDATE = 4e-6
+CASES = {
+    "exact": "old log-probs exact",
+    "same": "old log-probs by the same method",
+}
+PROMPTS = (
+    "Write a long story about a lighthouse keeper who finds a map in a bottle.",
+    "Explain step by step how a computer adds two numbers, then how it multiplies them.",
+    "Prove that there are infinitely many primes, and discuss three other proofs of it.",
+    "Write a Python program that plays tic-tac-toe, with comments on every function.",
+)
+
+
+class Sampled(NamedTuple):
+    """Responses of a model: bf16 hidden states (S, T, H), targets (S, T), and two bf16 heads."""
+
+    hidden: Tensor
+    targets: Tensor
+    weight: Tensor
+    old_weight: Tensor
+
+
+@torch.no_grad()
+def sample(name: str, sequences: int, length: int, device: torch.device) -> Sampled:
+    """Responses at temperature 1, which no token ends."""
+    from gspo_ops.trainer.model import load_model
+    from gspo_ops.trainer.rollout import Vocabulary, generate
+
+    model, tokenizer = load_model(name)
+    model = model.to(device)
+    never_stop = Vocabulary(tokenizer.eos_token_id, torch.tensor([], device=device).long())
+    prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
+    shortest = min(map(len, prompts))
+    generator = torch.Generator(device).manual_seed(0)
+    rollout = generate(
+        model, [prompt[:shortest] for prompt in prompts], never_stop,
+        group_size=-(-sequences // len(prompts)), max_new_tokens=length, temperature=1.0,
+        autocast=nullcontext, generator=generator,
+    )  # fmt: skip
+    group = len(rollout.responses) // len(prompts)
+    tokens = torch.cat([rollout.prompts.repeat_interleave(group, 0), rollout.responses], 1)
+    hidden = torch.cat([
+        model.base_model(row[None, :-1]).last_hidden_state[:, shortest - 1 :].bfloat16()
+        for row in tokens[:sequences]
+    ])  # fmt: skip
+    old = model.get_output_embeddings().weight.detach()
+    step = torch.randn(old.shape, generator=generator, device=device).sign()
+    return Sampled(
+        hidden, rollout.responses[:sequences], (old + UPDATE * step).bfloat16(), old.bfloat16()
+    )
+
+
+@torch.no_grad()
+def log_probs(method: Method, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """(S, T) in float64, one sequence at a time."""
+    rows = [method(h[None], weight, y[None]).double() for h, y in zip(hidden, targets, strict=True)]
+    return torch.cat(rows)
+
+
+def exact(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return reference.log_probs_from_hidden(hidden.double(), weight.double(), targets)
+
+
+def log_ratios(new: Tensor, old: Tensor, length: int) -> Tensor:
+    """l_i of every piece of `length` tokens, pieces as responses of their own."""
+    return (new - old).unflatten(1, (-1, length)).mean(-1).flatten()
+
+
+def flipped(errors: Tensor) -> float:
+    """Share of clip decisions that the errors of l_i change, over the exact l_i of SPREAD."""
+    normal = NormalDist(0, SPREAD)
+    quantiles = [normal.inv_cdf((k + 0.5) / 1024) for k in range(1024)]
+    log_ratio = torch.tensor(quantiles, dtype=torch.float64)
+    true, seen = log_ratio.exp(), (log_ratio + errors.cpu()[:, None]).exp()
+    high, low = 1 + GSPO().clip_high, 1 - GSPO().clip_low
+    # advantages of both signs, as many of each
+    changed = ((seen > high) != (true > high)).double() + ((seen < low) != (true < low)).double()
+    return changed.mean().item() / 2
+
+
+def by_length(new: Tensor, old: Tensor, exact_new: Tensor, exact_old: Tensor) -> dict[str, dict]:
+    """Errors of s_i and flipped decisions at each length that fits."""
+    results = {}
+    for length in (n for n in LENGTHS if new.shape[1] % n == 0):
+        true = log_ratios(exact_new, exact_old, length)
+        error = log_ratios(new, old, length) - true
+        of_ratio = true.exp() * torch.expm1(error)
+        results[str(length)] = {
+            "rms_error": of_ratio.square().mean().sqrt().item(),
+            "max_error": of_ratio.abs().max().item(),
+            "flipped": flipped(error),
+        }
+    return results
+
+
+def measure(sampled: Sampled) -> Iterator[tuple[str, dict]]:
+    """Each method's results, as they come."""
+    hidden, targets, weight, old_weight = sampled
+    exact_new, exact_old = (log_probs(exact, hidden, w, targets) for w in (weight, old_weight))
+    # what a caller would hand over: float32
+    given_old = exact_old.float().double()
+    yield "exact", {"log_ratio_rms": _log_ratio_rms(exact_new, exact_old)}
+    for name, provider in METHODS.items():
+        missing = provider.missing()
+        if missing:
+            yield name, {"missing": missing}
+            continue
+        new, old = (log_probs(provider.compute, hidden, w, targets) for w in (weight, old_weight))
+        yield (
+            name,
+            {
+                "exact": by_length(new, given_old, exact_new, given_old),
+                "same": by_length(new, old, exact_new, exact_old),
+            },
+        )
+
+
+def _log_ratio_rms(new: Tensor, old: Tensor) -> dict[str, float]:
+    lengths = [n for n in LENGTHS if new.shape[1] % n == 0]
+    return {str(n): log_ratios(new, old, n).square().mean().sqrt().item() for n in lengths}
+
+
+def plot(report: dict, path: Path) -> None:
+    """Error of s_i by length, with the clip range's narrower side as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    methods = {n: of for n, of in report["methods"].items() if "exact" in of}
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
+    for axis, (case, title) in zip(axes, CASES.items(), strict=True):
+        for (name, of), marker in zip(methods.items(), "ov^Dsx*", strict=False):
+            lengths = [int(n) for n in of[case]]
+            errors = [point["rms_error"] for point in of[case].values()]
+            axis.plot(lengths, errors, marker=marker, label=name, markerfacecolor="none")
+        axis.axhline(GSPO().clip_low, color="black", linestyle="--", label="clip range, lower side")
+        axis.set(title=title, xscale="log", yscale="log", xlabel="length of the response, tokens")
+        axis.set_xticks(lengths, [str(n) for n in lengths], minor=False)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("error of the ratio $s_i$, rms")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2", help="or a local model directory")
+    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--length", type=int, default=1024, help="tokens sampled per sequence")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--plot", type=Path, help="PNG file to write")
+    parser.add_argument("--from", type=Path, dest="source", help="plot this results file")
+    args = parser.parse_args()
+    if args.source:
+        plot(json.loads(args.source.read_text()), args.plot)
+        return
+    sampled = sample(args.model, args.sequences, args.length, default_device())
+    report = {
+        "benchmark": "clip_error", **provenance(), "peers": versions(), "model": args.model,
+        "sequences": args.sequences, "length": args.length, "spread": SPREAD, "update": UPDATE,
+        "methods": {},
+    }  # fmt: skip
+    for name, of in measure(sampled):
+        if name == "exact":
+            report.update(of)
+        else:
+            report["methods"][name] = of
+        show(name, of)
+        if args.out:
+            write(args.out, report)
+    if args.plot:
+        plot(report, args.plot)
+
+
+def show(name: str, of: dict) -> None:
+    if "exact" not in of:
+        print(f"{name}: {of}")
+        return
+    for case in CASES:
+        cells = "  ".join(
+            f"{n}: {at['rms_error']:.1e} {at['flipped']:6.2%}" for n, at in of[case].items()
+        )
+        print(f"{name:40} {CASES[case]:34} {cells}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Time, peak memory and provenance: what every benchmark here measures the same way."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from gspo_ops.cli import environment
+
+Step = Callable[[], object]
+T = TypeVar("T")
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(step: Step, device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    step()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def peak_bytes(step: Step, device: torch.device) -> int:
+    """Extra memory of one step at its peak, what it returns included."""
+    gc.collect()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    # the kernel's high-water mark of the resident set, reset first: the allocator keeps none
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _high_water_mark()
+    step()
+    return _high_water_mark() - before
+
+
+def plausible(peak: int, returned_bytes: int) -> bool:
+    """A peak below the size of what the step returns was not one: pages were taken meanwhile."""
+    return peak > 0.99 * returned_bytes
+
+
+def plausible_peak_bytes(step: Step, returned_bytes: int, device: torch.device) -> int:
+    """`peak_bytes`, tried until it is plausible."""
+    for _ in range(20):
+        peak = peak_bytes(step, device)
+        if plausible(peak, returned_bytes):
+            return peak
+        time.sleep(1)
+    raise SystemExit("peak memory can't be measured here: the system takes pages back meanwhile")
+
+
+def release_memory() -> None:
+    """Give back what the C allocator has kept of earlier steps, which would hide a peak."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def _high_water_mark() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def interleaved(measurements: dict[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
+    """Everything once per round, in alternating order."""
+    taken: dict[str, list[T]] = {name: [] for name in measurements}
+    order = list(measurements.items())
+    for _ in range(rounds):
+        for name, take in order:
+            taken[name].append(take())
+        order.reverse()  # neither always pays for what the other has left behind
+    return taken
+
+
+def provenance() -> dict:
+    """Where and when, as every results file carries it."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "environment": environment().splitlines(), "threads": torch.get_num_threads(),
+        "commit": commit, "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+
+
+def write(path: Path, report: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,0 +1,325 @@
+"""The output head that maps hidden states to logits, and the plans for a loss that starts there."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from .layout import check_tensor
+from .objective import check_number
+
+PlanName = Literal["auto", "keep", "chunk", "recompute"]
+Products = Literal["auto", "mm", "triton"]
+
+COLUMNS = 1024  # exponentials are kept for a multiple of so many columns
+_CHUNK_ROWS = 2048  # smaller chunks lose more to adding up dweight than a recomputation costs
+_LEAST_BUDGET = 64 << 20
+_LARGEST_BUDGET = 4 << 30
+
+
+class LoRA(NamedTuple):
+    """A low-rank update of the head, which is never merged: weight + scale * b @ a.
+
+    Attributes:
+        a: (r, H), with a gradient.
+        b: (V, r), with a gradient.
+        scale: alpha / r, usually.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+class Wanted(NamedTuple):
+    """Which gradients are asked for."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+    lora_x: bool = False
+    lora_b: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a loss from hidden states is computed, and what that costs. Made by `plan_from_hidden`.
+
+    Attributes:
+        name: `"keep"` the exponentials of all logits from forward to backward, or those of the
+            first `kept_columns` tokens of the vocabulary; `"chunk"`: whole sequences at a time,
+            gradients made in the forward; `"recompute"` the logits in the backward.
+        rows: N.
+        vocabulary: V.
+        hidden_size: H.
+        rank: of the LoRA update, 0 without.
+        kept_columns: tokens of the vocabulary whose exponentials are kept.
+        chunk_rows: largest number of rows at a time, N but for `"chunk"`.
+        grad_hidden: dhidden is wanted.
+        grad_weight: dweight is wanted.
+        kept_bytes: exponentials kept from forward to backward, or for a chunk.
+        bytes: estimated peak of extra memory beside the gradients that are returned.
+    """
+
+    name: PlanName
+    rows: int
+    vocabulary: int
+    hidden_size: int
+    rank: int
+    kept_columns: int
+    chunk_rows: int
+    grad_hidden: bool
+    grad_weight: bool
+    kept_bytes: int
+    bytes: int
+
+    def flops(self, f: float = 1.0) -> float:
+        """Floating-point operations of the products, a fraction f of the rows having a gradient."""
+        inner = self.hidden_size + self.rank
+        backward = inner * self.grad_hidden + self.hidden_size * self.grad_weight + self.rank
+        if self.grad_hidden or self.grad_weight or self.rank:
+            backward += inner * (1 - self.kept_columns / self.vocabulary)
+        return 2.0 * self.rows * self.vocabulary * (inner + f * backward)
+
+    def __str__(self) -> str:
+        what = self.name
+        if 0 < self.kept_columns < self.vocabulary:
+            what += f" {self.kept_columns / self.vocabulary:.0%} of the exponentials"
+        if self.name == "chunk":
+            what += f" of up to {self.chunk_rows} rows"
+        unit = self.rows * self.vocabulary * self.hidden_size
+        live, dead = self.flops(1.0) / max(unit, 1), self.flops(0.0) / max(unit, 1)
+        return (
+            f"{what}: ({dead:.3g} + {live - dead:.3g} f) N V H FLOPs, {self.bytes / 2**20:.0f} MiB "
+            f"beside the gradients (N={self.rows}, V={self.vocabulary}, H={self.hidden_size})"
+        )
+
+
+def default_memory_budget(rows: int, vocabulary: int) -> int:
+    """2.5 bytes per logit, a fifth of what eager PyTorch takes; 64 MiB at least, 4 GiB at most."""
+    return max(_LEAST_BUDGET, min(_LARGEST_BUDGET, rows * vocabulary * 5 // 2))
+
+
+def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Of the products that make logits: the common 16-bit dtype on a GPU; fp32; or float64."""
+    if torch.float64 in (hidden.dtype, weight.dtype):
+        return torch.float64
+    if hidden.is_cuda and hidden.dtype == weight.dtype:
+        return hidden.dtype
+    return torch.float32
+
+
+def grad_product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Of exponentials and of the products that make gradients.
+
+    16-bit inputs use bfloat16, float16's as well: exponentials need its range. On a CPU only where
+    it has instructions for it.
+    """
+    if torch.float64 in (hidden.dtype, weight.dtype):
+        return torch.float64
+    if hidden.dtype != weight.dtype or hidden.dtype == torch.float32:
+        return torch.float32
+    if hidden.is_cuda:
+        return torch.bfloat16
+    is_fast = hidden.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if is_fast else torch.float32
+
+
+def choose_plan(
+    rows: int,
+    vocabulary: int,
+    hidden_size: int,
+    itemsize: int,
+    *,
+    plan: PlanName,
+    memory_budget: int | None,
+    has_gradient: bool,
+    can_chunk: bool,
+    grad_weight: bool,
+) -> tuple[PlanName, int, int]:
+    """Name, kept columns and chunk rows of the plan that spends the fewest FLOPs in the budget."""
+    if not has_gradient or plan == "recompute":
+        return "recompute", 0, rows
+    budget = memory_budget
+    if budget is None:
+        budget = default_memory_budget(rows, vocabulary)
+    row_bytes = vocabulary * itemsize
+    if plan == "keep" or (plan == "auto" and rows * row_bytes <= budget):
+        return "keep", vocabulary, rows
+    sum_bytes = 4 * vocabulary * hidden_size if grad_weight else 0
+    chunk_rows = max((budget - sum_bytes) // row_bytes, 1)
+    if plan == "chunk" or (can_chunk and chunk_rows >= _CHUNK_ROWS):
+        return "chunk", vocabulary, min(chunk_rows, max(rows, 1))
+    kept = columns_that_fit(budget, rows, vocabulary, itemsize)
+    return ("keep" if kept else "recompute"), kept, rows
+
+
+def columns_that_fit(budget: int, rows: int, vocabulary: int, itemsize: int) -> int:
+    """Columns of exponentials of so many rows that fit into the budget."""
+    fit = budget // (max(rows, 1) * itemsize)
+    return vocabulary if fit >= vocabulary else fit // COLUMNS * COLUMNS
+
+
+def plan_from_hidden(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    lora: LoRA | None = None,
+    plan: PlanName = "auto",
+    memory_budget: int | None = None,
+    chunks: bool = True,
+) -> Plan:
+    """The plan that `policy_loss_from_hidden` takes, and what it costs.
+
+        FLOPs = (2 + 4 f) N V H when exponentials are kept, (2 + 6 f) N V H when recomputed,
+                2 f N V H less for a frozen weight, for a fraction f of rows with a gradient
+
+    Args:
+        hidden: (B, T, H) or (N, H).
+        weight: (V, H) of the head; frozen if it does not require grad.
+        lora: a low-rank update of the head.
+        plan: `"auto"`, `"keep"`, `"chunk"` or `"recompute"`.
+        memory_budget: bytes for exponentials and sums of gradients that are kept; by default 2.5
+            per logit, between 64 MiB and 4 GiB.
+        chunks: whether `"auto"` may choose chunks: False for `log_probs_from_hidden`, and on a GPU
+            for packed sequences, whose borders the host does not know.
+
+    Returns:
+        The plan; `print` it, or ask for its `flops(f)` and `bytes`.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+
+    """
+    check_operands(hidden, weight)
+    check_plan(plan, memory_budget, "auto", False, None)
+    if lora is not None:
+        check_lora(lora, hidden, weight)
+    H, V, N = weight.shape[1], weight.shape[0], hidden.numel() // max(weight.shape[1], 1)
+    size = grad_product_dtype(hidden, weight).itemsize
+    grad_weight = weight.requires_grad
+    has_gradient = hidden.requires_grad or grad_weight or lora is not None
+    name, kept_columns, chunk_rows = choose_plan(
+        N, V, H, size, plan=plan, memory_budget=memory_budget, has_gradient=has_gradient,
+        can_chunk=chunks, grad_weight=grad_weight,
+    )  # fmt: skip
+    kept_bytes = chunk_rows * kept_columns * size
+    return Plan(
+        name=name, rows=N, vocabulary=V, hidden_size=H, rank=0 if lora is None else len(lora.a),
+        kept_columns=kept_columns, chunk_rows=chunk_rows,
+        grad_hidden=hidden.requires_grad, grad_weight=grad_weight,
+        kept_bytes=kept_bytes, bytes=kept_bytes,
+    )  # fmt: skip
+
+
+# Checks
+
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    lora: LoRA | None,
+    main_grad: Tensor | None,
+) -> None:
+    """Refuse operands that the operators can't take, by name."""
+    check_operands(hidden, weight)
+    check_tensor("targets", targets, hidden.device)
+    if targets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"targets must be int32 or int64, got {targets.dtype}")
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"targets must have shape {tuple(hidden.shape[:-1])}, one per row of hidden, got "
+            f"{tuple(targets.shape)}"
+        )
+    V, H = weight.shape
+    if bias is not None:
+        _check_operand("bias", bias, hidden.device, (V,))
+    if lora is not None:
+        check_lora(lora, hidden, weight)
+    if main_grad is not None:
+        check_tensor("main_grad", main_grad, hidden.device)
+        if main_grad.dtype != torch.float32:
+            raise TypeError(f"main_grad must be float32, got {main_grad.dtype}")
+        if main_grad.shape != (V, H) or not main_grad.is_contiguous():
+            raise ValueError(
+                f"main_grad must be contiguous with the weight's shape {(V, H)}, got "
+                f"{tuple(main_grad.shape)} with strides {main_grad.stride()}"
+            )
+        if main_grad.requires_grad:
+            raise ValueError("main_grad requires grad, but is a buffer that is added to: detach it")
+        if not weight.requires_grad:
+            raise ValueError("main_grad is given, but weight does not require grad")
+        if weight.dtype == torch.float64 or hidden.dtype == torch.float64:
+            raise TypeError("main_grad is float32, which would round a float64 gradient")
+
+
+def check_operands(hidden: Tensor, weight: Tensor) -> None:
+    """Refuse hidden states and a weight that do not fit together."""
+    if not isinstance(hidden, Tensor):
+        raise TypeError(f"hidden must be a torch.Tensor, got {type(hidden).__name__}")
+    if hidden.ndim not in (2, 3):
+        raise ValueError(f"hidden must have shape (B, T, H) or (N, H), got {tuple(hidden.shape)}")
+    _check_operand("hidden", hidden, hidden.device, tuple(hidden.shape))
+    check_tensor("weight", weight, hidden.device)
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight must have shape (V, {hidden.shape[-1]}), H like hidden, got "
+            f"{tuple(weight.shape)}"
+        )
+    _check_operand("weight", weight, hidden.device, tuple(weight.shape))
+    if weight.numel() == 0:
+        raise ValueError(f"weight must have a vocabulary and a size, got {tuple(weight.shape)}")
+
+
+def check_lora(lora: LoRA, hidden: Tensor, weight: Tensor) -> None:
+    """Refuse a low-rank update that does not fit the head."""
+    if not isinstance(lora, LoRA):
+        raise TypeError(f"lora must be a LoRA(a, b, scale), got {type(lora).__name__}")
+    check_tensor("lora.a", lora.a, hidden.device)
+    if lora.a.ndim != 2:
+        raise ValueError(f"lora.a must have shape (r, H), got {tuple(lora.a.shape)}")
+    rank = lora.a.shape[0]
+    _check_operand("lora.a", lora.a, hidden.device, (rank, weight.shape[1]))
+    _check_operand("lora.b", lora.b, hidden.device, (weight.shape[0], rank))
+    check_number("lora.scale", lora.scale, minimum=-math.inf)
+    if weight.requires_grad:
+        raise ValueError("weight requires grad, but a LoRA head trains a and b only: freeze it")
+
+
+def _check_operand(name: str, x: Tensor, device: torch.device, shape: tuple[int, ...]) -> None:
+    check_tensor(name, x, device)
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
+
+
+def check_plan(
+    plan: str, memory_budget: int | None, products: str, allow_sync: bool, lora: LoRA | None
+) -> None:
+    """Refuse what is no plan."""
+    for name, value, choices in (("plan", plan, PlanName), ("products", products, Products)):
+        if value not in get_args(choices):
+            known = ", ".join(repr(choice) for choice in get_args(choices))
+            raise ValueError(f"{name} must be one of {known}, got {value!r}")
+    if memory_budget is not None:
+        if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
+            raise TypeError(
+                f"memory_budget must be a number of bytes, an int, got "
+                f"{type(memory_budget).__name__}"
+            )
+        if memory_budget < 0:
+            raise ValueError(f"memory_budget must be >= 0 bytes, got {memory_budget}")
+    if not isinstance(allow_sync, bool):
+        raise TypeError(f"allow_sync must be a bool, got {type(allow_sync).__name__}")
+    if products == "triton" and lora is not None:
+        raise ValueError("products must be 'mm' or 'auto' with lora: 'triton' has no low-rank part")

@@ -1,0 +1,547 @@
+"""Logits one tile at a time: their exponentials, their sums, and the products of the backward.
+
+Three ways to the same numbers: `TorchTiles` (CPU, and float64), `MatMulTiles` (torch.mm with Triton
+epilogues) and `TritonTiles` (Triton products). The derivation stands in
+`kernels/linear_log_probs.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backend import compute_dtype, device_guard, exact_matmul
+from .head import Wanted, grad_product_dtype, product_dtype
+from .log_probs import checked_targets, minus_softplus, times_exp
+
+SHIFT_LIMIT = 64.0  # exponents beyond it, in powers of two, are shifted; as in the kernels
+LN_2 = math.log(2.0)
+
+
+class Head(NamedTuple):
+    """The operands of logits = hidden @ weight^T + bias + lora_x @ lora_b^T."""
+
+    hidden: Tensor  # (..., H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    lora_x: Tensor | None  # (N, r) scale * hidden @ a^T
+    lora_b: Tensor | None  # (V, r)
+
+
+class HeadGrads(NamedTuple):
+    """Where the gradients of the operands go; None where one is not wanted."""
+
+    hidden: Tensor | None  # (..., H)
+    weight: Tensor | None
+    bias: Tensor | None
+    lora_x: Tensor | None
+    lora_b: Tensor | None
+
+
+class Options(NamedTuple):
+    temperature: float
+    softcap: float | None
+    return_entropy: bool
+    products: str  # torch, mm or triton
+    allow_sync: bool
+
+    @property
+    def scale(self) -> float:
+        """Of exponents, which are powers of two."""
+        return math.log2(math.e) / self.temperature
+
+
+class RowStats(NamedTuple):
+    """What the forward keeps of each row, all (N,); 0 in rows that are left out."""
+
+    target_logit: Tensor  # after the soft cap, before the temperature
+    shift: Tensor  # powers of two
+    row_sum: Tensor  # of the others' exp2((z - target_logit) * scale - shift)
+    entropy: Tensor  # (0,) unless asked for
+
+    def base(self) -> Tensor:
+        return _finite_or_zero(self.target_logit)
+
+    def log_odds(self, scale: float) -> Tensor:
+        """Against the target."""
+        moved = (self.base() - self.target_logit) * scale + self.shift
+        return moved * LN_2 + self.row_sum.log()
+
+
+class Rows(NamedTuple):
+    """The rows that are worked on.
+
+    Attributes:
+        index: (n,) where they stand among all; None for all, in place.
+        count: 0-dim int32: only the first so many of `index` count; None for all of them.
+        live: (N,) bool, which ones count, where they could not be sorted out; None for all.
+    """
+
+    index: Tensor | None
+    count: Tensor | None
+    live: Tensor | None
+
+    @classmethod
+    def of(cls, live: Tensor | None, options: Options) -> Rows:
+        if live is None:
+            return cls(None, None, None)
+        if options.products == "triton":
+            order = torch.argsort(live.logical_not().byte(), stable=True)
+            return cls(order, live.sum(dtype=torch.int32), None)
+        if options.products == "torch" or options.allow_sync:
+            index = live.nonzero().squeeze(1)
+            return cls(None if len(index) == len(live) else index, None, None)
+        return cls(None, None, live)
+
+    def take(self, x: Tensor) -> Tensor:
+        return x if self.index is None else x.index_select(0, self.index)
+
+    def put(self, x: Tensor, out: Tensor) -> None:
+        """x to the places of these rows in out, 0 to the others."""
+        if self.live is not None:
+            x = torch.where(_like(self.live, x), x, 0.0)
+        if self.count is not None:
+            x = torch.where(_like(torch.arange(len(x), device=x.device) < self.count, x), x, 0.0)
+        if self.index is None:
+            out.copy_(x)
+        else:
+            out.zero_().index_copy_(0, self.index, x.to(out.dtype))
+
+
+def _like(flags: Tensor, x: Tensor) -> Tensor:
+    return flags.view(-1, *(1 for _ in x.shape[1:]))
+
+
+def _finite_or_zero(x: Tensor) -> Tensor:
+    return torch.where(x.abs() < math.inf, x, 0.0)
+
+
+class Sums(NamedTuple):
+    """Of the exponentials of each row in each tile of the vocabulary, all (J, n)."""
+
+    shift: Tensor
+    total: Tensor
+    log: Tensor | None  # sum of e * log2(e), for the entropy
+
+    def reduced(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """shift, total and log of the rows, and by how much each tile's exponentials shrink."""
+        shift = self.shift.amax(0)
+        shrink = torch.exp2(self.shift - shift)
+        log = None
+        if self.log is not None:
+            log = (shrink * (self.log + self.total * (self.shift - shift))).sum(0)
+        return shift, (shrink * self.total).sum(0), log, shrink
+
+
+class Exponentials(NamedTuple):
+    """What `grad_tile` makes of exponents a: exp2(a) * (constant + slope * a), all (n,).
+
+    Attributes:
+        at_target: what stands at the target instead.
+        constant, slope: None for 1 and 0.
+    """
+
+    shift: Tensor
+    at_target: Tensor
+    constant: Tensor | None
+    slope: Tensor | None
+
+
+class Kept(NamedTuple):
+    """Exponentials kept from forward to backward, a row for each row worked on.
+
+    Attributes:
+        e: (N, more than `columns`); the column behind the last takes what belongs nowhere.
+        columns: how many tokens of the vocabulary they cover.
+    """
+
+    e: Tensor
+    columns: int
+
+
+def forward(
+    head: Head,
+    targets: Tensor,
+    mask: Tensor | None,
+    grad_mask: Tensor | None,
+    options: Options,
+    kept: Kept,
+) -> tuple[Tensor, RowStats]:
+    """log_probs (N,) and RowStats of the rows where mask is non-zero.
+
+    `kept` receives the exponentials of those where grad_mask is non-zero, too.
+    """
+    targets = targets.reshape(-1)
+    with exact_matmul(targets.device), device_guard(head.hidden):
+        rows = Rows.of(None if mask is None else mask.reshape(-1) != 0, options)
+        tiles = make_tiles(head, targets, rows, options)
+        keep = None if grad_mask is None else rows.take(grad_mask.reshape(-1) != 0)
+        target_logit = tiles.target_logits()
+        base = _finite_or_zero(target_logit)
+        sums = tiles.exponentials(base, kept, keep)
+        shift, row_sum, log, shrink = sums.reduced()
+        entropy = row_sum.new_empty(0)
+        found = RowStats(target_logit, shift, row_sum, entropy)
+        d = found.log_odds(options.scale)
+        log_prob = minus_softplus(d)
+        if log is not None:
+            entropy = _entropy(d, log_prob, row_sum, log)
+        if kept.columns:
+            tiles.finish(kept, keep, shrink, target_logit, row_sum)
+
+        def full(x: Tensor) -> Tensor:
+            if x.shape != row_sum.shape:
+                return x
+            out = x.new_empty(targets.shape)
+            rows.put(x, out)
+            return out
+
+        return full(log_prob), RowStats(*map(full, found._replace(entropy=entropy)))
+
+
+def _entropy(d: Tensor, log_p: Tensor, row_sum: Tensor, log: Tensor) -> Tensor:
+    log_q = minus_softplus(-d)
+    others = row_sum.log() - log / row_sum * LN_2 - log_q
+    return times_exp(log_q, others) - times_exp(log_p, log_p)
+
+
+def backward(
+    head: Head,
+    targets: Tensor,
+    mask: Tensor | None,
+    stats: RowStats,
+    g: Tensor,
+    h: Tensor | None,
+    options: Options,
+    kept: Kept,
+    out: HeadGrads,
+    *,
+    add: Wanted,
+) -> None:
+    """Gradients for d loss / d log_prob = g and d loss / d entropy = h, (N,) each, into `out`.
+
+    `add` tells which of those of weight, bias and lora_b are added to what stands there.
+    """
+    targets = targets.reshape(-1)
+    mask = None if mask is None else mask.reshape(-1) != 0
+    live = g != 0 if h is None else (g != 0) | (h != 0)
+    if mask is not None:
+        live &= mask
+    with exact_matmul(targets.device), device_guard(head.hidden):
+        factor, wanted = _coefficients(stats, g, h, options)
+        factor = torch.where(live, factor, 0.0)
+        worked_on = Rows.of(mask, options)
+        among = Rows.of(worked_on.take(live), options)  # places of live rows among those
+        index = among.index if worked_on.index is None else among.take(worked_on.index)
+        rows = Rows(index, among.count, among.live)
+        tiles = make_tiles(head, targets, rows, options)
+        tiles.gradients(
+            rows.take(factor), rows.take(stats.base()),
+            Exponentials(*(None if x is None else rows.take(x) for x in wanted)),
+            kept, among, rows, out, add,
+        )  # fmt: skip
+
+
+def _coefficients(
+    stats: RowStats, g: Tensor, h: Tensor | None, options: Options
+) -> tuple[Tensor, Exponentials]:
+    """Factor per row, and what it multiplies: together d loss / d logits."""
+    d = stats.log_odds(options.scale)
+    log_q = minus_softplus(-d)
+    q = torch.sigmoid(d)
+    rho = torch.where(stats.row_sum == 0, 0.0, q / stats.row_sum)
+    if h is None:
+        return -g * rho / options.temperature, Exponentials(stats.shift, -stats.row_sum, None, None)
+    # -p_v * (g + h * (log p_v + entropy)), with log p_v = a_v * ln 2 + log q - log(row_sum)
+    log_p = minus_softplus(d)
+    log_rho = torch.where(stats.row_sum == 0, 0.0, log_q - stats.row_sum.log())
+    constant = rho * (g + h * (log_rho + stats.entropy))
+    at_target = h * times_exp(log_p, log_p + stats.entropy) - g * q
+    return torch.full_like(g, -1.0 / options.temperature), Exponentials(
+        stats.shift, at_target, constant, rho * h * LN_2
+    )
+
+
+def make_tiles(head: Head, targets: Tensor, rows: Rows, options: Options) -> TorchTiles:
+    kind = {"torch": TorchTiles, "mm": MatMulTiles, "triton": TritonTiles}[options.products]
+    return kind(head, targets, rows, options)
+
+
+class TorchTiles:
+    """Tiles of logits of some rows, in torch; small ones, that stay in cache."""
+
+    ROWS = 256
+    COLUMNS = 1024
+    GRAD_ELEMENTS = 1 << 23  # of a tile for the products of the backward
+    GRAD_COLUMNS = 8192
+
+    def __init__(self, head: Head, targets: Tensor, rows: Rows, options: Options) -> None:
+        self.weight, self.bias, self.lora_b = head.weight, head.bias, head.lora_b
+        self.V, self.H = head.weight.shape
+        self.options = options
+        self.dtype = product_dtype(head.hidden, head.weight)
+        self.stats_dtype = compute_dtype(self.dtype)
+        self.grad_dtype = grad_product_dtype(head.hidden, head.weight)
+        self.x = rows.take(head.hidden.reshape(-1, self.H)).to(self.dtype)  # (n, H)
+        self.lora_x = None if head.lora_x is None else rows.take(head.lora_x)
+        self.targets = self._targets(rows.take(targets), rows.index)  # (n,)
+        self.live = rows.live
+        self.count = rows.count
+        self.buffer = torch.empty(0, dtype=self.stats_dtype, device=self.x.device)
+
+    @property
+    def n(self) -> int:
+        return len(self.targets)
+
+    def _targets(self, targets: Tensor, places: Tensor | None) -> Tensor:
+        return checked_targets(targets, self.V, places)
+
+    # Forward
+
+    def target_logits(self) -> Tensor:
+        """(n,) after the soft cap."""
+        out = self.x.new_empty(self.n, dtype=self.stats_dtype)
+        for r in _slices(self.n, self.ROWS):
+            w = self.weight.index_select(0, self.targets[r]).to(self.dtype)
+            out[r] = (self.x[r] * w).sum(1)
+        if self.bias is not None:
+            out += self.bias[self.targets]
+        if self.lora_x is not None:
+            out += (self.lora_x * self.lora_b[self.targets]).sum(1)
+        softcap = self.options.softcap
+        return out if softcap is None else softcap * torch.tanh(out / softcap)
+
+    def exponentials(self, base: Tensor, kept: Kept, keep: Tensor | None) -> Sums:
+        """Sums over each row's exponentials but for its target's; `kept` receives them."""
+        columns = _slices(self.V, self.COLUMNS)
+        shift = base.new_zeros(len(columns), self.n)
+        total = torch.zeros_like(shift)
+        log = torch.zeros_like(shift) if self.options.return_entropy else None
+        for j, c in enumerate(columns):
+            head = self._head(c)
+            for r in _slices(self.n, self.ROWS):
+                e = kept.e[r, c.start : min(c.stop, kept.columns)]
+                self._fold(
+                    self._logits(r, head), self._local(r, c), base[r],
+                    e if c.start < kept.columns else None, None if keep is None else keep[r],
+                    shift[j, r], total[j, r], None if log is None else log[j, r],
+                )  # fmt: skip
+        return Sums(shift, total, log)
+
+    def _head(self, c: slice) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """weight^T, bias and lora_b^T of these columns, as the products take them."""
+        return (
+            self.weight[c].to(self.dtype).mT,
+            None if self.bias is None else self.bias[c].to(self.stats_dtype),
+            None if self.lora_b is None else self.lora_b[c].to(self.stats_dtype).mT,
+        )
+
+    def _logits(self, r: slice, head: tuple[Tensor, Tensor | None, Tensor | None]) -> Tensor:
+        weight, bias, lora_b = head
+        z = self._product(self.x[r], weight)
+        if lora_b is not None:
+            z.addmm_(self.lora_x[r], lora_b)
+        return z if bias is None else z.add_(bias)
+
+    def _product(self, x: Tensor, w: Tensor) -> Tensor:
+        """In a buffer, which the next one overwrites."""
+        size = len(x) * w.shape[1]
+        if self.buffer.numel() < size:
+            self.buffer = self.buffer.new_empty(size)
+        return torch.mm(x, w, out=self.buffer[:size].view(len(x), -1))
+
+    def _local(self, r: slice, c: slice) -> Tensor:
+        """Targets of these rows counted from the first of these columns."""
+        return self.targets[r] - c.start
+
+    def _fold(self, z, y, base, e, keep, shift, total, log) -> None:
+        """Exponentials of a tile z of logits, which is overwritten; sums, and what is kept."""
+        hit = _hits(y, z)
+        derivative = self._exponents(z, base, None, want_derivative=e is not None)
+        z[hit] = -math.inf
+        top = z.amax(1)
+        shift.copy_(torch.where(top > SHIFT_LIMIT, top, 0.0))
+        if shift.any():
+            z -= shift[:, None]
+        a = None if log is None else z.clone()
+        z.exp2_()
+        total.copy_(z.sum(1))
+        if a is not None:
+            log.copy_(a.mul_(z).masked_fill_(z == 0, 0.0).sum(1))
+        if e is not None:
+            if derivative is not None:
+                z *= derivative
+            z = z[:, : e.shape[1]]
+            if keep is None or keep.all():
+                e.copy_(z)
+            else:
+                e[keep] = z[keep].to(e.dtype)
+
+    def _exponents(self, z, base, shift, *, want_derivative: bool) -> Tensor | None:
+        """z becomes (softcap(z) - base) * scale - shift; returns softcap's derivative."""
+        derivative = None
+        softcap = self.options.softcap
+        if softcap is not None:
+            z.div_(softcap).tanh_()
+            derivative = 1.0 - z.square() if want_derivative else None
+            z.mul_(softcap)
+        z.sub_(base[:, None]).mul_(self.options.scale)
+        if shift is not None:
+            z.sub_(shift[:, None])
+        return derivative
+
+    def finish(
+        self, kept: Kept, keep: Tensor | None, shrink: Tensor, target_logit: Tensor, row_sum: Tensor
+    ) -> None:
+        """Bring kept exponentials to one shift per row, and put -row_sum at the targets."""
+        self._rescale(kept, shrink)
+        value = -row_sum
+        if self.options.softcap is not None:
+            value = value * (1.0 - (target_logit / self.options.softcap).square())
+        # a column more takes the targets beyond the kept ones
+        is_kept = (self.targets >= 0) & (self.targets < kept.columns)
+        if keep is not None:
+            is_kept &= keep
+        column = torch.where(is_kept, self.targets, kept.columns).long()
+        kept.e[: self.n].scatter_(1, column[:, None], value[:, None].to(kept.e.dtype))
+
+    def _rescale(self, kept: Kept, shrink: Tensor) -> None:
+        for j, row in (shrink < 1).nonzero().tolist():
+            kept.e[row, j * self.COLUMNS : min((j + 1) * self.COLUMNS, kept.columns)] *= shrink[
+                j, row
+            ]
+
+    # Backward
+
+    def gradients(
+        self,
+        factor: Tensor,
+        base: Tensor,
+        wanted: Exponentials,
+        kept: Kept,
+        among: Rows,
+        rows: Rows,
+        out: HeadGrads,
+        add: Wanted,
+    ) -> None:
+        """The two products, one range of columns after the other."""
+        scaled = self._scaled(self.x, factor)
+        scaled_lora_x = None if self.lora_x is None else self._scaled(self.lora_x, factor)
+        sums = [
+            None if to is None else self.x.new_zeros(self.n, x.shape[1], dtype=self.stats_dtype)
+            for to, x in ((out.hidden, self.x), (out.lora_x, self.lora_x))
+        ]
+        for c in self._grad_columns(kept.columns):
+            tile = self._tile(c, base, wanted, kept, among)
+            for to, w in zip(sums, (self.weight, self.lora_b), strict=True):
+                if to is not None:
+                    self._add_to_rows(to, tile, w[c].to(self.grad_dtype))
+            if out.weight is not None:
+                self._add_to_columns(out.weight[c], tile, scaled, add.weight)
+            if out.lora_b is not None:
+                self._add_to_columns(out.lora_b[c], tile, scaled_lora_x, add.lora_b)
+            if out.bias is not None:
+                self._add_to_bias(out.bias[c], tile, factor, add.bias)
+        for to, total in ((out.hidden, sums[0]), (out.lora_x, sums[1])):
+            if to is not None:
+                total.mul_(factor[:, None])
+                if self.live is not None:
+                    total.masked_fill_((factor == 0)[:, None], 0.0)
+                rows.put(total, to.view(-1, total.shape[1]))
+
+    def _scaled(self, x: Tensor, factor: Tensor) -> Tensor:
+        x = x * factor[:, None]
+        if self.live is not None:
+            # a dead row may hold NaN
+            x = x.masked_fill_((factor == 0)[:, None], 0.0)
+        return x.to(self.grad_dtype)
+
+    def _grad_columns(self, kept_columns: int) -> list[slice]:
+        """Ranges of columns, each on one side of the last kept one."""
+        width = min(self.GRAD_ELEMENTS // max(self.n, 1), self.GRAD_COLUMNS)
+        width = max(width // 128 * 128, 128)
+        kept, others = slice(0, kept_columns), slice(kept_columns, self.V)
+        return [*_slices_of(kept, width), *_slices_of(others, width)]
+
+    def _tile(
+        self, c: slice, base: Tensor, wanted: Exponentials, kept: Kept, among: Rows
+    ) -> Tensor:
+        """(n, columns): what the factor of its row turns into d loss / d logits."""
+        if c.stop <= kept.columns:
+            e = kept.e[:, c] if among.index is None else kept.e[:, c].index_select(0, among.index)
+            return e[: self.n]
+        out = self.x.new_empty(self.n, c.stop - c.start, dtype=self.grad_dtype)
+        for part in _slices_of(c, self.COLUMNS):
+            head = self._head(part)
+            for r in _slices(self.n, self.ROWS):
+                self._weigh(
+                    self._logits(r, head), self._local(r, part), base[r],
+                    Exponentials(*(None if x is None else x[r] for x in wanted)),
+                    out[r, part.start - c.start : part.stop - c.start],
+                )  # fmt: skip
+        return out
+
+    def _weigh(self, z, y, base, wanted: Exponentials, out: Tensor) -> None:
+        """A tile z of logits, which is overwritten, to what `Exponentials` says."""
+        hit = _hits(y, z)
+        derivative = self._exponents(z, base, wanted.shift, want_derivative=True)
+        a = None if wanted.slope is None else z.clone()
+        z.exp2_()
+        if a is not None:
+            a.mul_(wanted.slope[:, None]).add_(wanted.constant[:, None])
+            z.mul_(a.masked_fill_(z == 0, 0.0))
+        z[hit] = wanted.at_target[hit[0]]
+        out.copy_(z if derivative is None else z.mul_(derivative))
+
+    def _add_to_rows(self, out: Tensor, tile: Tensor, w: Tensor) -> None:
+        if out.dtype == tile.dtype:
+            out.addmm_(tile, w)
+        else:
+            out.add_(self._grad_product(tile, w))
+
+    def _add_to_columns(self, out: Tensor, tile: Tensor, x: Tensor, add: bool) -> None:
+        if out.dtype == tile.dtype:
+            out.addmm_(tile.mT, x, beta=int(add))
+        elif add:
+            out.add_(self._grad_product(tile.mT, x))
+        else:
+            out.copy_(self._grad_product(tile.mT, x))
+
+    def _add_to_bias(self, out: Tensor, tile: Tensor, factor: Tensor, add: bool) -> None:
+        total = torch.mv(tile.mT.to(factor.dtype), factor)
+        if add:
+            out.add_(total)
+        else:
+            out.copy_(total)
+
+    def _grad_product(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.mm(a, b)
+
+
+def _hits(y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the targets that lie in a tile."""
+    rows = ((y >= 0) & (y < z.shape[1])).nonzero().squeeze(1)
+    return rows, y[rows]
+
+
+def _slices(stop: int, step: int) -> list[slice]:
+    return _slices_of(slice(0, stop), step)
+
+
+def _slices_of(whole: slice, step: int) -> list[slice]:
+    return [slice(i, min(i + step, whole.stop)) for i in range(whole.start, whole.stop, step)]
+
+
+class MatMulTiles(TorchTiles):
+    """torch.mm with fp32 results, and Triton epilogues."""
+
+    ROWS = 4096
+    COLUMNS = 8192
+    GRAD_ELEMENTS = 1 << 26
+
+
+class TritonTiles(MatMulTiles):
+    """Products in Triton."""

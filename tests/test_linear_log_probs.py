@@ -1,0 +1,1079 @@
+"""Log-probs and policy losses from hidden states: accuracy, and the work and memory they take."""
+
+import math
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+import gspo_ops
+from gspo_ops import GRPO, GSPO, GSPOToken, LoRA, log_probs_from_hidden, reference
+from gspo_ops.testing import ALLOWED, BF16_ULP, BOUNDS, relative, synthetic_head, worst
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ON_TRITON = INTERPRETED or torch.cuda.is_available()
+compiled_only = pytest.mark.skipif(INTERPRETED, reason="measures the torch path")
+kernels = pytest.mark.kernels
+all_products = pytest.mark.parametrize("products", ["mm", "triton"] if ON_TRITON else ["auto"])
+# of log_probs_from_hidden; "part" keeps the exponentials of some columns, if there are 1024 or more
+all_plans = pytest.mark.parametrize("plan", ["keep", "part", "recompute"])
+all_loss_plans = pytest.mark.parametrize("plan", ["keep", "part", "chunk", "recompute"])
+all_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+
+
+class Inputs(NamedTuple):
+    """What has a gradient: (N, H), (V, H), (V,), and (r, H) and (V, r) of a LoRA update."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Inputs":
+        return Inputs(*(None if x is None else function(x) for x in self))
+
+    def lora(self) -> LoRA | None:
+        return None if self.a is None else LoRA(self.a, self.b, 0.5)
+
+    def call(self, function, *args, **options):
+        """A function of hidden and weight, with the other inputs as its options."""
+        return function(
+            self.hidden, self.weight, *args, bias=self.bias, lora=self.lora(), **options
+        )
+
+    def grads(self) -> dict[str, Tensor]:
+        return {n: x.grad for n, x in self._asdict().items() if x is not None and x.requires_grad}
+
+
+def make(N, H, V, device, *, bias=False, rank=0, seed=0) -> Inputs:
+    hidden, weight, b = synthetic_head(1, N, H, V, device=device, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    lora = [None, None]
+    if rank:
+        lora = [torch.randn(size, generator=generator) for size in ((rank, H), (V, rank))]
+        lora = [(x / math.sqrt(H)).to(device) for x in lora]
+    return Inputs(hidden[0], weight, b if bias else None, *lora)
+
+
+def sample(inputs: Inputs) -> Tensor:
+    logits = inputs.map(Tensor.double).call(reference.logits_from_hidden)
+    return torch.distributions.Categorical(logits=logits).sample()
+
+
+def with_budget(plan: str, inputs: Inputs) -> dict:
+    """Options that get this plan; "part": the plan that fits half of the exponentials."""
+    if plan != "part":
+        return {"plan": plan}
+    whole = gspo_ops.plan_from_hidden(inputs.hidden, inputs.weight, plan="keep")
+    return {"memory_budget": max(whole.kept_bytes // 2, 1)}
+
+
+def run(call, inputs: Inputs, upstream: Tensor | None = None, frozen=()):
+    """Values and gradients; upstream (2, N) is of log-probs and entropies, a loss has none."""
+    leaves = Inputs(
+        *(None if x is None else x.detach().clone().requires_grad_(name not in frozen)
+          for name, x in inputs._asdict().items())
+    )  # fmt: skip
+    values = call(leaves)
+    values = values if isinstance(values, tuple) else (values,)
+    if upstream is None:
+        values[0].backward()
+    else:
+        total = sum((value * up).sum() for value, up in zip(values, upstream, strict=False))
+        total.backward()
+    return [value.detach() for value in values], leaves.grads()
+
+
+def plain(targets, dtype, entropy, **options):
+    """Log-probs and entropies of logits in this dtype."""
+
+    def call(leaves: Inputs):
+        logits = leaves.map(lambda x: x.to(dtype)).call(reference.logits_from_hidden)
+        log_probs = reference.log_probs_from_logits(logits, targets, **options)
+        if not entropy:
+            return log_probs
+        return log_probs, reference.entropy_from_logits(logits, targets, **options)
+
+    return call
+
+
+def assert_grads(grads: dict, exact: dict, eager: dict) -> None:
+    """The contract's bounds; few rows may leave eager with fp32 logits beyond that of fp32."""
+    low = any(grad.dtype.itemsize < 4 for grad in eager.values())
+    for name, grad in grads.items():
+        assert grad.dtype == eager[name].dtype
+        error, of_eager = relative(grad, exact[name]), relative(eager[name], exact[name])
+        bound = max(BOUNDS["dweight, rel L2"], 2 * of_eager)
+        if low:
+            bound = ALLOWED * of_eager + BF16_ULP
+        assert error <= bound, (name, error, bound)
+
+
+def assert_accurate(
+    inputs: Inputs, targets: Tensor, softmax=None, entropies=(False, True), frozen=(), **options
+):
+    """Log-probs, entropies, and gradients for random upstream gradients, some of them zero."""
+    softmax = softmax or {}
+    generator = torch.Generator().manual_seed(1)
+    upstream = torch.randn(2, *targets.shape, generator=generator).to(targets.device)
+    upstream[:, 1::3] = 0
+    for entropy in entropies:
+        values, grads = run(
+            lambda leaves, entropy=entropy: leaves.call(
+                log_probs_from_hidden, targets, return_entropy=entropy, **softmax, **options
+            ),
+            inputs, upstream, frozen,
+        )  # fmt: skip
+        exact_values, exact = run(
+            plain(targets, torch.float64, entropy, **softmax), inputs.map(Tensor.double), upstream
+        )
+        _, eager = run(plain(targets, torch.float32, entropy, **softmax), inputs, upstream)
+        assert values[0].dtype == torch.float32
+        assert worst(values[0] - exact_values[0]) <= BOUNDS["log_prob from hidden"]
+        if entropy:
+            assert worst(values[1] - exact_values[1]) <= BOUNDS["entropy from hidden"]
+        assert grads.keys() == exact.keys() - set(frozen)
+        assert_grads(grads, exact, eager)
+        if "hidden" in grads:
+            assert (grads["hidden"][1::3] == 0).all()
+
+
+# Accuracy
+
+# (N, H, V): single elements, odd sizes, and just around the borders of tiles
+SHAPES = [
+    (0, 8, 5), (1, 1, 1), (3, 7, 1), (1, 5, 2), (5, 16, 127), (17, 33, 129), (127, 4, 33),
+    (129, 8, 130), (2, 63, 1023), (3, 64, 1024), (5, 65, 1025), (3, 100, 2049),
+]  # fmt: skip
+
+
+@kernels
+@all_products
+@all_plans
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_accuracy(device, shape, plan, products):
+    torch.manual_seed(0)
+    inputs = make(*shape, device, bias=shape[0] % 2 == 1)
+    targets = sample(inputs) if shape[0] else torch.zeros(0, dtype=torch.long, device=device)
+    options = with_budget(plan, inputs)
+    assert_accurate(inputs, targets, products=products, **options)
+
+
+@kernels
+@all_products
+@all_plans
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_accuracy_in_16_bits(device, dtype, plan, products):
+    torch.manual_seed(0)
+    for shape in [(5, 65, 1025), (66, 24, 130)]:
+        inputs = make(*shape, device, bias=True).map(lambda x: x.to(dtype))
+        options = with_budget(plan, inputs)
+        assert_accurate(inputs, sample(inputs), products=products, **options)
+
+
+@kernels
+@all_products
+@pytest.mark.parametrize("plan", ["keep", "recompute"])
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16),
+     (torch.float16, torch.bfloat16)],
+    ids=str,
+)  # fmt: skip
+def test_mixed_dtypes(device, dtypes, plan, products):
+    torch.manual_seed(0)
+    inputs = make(9, 33, 300, device, bias=True)
+    inputs = inputs._replace(hidden=inputs.hidden.to(dtypes[0]), weight=inputs.weight.to(dtypes[1]))
+    assert_accurate(inputs, sample(inputs), plan=plan, products=products)
+
+
+@kernels
+@all_products
+@pytest.mark.parametrize("plan", ["keep", "recompute"])
+@pytest.mark.parametrize(
+    "softmax",
+    [{"temperature": 0.6}, {"temperature": 1.7}, {"softcap": 30.0},
+     {"softcap": 5.0, "temperature": 0.9}],
+    ids=str,
+)  # fmt: skip
+def test_temperature_and_softcap(device, softmax, plan, products):
+    torch.manual_seed(0)
+    inputs = make(9, 33, 300, device, bias=True)
+    # |log_prob| stays small here: beyond, the rounding of the logits itself counts
+    inputs = inputs._replace(hidden=inputs.hidden / 4)
+    assert_accurate(inputs, sample(inputs), softmax, plan=plan, products=products)
+
+
+@kernels
+@all_plans
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 8])
+def test_lora(device, rank, dtype, plan):
+    """The weight is frozen: gradients for a, b, the bias and the hidden states only."""
+    torch.manual_seed(0)
+    inputs = make(17, 33, 1100, device, rank=rank, bias=True).map(lambda x: x.to(dtype))
+    targets = sample(inputs)
+    assert_accurate(inputs, targets, frozen=("weight",), **with_budget(plan, inputs))
+    frozen = ("weight", "bias", "hidden")
+    assert_accurate(inputs, targets, {"softcap": 20.0}, entropies=[False], frozen=frozen,
+                    **with_budget(plan, inputs))  # fmt: skip
+
+
+@compiled_only
+@pytest.mark.parametrize("plan", ["keep", "recompute"])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_gradcheck(plan, softcap, rank):
+    inputs = make(5, 4, 9, torch.device("cpu"), bias=True, rank=rank).map(lambda x: x.double() / 4)
+    targets = torch.tensor([0, 8, -100, 3, 3])
+    constants = {"weight": inputs.weight} if rank else {"a": None, "b": None}
+    names = [name for name in Inputs._fields if name not in constants]
+
+    def call(*leaves: Tensor):
+        return Inputs(**dict(zip(names, leaves, strict=True)), **constants).call(
+            log_probs_from_hidden, targets, temperature=1.3, softcap=softcap, plan=plan,
+            return_entropy=True,
+        )  # fmt: skip
+
+    leaves = [getattr(inputs, name).detach().requires_grad_() for name in names]
+    assert call(*leaves)[0].dtype == torch.float64
+    assert torch.autograd.gradcheck(call, leaves, check_undefined_grad=True)
+
+
+@kernels
+@all_products
+@all_plans
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extreme_targets(device, plan, dtype, products):
+    """Targets that were never sampled: log-probs of -200 and below, and sharp temperatures."""
+    inputs = make(6, 32, 1200, device, bias=True)
+    logits = inputs.map(Tensor.double).call(reference.logits_from_hidden)
+    targets = torch.where(
+        torch.arange(6, device=device) % 2 == 0, logits.argmin(1), logits.argmax(1)
+    )
+    for softmax in ({"temperature": 0.05}, {"temperature": 0.2}):
+        low = inputs.map(lambda x: x.to(dtype))
+        options = {"products": products} | softmax | with_budget(plan, low)
+        values, grads = run(
+            lambda leaves, options=options: leaves.call(log_probs_from_hidden, targets, **options),
+            low, torch.ones(1, 6, device=device),
+        )  # fmt: skip
+        exact_values, exact = run(
+            plain(targets, torch.float64, False, **softmax), low.map(Tensor.double),
+            torch.ones(1, 6, device=device),
+        )  # fmt: skip
+        assert exact_values[0].min() < (-200 if softmax["temperature"] < 0.1 else -85)
+        torch.testing.assert_close(values[0].double(), exact_values[0], rtol=1e-6, atol=1e-4)
+        # the rounding of a logit counts 20-fold
+        bound = 1e-4 if dtype == torch.float32 else 2 * BF16_ULP
+        for name, grad in grads.items():
+            assert relative(grad, exact[name]) <= bound, name
+
+
+@kernels
+@all_products
+def test_large_hidden_states(device, products):
+    """Logits of +-1000 where nothing may overflow, the largest not among the first."""
+    inputs = make(4, 8, 1500, device).map(lambda x: x * 8)
+    logits = inputs.map(Tensor.double).call(reference.logits_from_hidden)
+    assert logits.abs().max() > 600
+    targets = logits.argmax(1)
+    targets[1] = logits[1].argmin()
+    for plan in ("keep", "recompute"):
+        values, grads = run(
+            lambda leaves, plan=plan: leaves.call(
+                log_probs_from_hidden, targets, plan=plan, products=products
+            ),
+            inputs, torch.ones(1, 4, device=device),
+        )  # fmt: skip
+        exact_values, exact = run(
+            plain(targets, torch.float64, False), inputs.map(Tensor.double),
+            torch.ones(1, 4, device=device),
+        )  # fmt: skip
+        torch.testing.assert_close(values[0].double(), exact_values[0], rtol=1e-6, atol=1e-3)
+        for name, grad in grads.items():
+            assert relative(grad, exact[name]) <= 1e-3, name
+
+
+# Rows and layouts
+
+
+@kernels
+@all_products
+@all_plans
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ignored_rows_are_zero_whatever_they_hold(device, dtype, plan, products):
+    inputs = make(5, 16, 1100, device).map(lambda x: x.to(dtype))
+    targets = torch.tensor([0, -100, -100, 1099, -100], device=device, dtype=torch.int32)
+    dirty = inputs.hidden.clone()
+    dirty[1], dirty[2], dirty[4] = math.nan, math.inf, -math.inf
+    results = [
+        run(
+            lambda leaves: leaves.call(
+                log_probs_from_hidden, targets, return_entropy=True, products=products,
+                **with_budget(plan, inputs),
+            ),
+            inputs._replace(hidden=hidden), torch.ones(2, 5, device=device),
+        )
+        for hidden in (inputs.hidden, dirty)
+    ]  # fmt: skip
+    (values, grads), (dirty_values, dirty_grads) = results
+    for x in (*dirty_values, dirty_grads["hidden"]):
+        assert (x[targets < 0] == 0).all()
+        assert (x[targets >= 0] != 0).any()
+    for a, b in zip(
+        (*values, *grads.values()), (*dirty_values, *dirty_grads.values()), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+@kernels
+@all_products
+@all_plans
+def test_a_row_without_gradient_is_not_used(device, plan, products):
+    """A live NaN row shows in its log-prob; without a gradient it must not show in dweight."""
+    inputs = make(7, 16, 1100, device)
+    inputs.hidden[3] = math.nan
+    targets = torch.arange(7, device=device)
+    upstream = torch.ones(1, 7, device=device)
+    upstream[0, 3] = 0
+    values, grads = run(
+        lambda leaves: leaves.call(
+            log_probs_from_hidden, targets, products=products, **with_budget(plan, inputs)
+        ),
+        inputs, upstream,
+    )  # fmt: skip
+    assert values[0].isnan().nonzero().tolist() == [[3]]
+    assert (grads["hidden"][3] == 0).all()
+    assert grads["hidden"].isfinite().all()
+    assert grads["weight"].isfinite().all()
+
+
+@kernels
+@all_products
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_bad_hidden_states_show_in_their_row_only(device, bad, products):
+    inputs = make(3, 16, 300, device)
+    clean = inputs.hidden.clone()
+    inputs.hidden[1, 5] = bad
+    targets = torch.tensor([0, 299, 3], device=device)
+    values, grads = run(
+        lambda leaves: leaves.call(log_probs_from_hidden, targets, products=products),
+        inputs, torch.ones(1, 3, device=device),
+    )  # fmt: skip
+    assert values[0][1].isnan()
+    assert grads["hidden"][1].isnan().any()
+    assert grads["hidden"][::2].isfinite().all()
+    expected = log_probs_from_hidden(clean, inputs.weight, targets, products=products)
+    assert torch.equal(values[0][::2], expected[::2])
+
+
+OUT_OF_RANGE = [300, 5000, -1, 2**31 + 1]
+
+
+@kernels
+@all_products
+@pytest.mark.parametrize("value", OUT_OF_RANGE)
+def test_targets_out_of_range(device, value, products):
+    inputs = make(4, 16, 300, device)
+    targets = torch.tensor([0, 1, value, 2], device=device)
+
+    def call(leaves: Inputs):
+        return leaves.call(log_probs_from_hidden, targets, products=products)
+
+    if not ON_TRITON:
+        with pytest.raises(IndexError, match=rf"targets must lie in \[0, 300\) .*got {value} at"):
+            call(inputs)
+        return
+    values, grads = run(call, inputs, torch.ones(1, 4, device=device))
+    assert values[0].isnan().nonzero().tolist() == [[2]]
+    assert grads["hidden"][2].isnan().all()
+    assert grads["hidden"][[0, 1, 3]].isfinite().all()
+
+
+def views(x: Tensor) -> dict[str, Tensor]:
+    """The same (N, H) numbers, otherwise in memory."""
+    wide = torch.cat([x, x.new_full((len(x), 3), math.nan)], 1)
+    return {
+        "part of a wider row": wide[:, :-3],
+        "transposed": x.T.contiguous().T,
+        "every other row": x.repeat_interleave(2, 0)[::2],
+        "odd offset": torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x),
+    }
+
+
+@kernels
+@all_products
+@pytest.mark.parametrize("name", list(views(torch.zeros(2, 2))))
+@pytest.mark.parametrize("which", ["hidden", "weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strided_inputs(device, which, name, dtype, products):
+    inputs = make(6, 17, 130, device).map(lambda x: x.to(dtype))
+    targets = sample(inputs)
+    upstream = torch.randn(6, device=device)
+    strided = inputs._replace(**{which: views(getattr(inputs, which))[name]})
+    results = []
+    for x in (inputs, strided):
+        leaves = x.map(lambda t: t.detach().requires_grad_())
+        log_probs = leaves.call(log_probs_from_hidden, targets, products=products)
+        log_probs.backward(upstream)
+        results.append([log_probs.detach(), *leaves.grads().values()])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+@kernels
+@all_products
+def test_batched_hidden_states_are_rows(device, products):
+    inputs = make(12, 17, 130, device)
+    targets = sample(inputs)
+    flat = log_probs_from_hidden(inputs.hidden, inputs.weight, targets, products=products)
+    batched = log_probs_from_hidden(
+        inputs.hidden.view(3, 4, 17), inputs.weight, targets.view(3, 4).int(), products=products
+    )
+    assert batched.shape == (3, 4)
+    assert torch.equal(batched.flatten(), flat)
+    empty = inputs.hidden.view(3, 4, 17)[:, :0].requires_grad_()
+    log_probs = log_probs_from_hidden(empty, inputs.weight, targets.view(3, 4)[:, :0])
+    assert log_probs.shape == (3, 0)
+    log_probs.sum().backward()
+    assert empty.grad.shape == (3, 0, 17)
+
+
+@kernels
+@pytest.mark.skipif(not ON_TRITON, reason="a BLAS product of one row rounds otherwise")
+def test_triton_products_don_t_depend_on_the_batch(device):
+    inputs = make(140, 33, 300, device)
+    targets = sample(inputs)
+
+    def log_probs(rows: Tensor) -> Tensor:
+        return log_probs_from_hidden(
+            inputs.hidden[rows], inputs.weight, targets[rows], products="triton"
+        )
+
+    together = log_probs(torch.arange(140, device=device))
+    order = torch.randperm(140, device=device)
+    assert torch.equal(log_probs(order), together[order])
+    for row in (0, 64, 139):
+        assert torch.equal(log_probs(torch.tensor([row], device=device)), together[row : row + 1])
+
+
+@kernels
+@all_products
+def test_tied_embeddings(device, products):
+    """One tensor as the embedding and as the head gets the sum of both gradients."""
+    weight = make(1, 16, 300, device).weight
+    ids, targets = torch.arange(8, device=device), torch.arange(8, device=device) + 1
+    grads = []
+    for function, dtype in ((log_probs_from_hidden, torch.float32),
+                            (reference.log_probs_from_hidden, torch.float64)):  # fmt: skip
+        leaf = weight.to(dtype, copy=True).requires_grad_()
+        options = {} if function is reference.log_probs_from_hidden else {"products": products}
+        function(torch.tanh(leaf[ids]), leaf, targets, **options).sum().backward()
+        grads.append(leaf.grad)
+    assert relative(*grads) <= BOUNDS["dweight, rel L2"]
+
+
+# Policy losses: whole sequences at a time
+
+
+class Batch(NamedTuple):
+    """Packed sequences."""
+
+    inputs: Inputs
+    targets: Tensor
+    old_log_probs: Tensor
+    advantages: Tensor
+    cu_seqlens: Tensor
+
+
+def make_batch(lengths, device, *, H=16, V=130, seed=0, bias=False, spread=1.0) -> Batch:
+    """Some sequences inside the clip range, some clipped, every fifth without an advantage.
+
+    The spread of the log-ratios suits the narrow clip ranges of sequences.
+    """
+    N = sum(lengths)
+    inputs = make(N, H, V, device, seed=seed, bias=bias)
+    torch.manual_seed(seed)
+    targets = sample(inputs) if N else torch.zeros(0, dtype=torch.long, device=device)
+    exact = inputs.map(Tensor.double).call(reference.log_probs_from_hidden, targets)
+    kinds = spread * torch.tensor([1e-4, -1e-4, 2e-3, -2e-3, 1e-4])
+    which = torch.arange(len(lengths)) % 5
+    ids = torch.repeat_interleave(torch.tensor(lengths))
+    old = exact - kinds[which][ids].to(device)
+    advantages = torch.where(which == 4, 0.0, torch.where(which % 2 == 0, 1.3, -0.7))
+    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    return Batch(inputs, targets, old.float(), advantages.to(device), cu_seqlens.to(device))
+
+
+def loss_of(batch: Batch, function=gspo_ops.policy_loss_from_hidden, **options):
+    def call(leaves: Inputs):
+        loss, stats = leaves.call(
+            function, batch.targets, batch.old_log_probs, batch.advantages,
+            **{"cu_seqlens": batch.cu_seqlens} | options,
+        )  # fmt: skip
+        return loss, *(stats[name] for name in ("log_ratio", "clip_frac_tokens"))
+
+    return call
+
+
+def assert_loss(batch: Batch, options: dict, frozen=(), **how) -> tuple[list, dict, dict]:
+    """Loss, log-ratios, clip fraction and gradients; returns ours, and the exact gradients."""
+
+    def plainly(dtype: torch.dtype):
+        def cast(x):
+            return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+        at = batch._replace(**{n: cast(x) for n, x in batch._asdict().items() if n != "inputs"})
+        call = loss_of(
+            at, reference.policy_loss_from_hidden, **{n: cast(x) for n, x in options.items()}
+        )
+        return lambda leaves: call(leaves.map(cast))
+
+    exact_values, exact = run(plainly(torch.float64), batch.inputs.map(Tensor.double))
+    _, eager = run(plainly(torch.float32), batch.inputs)
+    values, grads = run(loss_of(batch, **options, **how), batch.inputs, frozen=frozen)
+    torch.testing.assert_close(values[0].double(), exact_values[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(values[1].double(), exact_values[1], rtol=0, atol=4e-6)
+    torch.testing.assert_close(values[2].double(), exact_values[2], rtol=1e-6, atol=0)
+    assert grads.keys() == exact.keys() - set(frozen)
+    assert_grads(grads, exact, eager)
+    dead = (exact["hidden"] == 0).all(-1)
+    assert grads["hidden"][dead].count_nonzero() == 0
+    return values, grads, exact
+
+
+@kernels
+@all_products
+@pytest.mark.parametrize("objective", [GSPO(), GSPOToken(), GRPO()], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize("rows", [1, 5, 12, 30, 1000])
+def test_chunks_of_whole_sequences(device, rows, objective, products):
+    """Budgets that cut anywhere: within a group, after an empty sequence, below one sequence."""
+    spread = 200.0 if objective.ratio_level == "token" else 1.0
+    batch = make_batch([3, 0, 1, 12, 4, 0, 7, 2, 5, 1], device, spread=spread)
+    budget = rows * 130 * 4 + 4 * 130 * 16  # these rows' exponentials, and sums of dweight
+    values, _, exact = assert_loss(
+        batch, {"objective": objective}, plan="chunk", memory_budget=budget, products=products
+    )
+    assert 0 < values[2] < 1
+    assert (exact["hidden"] == 0).all(1).any()
+
+
+@kernels
+@all_products
+@all_loss_plans
+@pytest.mark.parametrize("objective", [GSPO(), GRPO(aggregation="token-mean")], ids=repr)
+def test_padded_losses(device, plan, objective, products):
+    """The denominator counts what stands in other chunks."""
+    batch = make_batch([6] * 5, device, V=1100, bias=True)
+    mask = torch.rand(5, 6, generator=torch.Generator().manual_seed(0)).to(device) < 0.7
+    mask[1] = False
+    options = {"cu_seqlens": None, "mask": mask, "objective": objective}
+    shaped = batch._replace(
+        inputs=batch.inputs._replace(hidden=batch.inputs.hidden.view(5, 6, -1)),
+        targets=batch.targets.view(5, 6), old_log_probs=batch.old_log_probs.view(5, 6),
+    )  # fmt: skip
+    _, grads, _ = assert_loss(
+        shaped, options, products=products, **with_budget(plan, shaped.inputs)
+    )
+    assert grads["hidden"][~mask].count_nonzero() == 0
+
+
+@kernels
+@all_loss_plans
+def test_lora_losses(device, plan):
+    batch = make_batch([5, 3, 4, 6], device, V=1100)
+    inputs = make(18, 16, 1100, device, rank=3)
+    new = inputs.map(Tensor.double).call(reference.log_probs_from_hidden, batch.targets)
+    batch = batch._replace(inputs=inputs, old_log_probs=new.float() - 1e-4)
+    _, grads, _ = assert_loss(batch, {}, frozen=("weight",), **with_budget(plan, inputs))
+    assert grads.keys() == {"hidden", "a", "b"}
+
+
+@kernels
+@all_products
+@all_loss_plans
+def test_loss_with_reference_and_entropy(device, plan, products):
+    batch = make_batch([5, 3, 0, 6], device, V=1100)
+    options = {"objective": GRPO(kl_coef=0.2), "ref_log_probs": batch.old_log_probs + 0.1,
+               "return_entropy": True, "denominator": 7.0,
+               "rollout_weights": torch.linspace(0.5, 1.5, 14, device=device)}  # fmt: skip
+    how = {"products": products} | with_budget(plan, batch.inputs)
+    assert_loss(batch, options, **how)
+    args = (batch.targets, batch.old_log_probs, batch.advantages)
+    stats, exact = (
+        batch.inputs.call(function, *args, cu_seqlens=batch.cu_seqlens, **options, **more)[1]
+        for function, more in ((gspo_ops.policy_loss_from_hidden, how),
+                               (reference.policy_loss_from_hidden, {}))
+    )  # fmt: skip
+    for name, value in exact.items():
+        torch.testing.assert_close(stats[name], value, rtol=2e-5, atol=2e-5)
+
+
+@kernels
+@all_products
+@pytest.mark.parametrize("plan", ["keep", "part", "recompute"])
+def test_function_as_objective(device, plan, products):
+    batch = make_batch([5, 3, 0, 6], device, V=1100)
+
+    def objective(log_probs, old_log_probs, advantages, sequence_ids):
+        return -torch.exp(log_probs - old_log_probs) * advantages
+
+    losses = []
+    for chosen, how in (
+        (objective, with_budget(plan, batch.inputs)),
+        (GRPO(clip_low=1.0, clip_high=1e9), {"plan": plan.replace("part", "keep")}),
+    ):
+
+        def call(leaves: Inputs, chosen=chosen, how=how):
+            return leaves.call(
+                gspo_ops.policy_loss_from_hidden, batch.targets, batch.old_log_probs,
+                batch.advantages, cu_seqlens=batch.cu_seqlens, objective=chosen,
+                products=products, **how,
+            ).loss  # fmt: skip
+
+        losses.append(run(call, batch.inputs))
+    (values, grads), (expected_values, expected) = losses
+    torch.testing.assert_close(values, expected_values, rtol=1e-6, atol=1e-7)
+    for name, grad in grads.items():
+        assert relative(grad, expected[name].double()) <= BOUNDS["dweight, rel L2"]
+
+
+# Gradients again, and elsewhere
+
+
+def of_every_op(device, products="auto"):
+    """Losses of each op and plan as functions of Inputs, by name."""
+    batch = make_batch([5, 3, 4, 6], device, V=1100)
+    calls = {}
+    for plan in ("keep", "part", "chunk", "recompute"):
+        options = with_budget(plan, batch.inputs) | {"products": products}
+        calls[f"policy_loss {plan}"] = lambda leaves, options=options, **more: leaves.call(
+            gspo_ops.policy_loss_from_hidden, batch.targets, batch.old_log_probs,
+            batch.advantages, cu_seqlens=batch.cu_seqlens, **options, **more,
+        ).loss  # fmt: skip
+        if plan != "chunk":
+            calls[f"log_probs {plan}"] = lambda leaves, options=options, **more: leaves.call(
+                log_probs_from_hidden, batch.targets, **options, **more
+            ).dot(torch.linspace(-1, 1, 18, device=device))
+    return batch.inputs, calls
+
+
+OPS = list(of_every_op(torch.device("cpu"))[1])
+all_ops = pytest.mark.parametrize("op", OPS)
+
+
+def leaves_of(inputs: Inputs, frozen=()) -> Inputs:
+    named = inputs._asdict().items()
+    return Inputs(
+        *(None if x is None else x.detach().clone().requires_grad_(n not in frozen)
+          for n, x in named)
+    )  # fmt: skip
+
+
+@kernels
+@all_products
+@all_ops
+def test_second_backward_gives_the_same(device, op, products):
+    inputs, calls = of_every_op(device, products)
+    leaves = leaves_of(inputs)
+    total = calls[op](leaves)
+    params = (leaves.hidden, leaves.weight)
+    first = torch.autograd.grad(total, params, retain_graph=True)
+    scaled = torch.autograd.grad(3 * total, params, retain_graph=True)
+    second = torch.autograd.grad(total, params)
+    for a, b, c in zip(first, second, scaled, strict=True):
+        assert a.count_nonzero() > 0
+        assert torch.equal(a, b)
+        assert relative(c, 3 * a.double()) <= 1e-6
+
+
+@kernels
+@all_products
+@all_ops
+def test_inputs_stay_as_they_are(device, op, products):
+    inputs, calls = of_every_op(device, products)
+    leaves = leaves_of(inputs)
+    versions = [x._version for x in leaves if x is not None]
+    calls[op](leaves).backward()
+    assert [x._version for x in leaves if x is not None] == versions
+    for x, y in zip(leaves, inputs, strict=True):
+        assert x is y or torch.equal(x, y)
+
+
+@kernels
+@all_products
+@all_ops
+def test_main_grad(device, op, products):
+    """Adds to what is there; the weight itself gets no gradient."""
+    inputs, calls = of_every_op(device, products)
+    expected = leaves_of(inputs)
+    calls[op](expected).backward()
+    leaves = leaves_of(inputs)
+    main_grad = torch.ones(inputs.weight.shape, device=device)
+    total = calls[op](leaves, main_grad=main_grad)
+    (2 * total).backward(retain_graph=True)
+    assert leaves.weight.grad is None
+    bound = {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(main_grad, 1 + 2 * expected.weight.grad, **bound)
+    torch.testing.assert_close(leaves.hidden.grad, 2 * expected.hidden.grad, **bound)
+    total.backward()
+    torch.testing.assert_close(main_grad, 1 + 3 * expected.weight.grad, **bound)
+
+
+@kernels
+@all_products
+@all_ops
+def test_main_grad_of_a_bf16_weight_is_not_rounded(device, op, products):
+    inputs, calls = of_every_op(device, products)
+    inputs = inputs.map(Tensor.bfloat16)
+    leaves = leaves_of(inputs)
+    main_grad = torch.zeros(inputs.weight.shape, device=device)
+    calls[op](leaves, main_grad=main_grad).backward()
+    rounded = leaves_of(inputs)
+    calls[op](rounded).backward()
+    assert (main_grad != main_grad.bfloat16()).any()
+    torch.testing.assert_close(main_grad.bfloat16(), rounded.weight.grad, rtol=2**-7, atol=1e-7)
+
+
+@kernels
+@all_products
+@all_ops
+@pytest.mark.parametrize("frozen", [("weight",), ("hidden",)], ids=str)
+def test_frozen_inputs_have_no_gradient(device, op, frozen, products):
+    inputs, calls = of_every_op(device, products)
+    expected = leaves_of(inputs)
+    calls[op](expected).backward()
+    leaves = leaves_of(inputs, frozen)
+    calls[op](leaves).backward()
+    for name, grad in leaves.grads().items():
+        torch.testing.assert_close(grad, getattr(expected, name).grad, rtol=1e-5, atol=1e-8)
+    assert leaves.grads().keys() == {"hidden", "weight"} - set(frozen)
+
+
+@kernels
+@all_products
+@all_ops
+def test_no_grad_gives_the_same_value(device, op, products):
+    inputs, calls = of_every_op(device, products)
+    leaves = leaves_of(inputs)
+    with_graph = calls[op](leaves)
+    with torch.no_grad():
+        without = calls[op](leaves)
+    assert not without.requires_grad
+    torch.testing.assert_close(without, with_graph.detach(), rtol=1e-6, atol=1e-7)
+    with torch.inference_mode():
+        assert torch.equal(calls[op](inputs), without)
+
+
+@kernels
+@all_ops
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint(device, op, reentrant):
+    inputs, calls = of_every_op(device)
+    expected = leaves_of(inputs)
+    calls[op](expected).backward()
+    leaves = leaves_of(inputs)
+
+    def body(hidden: Tensor, weight: Tensor) -> Tensor:
+        return calls[op](Inputs(hidden, weight))
+
+    torch.utils.checkpoint.checkpoint(
+        body, leaves.hidden, leaves.weight, use_reentrant=reentrant
+    ).backward()
+    for name, grad in leaves.grads().items():
+        torch.testing.assert_close(grad, getattr(expected, name).grad, rtol=1e-5, atol=1e-8)
+
+
+@all_ops
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_caller_s_precision_changes_nothing(device, op, dtype):
+    """Neither autocast nor TF32-like products may touch the logits."""
+    inputs, calls = of_every_op(device)
+    inputs = inputs.map(lambda x: x.to(dtype))
+    values, grads = run(calls[op], inputs)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast(device.type, torch.bfloat16):
+            again, grads_again = run(calls[op], inputs)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(values[0], again[0])
+    for name, grad in grads.items():
+        assert torch.equal(grad, grads_again[name]), name
+
+
+# Work
+
+
+def product_flops(function) -> int:
+    """FLOPs of every matrix product, also of those inside an operator."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+        function()
+    total = 0
+    for event in recorded.events():
+        if event.name.removeprefix("aten::") in PRODUCTS:
+            shapes = [shape for shape in event.input_shapes if len(shape) >= 2]
+            a, b = shapes[1:3] if "addmm" in event.name else shapes[:2]
+            total += 2 * math.prod(a) * b[-1]
+    return total
+
+
+PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "mv", "addmv", "addmv_", "baddbmm", "baddbmm_"}
+
+
+def live_rows(N: int, f: float, device) -> Tensor:
+    """An upstream gradient that leaves a fraction f of the rows alive, here and there."""
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
+    upstream = torch.zeros(N)
+    upstream[order[: round(f * N)]] = 1.0
+    return upstream.to(device)
+
+
+FRACTIONS = [1.0, 0.6, 0.35, 0.1, 0.0]
+N_WORK, H_WORK, V_WORK = 1000, 24, 3000
+TILE = 2.0 * 64 * H_WORK * V_WORK * 3  # what 64 rows more than needed may cost in each product
+
+
+@compiled_only
+@pytest.mark.parametrize("frozen", [(), ("weight",), ("hidden",)], ids=str)
+@pytest.mark.parametrize("plan", ["keep", "recompute"])
+@pytest.mark.parametrize("f", FRACTIONS)
+def test_flops_of_log_probs(plan, f, frozen):
+    """(2 + 4f) NVH kept, (2 + 6f) recomputed, 2f less for a frozen input."""
+    device = torch.device("cpu")
+    inputs = make(N_WORK, H_WORK, V_WORK, device)
+    targets = torch.arange(N_WORK)
+    leaves = leaves_of(inputs, frozen)
+    upstream = live_rows(N_WORK, f, device)
+    spent = product_flops(
+        lambda: log_probs_from_hidden(*leaves[:2], targets, plan=plan).backward(upstream)
+    )
+    products = 1 + f * ((plan == "recompute") + 2 - len(frozen))
+    expected = 2.0 * N_WORK * V_WORK * H_WORK * products
+    assert abs(spent - expected) <= TILE, spent / expected
+    assert gspo_ops.plan_from_hidden(*leaves[:2], plan=plan).flops(f) == pytest.approx(expected)
+
+
+@compiled_only
+@pytest.mark.parametrize("frozen", [(), ("weight",)], ids=str)
+@all_loss_plans
+@pytest.mark.parametrize("f", FRACTIONS)
+def test_flops_of_losses(plan, f, frozen):
+    device = torch.device("cpu")
+    sequences, T = 20, N_WORK // 20
+    inputs = make(N_WORK, H_WORK, V_WORK, device)
+    leaves = leaves_of(inputs, frozen)
+    targets = torch.arange(N_WORK).view(sequences, T)
+    with torch.no_grad():
+        old = log_probs_from_hidden(*inputs[:2], targets.flatten()).view(sequences, T)
+    options = with_budget(plan, inputs)
+    if plan == "chunk":
+        options["memory_budget"] = 4 * V_WORK * (H_WORK + 330)
+    args = (leaves.hidden.view(sequences, T, -1), leaves.weight, targets, old)
+
+    def work(advantages) -> None:
+        gspo_ops.policy_loss_from_hidden(*args, advantages, **options).loss.backward()
+
+    spent = product_flops(lambda: work(live_rows(sequences, f, device)))
+    plan_taken = gspo_ops.plan_from_hidden(*leaves[:2], **options)
+    kept = {"keep": 1.0, "chunk": 1.0, "recompute": 0.0}.get(plan, plan_taken.kept_columns / V_WORK)
+    expected = 2.0 * N_WORK * V_WORK * H_WORK * (1 + f * (2 - len(frozen) + 1 - kept))
+    assert abs(spent - expected) <= TILE, spent / expected
+    if plan != "chunk":  # for a loss only
+        assert plan_taken.flops(f) == pytest.approx(expected)
+
+
+@compiled_only
+@all_loss_plans
+def test_on_policy_rows_without_advantage_cost_nothing(plan):
+    """Their gradient is known before the forward, which needs nothing else of them."""
+    device = torch.device("cpu")
+    leaves = leaves_of(make(N_WORK, H_WORK, V_WORK, device))
+    targets = torch.arange(N_WORK).view(20, -1)
+    advantages = live_rows(20, 0.3, device)
+    options = with_budget(plan, leaves)
+    spent = product_flops(
+        lambda: gspo_ops.policy_loss_from_hidden(
+            leaves.hidden.view(20, -1, H_WORK), leaves.weight, targets, None, advantages, **options
+        ).loss.backward()
+    )
+    taken = gspo_ops.plan_from_hidden(leaves.hidden, leaves.weight, **options)
+    recomputed = 1 - taken.kept_columns / V_WORK
+    expected = 2.0 * 0.3 * N_WORK * V_WORK * H_WORK * (3 + recomputed)
+    assert abs(spent - expected) <= TILE, spent / expected
+
+
+@compiled_only
+@all_ops
+def test_nothing_is_spent_on_what_nobody_asks_for(op):
+    inputs, calls = of_every_op(torch.device("cpu"))
+    unit = 2.0 * 18 * 1100 * 16
+
+    def forward(frozen) -> Callable[[], object]:
+        leaves = leaves_of(inputs, frozen)
+        return lambda: calls[op](leaves)
+
+    def without_graph() -> None:
+        with torch.no_grad():
+            calls[op](inputs)
+
+    assert product_flops(without_graph) == unit
+    assert product_flops(forward(("hidden", "weight"))) == unit
+    if "chunk" not in op:
+        assert product_flops(forward(())) == unit
+
+
+@compiled_only
+def test_checkpointed_forward_is_only_a_forward():
+    """The first pass of a checkpoint runs without a graph: no gradient is made there."""
+    inputs, calls = of_every_op(torch.device("cpu"))
+    leaves = leaves_of(inputs)
+    for op in ("policy_loss chunk", "policy_loss keep", "log_probs keep"):
+        first = product_flops(
+            lambda op=op: torch.utils.checkpoint.checkpoint(
+                lambda hidden, weight, op=op: calls[op](Inputs(hidden, weight)),
+                leaves.hidden, leaves.weight, use_reentrant=True,
+            )
+        )  # fmt: skip
+        assert first == 2.0 * 18 * 1100 * 16
+
+
+# Memory
+
+
+def peak_memory(function) -> int:
+    """Largest sum of what was allocated on the CPU during a call, and not freed."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        function()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def test_peak_memory_sees_what_is_freed():
+    def function() -> None:
+        for _ in range(3):
+            torch.empty(1 << 20)
+
+    assert peak_memory(function) == 4 << 20
+
+
+@compiled_only
+@all_loss_plans
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory(plan, dtype):
+    """What a plan says of its peak beside the returned gradients, within 10%."""
+    N, H, V, T = 1024, 32, 32768, 64
+    inputs = make(N, H, V, torch.device("cpu")).map(lambda x: x.to(dtype))
+    targets = torch.arange(N).view(-1, T)
+    with torch.no_grad():
+        old = log_probs_from_hidden(*inputs[:2], targets.flatten()).view(-1, T)
+    leaves = leaves_of(inputs)
+    options = with_budget(plan, inputs)
+    advantages = torch.ones(N // T)
+
+    def work() -> None:
+        gspo_ops.policy_loss_from_hidden(
+            leaves.hidden.view(-1, T, H), leaves.weight, targets, old, advantages, **options
+        ).loss.backward()
+
+    predicted = gspo_ops.plan_from_hidden(*leaves[:2], **options)
+    extra = peak_memory(work) - sum(grad.nbytes for grad in leaves.grads().values())
+    assert extra == pytest.approx(predicted.bytes, rel=0.1), str(predicted)
+
+
+@compiled_only
+@pytest.mark.parametrize("plan", ["chunk", "recompute"])
+def test_memory_is_flat_in_the_number_of_rows(plan):
+    H, V, T = 16, 16384, 64
+    peaks = []
+    for N in (1024, 4096):
+        leaves = leaves_of(make(N, H, V, torch.device("cpu")))
+        targets = (torch.arange(N) % V).view(-1, T)
+
+        def work(N=N, leaves=leaves, targets=targets) -> None:
+            options = {"memory_budget": 16 << 20} if plan == "chunk" else {}
+            gspo_ops.policy_loss_from_hidden(
+                leaves.hidden.view(-1, T, H), leaves.weight, targets, torch.zeros(N // T, T),
+                torch.ones(N // T), objective=GRPO(clip_high=1e9, clip_low=1.0), plan=plan,
+                **options,
+            ).loss.backward()  # fmt: skip
+
+        peaks.append(peak_memory(work) - leaves.hidden.nbytes)
+    per_row = (peaks[1] - peaks[0]) / 3072
+    assert per_row <= 4 * (3 * H + 64), peaks  # rows of hidden size, and numbers per row
+
+
+# Plans
+
+
+def test_plan_says_what_it_does():
+    inputs = leaves_of(make(64, 16, 4096, torch.device("cpu")))
+    small = 64 * 4096 * 2
+    for options, name in (
+        ({}, "keep"), ({"plan": "keep"}, "keep"), ({"plan": "recompute"}, "recompute"),
+        ({"memory_budget": 1}, "recompute"),
+        ({"memory_budget": small}, "keep"),
+    ):  # fmt: skip
+        plan = gspo_ops.plan_from_hidden(*inputs[:2], **options)
+        assert plan.name == name
+        assert name in str(plan)
+        assert plan.rows == 64
+    half = gspo_ops.plan_from_hidden(*inputs[:2], memory_budget=small)
+    assert half.kept_columns == 2048
+    assert half.kept_bytes <= small
+    assert gspo_ops.plan_from_hidden(*inputs[:2]).flops(1.0) == 6.0 * 64 * 16 * 4096
+
+
+@kernels
+@all_products
+def test_plans_give_the_same_log_probs(device, products):
+    inputs, calls = of_every_op(device, products)
+    for kind in ("policy_loss", "log_probs"):
+        results = [run(call, inputs) for name, call in calls.items() if name.startswith(kind)]
+        for values, grads in results[1:]:
+            torch.testing.assert_close(values[0], results[0][0][0], rtol=1e-6, atol=1e-6)
+            for name, grad in grads.items():
+                assert relative(grad, results[0][1][name].double()) <= 2 * 5e-6
+
+
+def test_a_model_trains_to_the_same_weights():
+    """A body, a head and three steps: as with logits."""
+    device = torch.device("cpu")
+    batch = make_batch([5, 3, 4, 6], device, V=300)
+
+    def train(loss_of_model) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 300))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss_of_model(model).backward()
+            optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    rest = (batch.targets, None, batch.advantages)
+
+    def from_hidden(model):
+        hidden, head = model[:2](batch.inputs.hidden), model[2]
+        return gspo_ops.policy_loss_from_hidden(
+            hidden, head.weight, *rest, bias=head.bias, cu_seqlens=batch.cu_seqlens
+        ).loss
+
+    def from_logits(model):
+        logits = model(batch.inputs.hidden)
+        return gspo_ops.policy_loss_from_logits(logits, *rest, cu_seqlens=batch.cu_seqlens).loss
+
+    for ours, theirs in zip(train(from_hidden), train(from_logits), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
