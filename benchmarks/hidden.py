@@ -90,8 +90,12 @@ def make_inputs(
     return Inputs(hidden, weight, targets, new + 1e-2 * advantages.sign()[:, None], advantages)
 
 
+def leaves(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    return inputs.hidden.detach().requires_grad_(), inputs.weight.detach().requires_grad_()
+
+
 def step(loss: Loss, inputs: Inputs) -> Gradients:
-    hidden, weight = (x.detach().requires_grad_() for x in inputs[:2])
+    hidden, weight = leaves(inputs)
     loss(hidden, weight, *inputs[2:]).backward()
     assert hidden.grad is not None
     assert weight.grad is not None
@@ -184,7 +188,7 @@ def measure(
     return {
         **dict(zip("NVH", shape, strict=True)),
         "dtype": str(dtype)[6:], "f": f, "rounds": rounds, "returned_bytes": returned,
-        "plan": str(gspo_ops.plan_from_hidden(inputs.hidden, inputs.weight)),
+        "plan": str(gspo_ops.plan_from_hidden(*leaves(inputs))),
         "providers": {
             name: {"missing": why} if why
             else {**summary(samples[name], samples[BASELINE], returned), "grad_error": errors[name]}

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from .backend import use_triton
 from .layout import check_tensor
 from .objective import check_number
 
@@ -108,7 +109,7 @@ def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """Of the products that make logits: the common 16-bit dtype on a GPU; fp32; or float64."""
     if torch.float64 in (hidden.dtype, weight.dtype):
         return torch.float64
-    if hidden.is_cuda and hidden.dtype == weight.dtype:
+    if use_triton(hidden) and hidden.dtype == weight.dtype:
         return hidden.dtype
     return torch.float32
 
@@ -123,7 +124,7 @@ def grad_product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
         return torch.float64
     if hidden.dtype != weight.dtype or hidden.dtype == torch.float32:
         return torch.float32
-    if hidden.is_cuda:
+    if use_triton(hidden):
         return torch.bfloat16
     is_fast = hidden.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if is_fast else torch.float32

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backend import compute_dtype, device_guard, exact_matmul
+from .backend import compute_dtype, device_guard, exact_matmul, matmul_fp32
 from .head import Wanted, grad_product_dtype, product_dtype
-from .log_probs import checked_targets, minus_softplus, times_exp
+from .log_probs import checked_targets, loadable, minus_softplus, times_exp
 
 SHIFT_LIMIT = 64.0  # exponents beyond it, in powers of two, are shifted; as in the kernels
 LN_2 = math.log(2.0)
@@ -150,6 +150,18 @@ class Exponentials(NamedTuple):
     slope: Tensor | None
 
 
+class Tile(NamedTuple):
+    """Columns of exponentials.
+
+    Attributes:
+        e: (n, columns), or more rows.
+        rows: (n,) which rows of `e` are meant, live ones first; None for the first n.
+    """
+
+    e: Tensor
+    rows: Tensor | None
+
+
 class Kept(NamedTuple):
     """Exponentials kept from forward to backward, a row for each row worked on.
 
@@ -274,7 +286,7 @@ class TorchTiles:
     """Tiles of logits of some rows, in torch; small ones, that stay in cache."""
 
     ROWS = 256
-    COLUMNS = 1024
+    COLUMNS = SUMS = 1024  # of a tile, and of an entry of `Sums`
     GRAD_ELEMENTS = 1 << 23  # of a tile for the products of the backward
     GRAD_COLUMNS = 8192
 
@@ -316,20 +328,22 @@ class TorchTiles:
 
     def exponentials(self, base: Tensor, kept: Kept, keep: Tensor | None) -> Sums:
         """Sums over each row's exponentials but for its target's; `kept` receives them."""
-        columns = _slices(self.V, self.COLUMNS)
-        shift = base.new_zeros(len(columns), self.n)
-        total = torch.zeros_like(shift)
-        log = torch.zeros_like(shift) if self.options.return_entropy else None
-        for j, c in enumerate(columns):
+        sums = self._empty_sums(base)
+        for j, c in enumerate(_slices(self.V, self.COLUMNS)):
             head = self._head(c)
             for r in _slices(self.n, self.ROWS):
                 e = kept.e[r, c.start : min(c.stop, kept.columns)]
                 self._fold(
-                    self._logits(r, head), self._local(r, c), base[r],
+                    self._logits(r, head), r, c, base[r],
                     e if c.start < kept.columns else None, None if keep is None else keep[r],
-                    shift[j, r], total[j, r], None if log is None else log[j, r],
+                    *(None if x is None else x[j, r] for x in sums),
                 )  # fmt: skip
-        return Sums(shift, total, log)
+        return sums
+
+    def _empty_sums(self, base: Tensor) -> Sums:
+        shift = base.new_zeros(-(-self.V // self.SUMS), self.n)
+        log = torch.zeros_like(shift) if self.options.return_entropy else None
+        return Sums(shift, torch.zeros_like(shift), log)
 
     def _head(self, c: slice) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """weight^T, bias and lora_b^T of these columns, as the products take them."""
@@ -353,13 +367,15 @@ class TorchTiles:
             self.buffer = self.buffer.new_empty(size)
         return torch.mm(x, w, out=self.buffer[:size].view(len(x), -1))
 
-    def _local(self, r: slice, c: slice) -> Tensor:
-        """Targets of these rows counted from the first of these columns."""
-        return self.targets[r] - c.start
+    def _hits(self, r: slice, c: slice) -> tuple[Tensor, Tensor]:
+        """Rows and columns of the targets that lie in a tile, counted from its first ones."""
+        y = self.targets[r]
+        rows = ((y >= c.start) & (y < c.stop)).nonzero().squeeze(1)
+        return rows, y[rows] - c.start
 
-    def _fold(self, z, y, base, e, keep, shift, total, log) -> None:
+    def _fold(self, z, r, c, base, e, keep, shift, total, log) -> None:
         """Exponentials of a tile z of logits, which is overwritten; sums, and what is kept."""
-        hit = _hits(y, z)
+        hit = self._hits(r, c)
         derivative = self._exponents(z, base, None, want_derivative=e is not None)
         z[hit] = -math.inf
         top = z.amax(1)
@@ -410,9 +426,8 @@ class TorchTiles:
 
     def _rescale(self, kept: Kept, shrink: Tensor) -> None:
         for j, row in (shrink < 1).nonzero().tolist():
-            kept.e[row, j * self.COLUMNS : min((j + 1) * self.COLUMNS, kept.columns)] *= shrink[
-                j, row
-            ]
+            c = slice(j * self.SUMS, min((j + 1) * self.SUMS, kept.columns))
+            kept.e[row, c] *= shrink[j, row]
 
     # Backward
 
@@ -439,12 +454,13 @@ class TorchTiles:
             for to, w in zip(sums, (self.weight, self.lora_b), strict=True):
                 if to is not None:
                     self._add_to_rows(to, tile, w[c].to(self.grad_dtype))
-            if out.weight is not None:
-                self._add_to_columns(out.weight[c], tile, scaled, add.weight)
-            if out.lora_b is not None:
-                self._add_to_columns(out.lora_b[c], tile, scaled_lora_x, add.lora_b)
-            if out.bias is not None:
-                self._add_to_bias(out.bias[c], tile, factor, add.bias)
+            for to, x, adds in (
+                (out.weight, scaled, add.weight),
+                (out.bias, factor[:, None], add.bias),
+                (out.lora_b, scaled_lora_x, add.lora_b),
+            ):
+                if to is not None:
+                    self._add_to_columns(to[c].view(len(to[c]), -1), tile, x, adds)
         for to, total in ((out.hidden, sums[0]), (out.lora_x, sums[1])):
             if to is not None:
                 total.mul_(factor[:, None])
@@ -466,27 +482,29 @@ class TorchTiles:
         kept, others = slice(0, kept_columns), slice(kept_columns, self.V)
         return [*_slices_of(kept, width), *_slices_of(others, width)]
 
-    def _tile(
-        self, c: slice, base: Tensor, wanted: Exponentials, kept: Kept, among: Rows
-    ) -> Tensor:
-        """(n, columns): what the factor of its row turns into d loss / d logits."""
+    def _tile(self, c: slice, base: Tensor, wanted: Exponentials, kept: Kept, among: Rows) -> Tile:
+        """What the factor of its row turns into d loss / d logits."""
         if c.stop <= kept.columns:
-            e = kept.e[:, c] if among.index is None else kept.e[:, c].index_select(0, among.index)
-            return e[: self.n]
+            return self._kept_tile(kept.e[:, c], among)
         out = self.x.new_empty(self.n, c.stop - c.start, dtype=self.grad_dtype)
         for part in _slices_of(c, self.COLUMNS):
-            head = self._head(part)
-            for r in _slices(self.n, self.ROWS):
-                self._weigh(
-                    self._logits(r, head), self._local(r, part), base[r],
-                    Exponentials(*(None if x is None else x[r] for x in wanted)),
-                    out[r, part.start - c.start : part.stop - c.start],
-                )  # fmt: skip
-        return out
+            self._recompute(part, base, wanted, out[:, part.start - c.start : part.stop - c.start])
+        return Tile(out, None)
 
-    def _weigh(self, z, y, base, wanted: Exponentials, out: Tensor) -> None:
+    def _kept_tile(self, e: Tensor, among: Rows) -> Tile:
+        return Tile(e[: self.n] if among.index is None else e.index_select(0, among.index), None)
+
+    def _recompute(self, c: slice, base: Tensor, wanted: Exponentials, out: Tensor) -> None:
+        head = self._head(c)
+        for r in _slices(self.n, self.ROWS):
+            self._weigh(
+                self._logits(r, head), r, c, base[r],
+                Exponentials(*(None if x is None else x[r] for x in wanted)), out[r],
+            )  # fmt: skip
+
+    def _weigh(self, z, r, c, base, wanted: Exponentials, out: Tensor) -> None:
         """A tile z of logits, which is overwritten, to what `Exponentials` says."""
-        hit = _hits(y, z)
+        hit = self._hits(r, c)
         derivative = self._exponents(z, base, wanted.shift, want_derivative=True)
         a = None if wanted.slope is None else z.clone()
         z.exp2_()
@@ -496,35 +514,23 @@ class TorchTiles:
         z[hit] = wanted.at_target[hit[0]]
         out.copy_(z if derivative is None else z.mul_(derivative))
 
-    def _add_to_rows(self, out: Tensor, tile: Tensor, w: Tensor) -> None:
-        if out.dtype == tile.dtype:
-            out.addmm_(tile, w)
+    def _add_to_rows(self, out: Tensor, tile: Tile, w: Tensor) -> None:
+        if out.dtype == w.dtype:
+            out.addmm_(tile.e, w)
         else:
-            out.add_(self._grad_product(tile, w))
+            out.add_(self._grad_product(tile.e, w))
 
-    def _add_to_columns(self, out: Tensor, tile: Tensor, x: Tensor, add: bool) -> None:
-        if out.dtype == tile.dtype:
-            out.addmm_(tile.mT, x, beta=int(add))
+    def _add_to_columns(self, out: Tensor, tile: Tile, x: Tensor, add: bool) -> None:
+        e = tile.e.mT.to(x.dtype)
+        if out.dtype == x.dtype:
+            out.addmm_(e, x, beta=int(add))
         elif add:
-            out.add_(self._grad_product(tile.mT, x))
+            out.add_(self._grad_product(e, x))
         else:
-            out.copy_(self._grad_product(tile.mT, x))
-
-    def _add_to_bias(self, out: Tensor, tile: Tensor, factor: Tensor, add: bool) -> None:
-        total = torch.mv(tile.mT.to(factor.dtype), factor)
-        if add:
-            out.add_(total)
-        else:
-            out.copy_(total)
+            out.copy_(self._grad_product(e, x))
 
     def _grad_product(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.mm(a, b)
-
-
-def _hits(y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the targets that lie in a tile."""
-    rows = ((y >= 0) & (y < z.shape[1])).nonzero().squeeze(1)
-    return rows, y[rows]
 
 
 def _slices(stop: int, step: int) -> list[slice]:
@@ -539,9 +545,143 @@ class MatMulTiles(TorchTiles):
     """torch.mm with fp32 results, and Triton epilogues."""
 
     ROWS = 4096
-    COLUMNS = 8192
+    COLUMNS = SUMS = 8192
     GRAD_ELEMENTS = 1 << 26
+
+    def _targets(self, targets: Tensor, places: Tensor | None) -> Tensor:
+        return targets.contiguous()  # one outside [0, V) gives NaN: to refuse it, one has to look
+
+    def target_logits(self) -> Tensor:
+        from .kernels.linear_log_probs import target_logits_kernel
+
+        out = self.x.new_empty(self.n, dtype=self.stats_dtype)
+        lora = None
+        if self.lora_x is not None:
+            b = self.lora_b.index_select(0, self.targets.clamp(0, self.V - 1))
+            lora = (self.lora_x * b).sum(1)
+        if self.n:
+            target_logits_kernel[(self.n,)](
+                self.x, self.weight, self.bias, lora, self.targets,
+                self._flags_of(slice(None)), out,
+                self.H, self.V, self.x.stride(0), self.weight.stride(0), self.options.softcap,
+                BLOCK_H=1024,
+            )  # fmt: skip
+        return out
+
+    def _product(self, x: Tensor, w: Tensor) -> Tensor:
+        return matmul_fp32(x, w)
+
+    def _grad_product(self, a: Tensor, b: Tensor) -> Tensor:
+        return matmul_fp32(a, b)
+
+    def _fold(self, z, r, c, base, e, keep, shift, total, log) -> None:
+        from .kernels.linear_log_probs import fold_kernel
+
+        fold_kernel[(len(z),)](
+            z, self.targets[r] - c.start, base, self._flags_of(r), e, shift, total, log,
+            z.shape[1], 0 if e is None else e.shape[1], 0 if e is None else e.stride(0),
+            self.options.scale, self.options.softcap, BLOCK=EPILOGUE,
+        )  # fmt: skip
+
+    def _flags_of(self, r: slice) -> Tensor | None:
+        return None if self.live is None else loadable(self.live[r])
+
+    def _weigh(self, z, r, c, base, wanted: Exponentials, out: Tensor) -> None:
+        from .kernels.linear_log_probs import weigh_kernel
+
+        C = z.shape[1]
+        weigh_kernel[(len(z) * -(-C // EPILOGUE),)](
+            z, self.targets[r] - c.start, base, *wanted, self._flags_of(r), out,
+            C, out.stride(0), self.options.scale, self.options.softcap, BLOCK=EPILOGUE,
+        )  # fmt: skip
+
+    def _rescale(self, kept: Kept, shrink: Tensor) -> None:
+        from .kernels.linear_log_probs import rescale_kernel
+
+        if self.n:
+            rescale_kernel[(self.n,)](
+                kept.e, shrink.contiguous(), self.n, kept.columns, kept.e.stride(0),
+                TILE=self.SUMS, BLOCK=min(self.SUMS, EPILOGUE),
+            )  # fmt: skip
 
 
 class TritonTiles(MatMulTiles):
-    """Products in Triton."""
+    """Products in Triton, which know on the device which rows are live."""
+
+    SUMS = 128  # columns of a program
+
+    def __init__(self, head: Head, targets: Tensor, rows: Rows, options: Options) -> None:
+        super().__init__(head, targets, rows, options)
+        self.weight = self.weight.to(self.dtype)
+        if self.count is None:
+            self.count = torch.full((), self.n, dtype=torch.int32, device=self.x.device)
+
+    def exponentials(self, base: Tensor, kept: Kept, keep: Tensor | None) -> Sums:
+        from .kernels.linear_log_probs import linear_log_probs_fwd_kernel
+
+        sums = self._empty_sums(base)
+        if self.n:
+            linear_log_probs_fwd_kernel[programs(self.n, self.V)](
+                self.x, self.weight, self.bias, self.targets, base,
+                None if keep is None else loadable(keep), self.count,
+                kept.e if kept.columns else None, *sums,
+                self.n, self.V, self.H, kept.columns,
+                self.x.stride(0), self.weight.stride(0), kept.e.stride(0),
+                self.options.scale, self.options.softcap,
+                **product_blocks("N", "V", "H", self.dtype),
+            )  # fmt: skip
+        return sums
+
+    def _kept_tile(self, e: Tensor, among: Rows) -> Tile:
+        return Tile(e, among.index)
+
+    def _recompute(self, c: slice, base: Tensor, wanted: Exponentials, out: Tensor) -> None:
+        from .kernels.linear_log_probs import linear_weigh_kernel
+
+        C = c.stop - c.start
+        if self.n:
+            linear_weigh_kernel[programs(self.n, C)](
+                self.x, self.weight[c], None if self.bias is None else self.bias[c], self.targets,
+                base, *wanted, self.count, out,
+                self.n, C, self.H, c.start,
+                self.x.stride(0), self.weight.stride(0), out.stride(0),
+                self.options.scale, self.options.softcap,
+                **product_blocks("N", "V", "H", self.dtype),
+            )  # fmt: skip
+
+    def _add_to_rows(self, out: Tensor, tile: Tile, w: Tensor) -> None:
+        from .kernels.linear_log_probs import dhidden_kernel
+
+        if self.n:
+            dhidden_kernel[programs(self.n, w.shape[1])](
+                tile.e, tile.rows, self.count, w, out,
+                self.n, w.shape[0], w.shape[1], tile.e.stride(0), w.stride(0), out.stride(0),
+                **product_blocks("N", "H", "V", w.dtype),
+            )  # fmt: skip
+
+    def _add_to_columns(self, out: Tensor, tile: Tile, x: Tensor, add: bool) -> None:
+        from .kernels.linear_log_probs import dweight_kernel
+
+        x = x.to(tile.e.dtype)
+        dweight_kernel[programs(*out.shape)](
+            tile.e, tile.rows, self.count, x, out,
+            out.shape[0], out.shape[1], tile.e.stride(0), x.stride(0), out.stride(0),
+            ADD=add, **product_blocks("V", "H", "N", x.dtype),
+        )  # fmt: skip
+
+
+BLOCK = 128  # rows and columns of a product's program
+EPILOGUE = 1024  # columns of an epilogue's program
+
+
+def programs(rows: int, columns: int) -> tuple[int]:
+    return (-(-rows // BLOCK) * -(-columns // BLOCK),)
+
+
+def product_blocks(m: str, n: str, k: str, dtype: torch.dtype) -> dict[str, int]:
+    """Tile sizes of a product, by the letters of its dimensions. They depend on the dtype alone."""
+    depth = 128 // dtype.itemsize
+    return {
+        f"BLOCK_{m}": BLOCK, f"BLOCK_{n}": BLOCK, f"BLOCK_{k}": depth, "GROUP": 8,
+        "num_warps": 8, "num_stages": 2 if torch.version.hip else 3,
+    }  # fmt: skip

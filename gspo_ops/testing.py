@@ -22,6 +22,7 @@ from torch import Tensor
 from . import reference
 from .backend import use_triton
 from .head import plan_from_hidden
+from .layout import segment_sum
 from .linear_log_probs import log_probs_from_hidden
 from .linear_policy_loss import policy_loss_from_hidden
 from .log_probs import log_probs_from_logits
@@ -52,6 +53,7 @@ BOUNDS = {
     "bits that differ on repeat": 0,
     "log_prob from hidden": 4e-6,
     "entropy from hidden": 2e-5,
+    "ratio of a few tokens": 4e-6,  # of one token: that of its log_prob
     "dhidden, rel L2": 5e-6,
     "dweight, rel L2": 5e-6,
     "dbias, rel L2": 5e-6,
@@ -66,6 +68,7 @@ BOUNDS = {
 }
 ALLOWED = 1.1
 BF16_ULP = 2**-8
+FEW = 4  # tokens, over which the errors of log-probs don't average out yet
 
 
 class Head(NamedTuple):
@@ -122,6 +125,12 @@ class Case:
         if self.mask is None:
             return torch.ones_like(self.targets, dtype=torch.bool)
         return self.mask != 0
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) valid tokens of each sequence."""
+        batch = len(self.targets) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+        return segment_sum(self.valid.double().flatten(), batch, self.cu_seqlens)
 
     @property
     def layout(self) -> str:
@@ -488,40 +497,48 @@ PLANS = ("keep", "keep part", "recompute", "chunk", "chunk part")
 def _measure_head(case: Case, head: Head) -> Iterator[Measured]:
     """Both ops with every plan, each against float64 and against the first plan."""
     plans = head_plans(head)
-    without_chunks = {name: plan for name, plan in plans.items() if plan["plan"] != "chunk"}
-    for op, chosen, of_plan in (
-        ("log_probs_from_hidden", without_chunks, _measure_head_log_probs(case, head)),
+    parts = [
         ("policy_loss_from_hidden", plans, _measure_head_loss(case, head)),
         ("policy_loss_from_hidden", plans, _measure_head_on_policy(case, head)),
-    ):
+    ]
+    if isinstance(case.objective, GSPO):  # log-probs have no objective
+        for with_entropy, kinds in ((False, ("keep", "auto", "recompute")), (True, ("recompute",))):
+            chosen = {name: plan for name, plan in plans.items() if plan["plan"] in kinds}
+            of_plan = _measure_head_log_probs(case, head, with_entropy)
+            parts.append(("log_probs_from_hidden", chosen, of_plan))
+    for op, chosen, of_plan in parts:
         for name, options in chosen.items():
             for quantity, value in of_plan(options).items():
                 yield Measured(op, case.dtype, f"{case.name}, {name}", quantity, value)
 
 
-def _measure_head_log_probs(case: Case, head: Head) -> Callable[[dict], dict[str, float]]:
+def _measure_head_log_probs(
+    case: Case, head: Head, with_entropy: bool
+) -> Callable[[dict], dict[str, float]]:
     g, h = _upstream(case.targets, 1), _upstream(case.targets, 2)
     dead = torch.rand(g.shape, generator=torch.Generator().manual_seed(5)).to(g.device) < 0.3
     g, h = g.masked_fill(dead, 0.0), h.masked_fill(dead, 0.0)
-    expected = _expected(case, head, g, h)
+    expected = _expected(case, head, g, h if with_entropy else None)
     first: list[_Result] = []
 
     def of_plan(options: dict) -> dict[str, float]:
         def function(leaves: Head) -> tuple[Tensor, dict[str, Tensor]]:
+            arguments = (leaves.hidden, leaves.weight, case.targets)
+            if not with_entropy:
+                log_probs = log_probs_from_hidden(*arguments, bias=leaves.bias, **options)
+                return (log_probs * g).sum(), {"log_prob": log_probs}
             log_probs, entropy = log_probs_from_hidden(
-                leaves.hidden, leaves.weight, case.targets, bias=leaves.bias, return_entropy=True,
-                **options,
-            )  # fmt: skip
+                *arguments, bias=leaves.bias, return_entropy=True, **options
+            )
             total = (log_probs * g + entropy * h).sum()
             return total, {"log_prob": log_probs, "entropy": entropy}
 
-        ours = _through(head, function)
+        ours, exact = _through(head, function), expected.exact
         first.append(ours)
-        values, exact = ours.values, expected.exact.values
+        errors = {name: worst(value - exact.values[name]) for name, value in ours.values.items()}
         return {
-            "log_prob from hidden": worst(values["log_prob"] - exact["log_prob"]),
-            "entropy from hidden": worst(values["entropy"] - exact["entropy"]),
-            **expected.errors(ours.grads, expected.exact.grads),
+            **{f"{name} from hidden": error for name, error in errors.items()},
+            **expected.errors(ours.grads, exact.grads),
             **_plans_apart(expected, ours, first[0]),
             "non-zeros in dead rows": non_zeros(ours.grads["dhidden"][dead | ~case.valid]),
             "bits that differ on repeat": _all_differing(ours, _through(head, function)),
@@ -538,7 +555,7 @@ def _measure_head_loss(case: Case, head: Head) -> Callable[[dict], dict[str, flo
         log_probs64, exact_case.old_log_probs, exact_case.advantages, **exact_case.options()
     )
     (g,) = torch.autograd.grad(loss64 * upstream, log_probs64)
-    ratio64 = stats64["log_ratio"].exp()
+    exact_ratios = _ratios(case, stats64)
     expected = _expected(case, head, g)
     alive = _any_in_row(expected.exact.grads["dhidden"].to(case.dtype))
 
@@ -547,7 +564,7 @@ def _measure_head_loss(case: Case, head: Head) -> Callable[[dict], dict[str, flo
             leaves.logits(torch.float32), case.targets, case.old_log_probs, case.advantages,
             **case.options(),
         )  # fmt: skip
-        return out.loss * upstream, {"ratio": out.stats["log_ratio"].double().exp()}
+        return out.loss * upstream, _ratios(case, out.stats)
 
     logits_op = _through(head, from_logits) if case.dtype == torch.float32 else None
     first: list[_Result] = []
@@ -558,15 +575,14 @@ def _measure_head_loss(case: Case, head: Head) -> Callable[[dict], dict[str, flo
                 leaves.hidden, leaves.weight, case.targets, case.old_log_probs, case.advantages,
                 bias=leaves.bias, **case.options(), **options,
             )  # fmt: skip
-            ratio = out.stats["log_ratio"].double().exp()
-            return out.loss * upstream, {"loss": out.loss, "ratio": ratio}
+            return out.loss * upstream, {"loss": out.loss} | _ratios(case, out.stats)
 
         ours = _through(head, function)
         first.append(ours)
         dhidden = ours.grads["dhidden"]
         quantities = {
             "loss": worst(ours.values["loss"] - loss64),
-            "ratio": worst(ours.values["ratio"] - ratio64),
+            **{name: worst(ours.values[name] - exact) for name, exact in exact_ratios.items()},
             "clip decisions flipped": float((_any_in_row(dhidden) != alive).sum()),
             **expected.errors(ours.grads, expected.exact.grads),
             **_plans_apart(expected, ours, first[0]),
@@ -603,7 +619,7 @@ def _measure_head_on_policy(case: Case, head: Head) -> Callable[[dict], dict[str
                         head.hidden, head.weight, case.targets, bias=head.bias, **options
                     )
                 )
-        quantities: dict[str, float] = {}
+        found = []
         for old in olds:
 
             def function(leaves: Head, old: Tensor | None = old) -> tuple[Tensor, dict]:
@@ -615,13 +631,15 @@ def _measure_head_on_policy(case: Case, head: Head) -> Callable[[dict], dict[str
 
             ours = _through(head, function)
             names = ("ratio_mean", "ratio_min", "ratio_max")
-            found = {
-                "on-policy ratio - 1": max(worst(ours.values[name] - 1) for name in names),
-                "on-policy clipped": float(ours.values["clip_frac_tokens"]),
-                **expected.errors(ours.grads, expected.exact.grads),
-            }
-            quantities = {q: max(value, quantities.get(q, 0.0)) for q, value in found.items()}
-        return quantities
+            off = torch.stack([ours.values[name] - 1 for name in names])
+            found.append(
+                {
+                    "on-policy ratio - 1": worst(off),
+                    "on-policy clipped": float(ours.values["clip_frac_tokens"]),
+                    **expected.errors(ours.grads, expected.exact.grads),
+                }
+            )
+        return {q: worst(torch.tensor([x[q] for x in found])) for q in found[0]}
 
     return of_plan
 
@@ -633,6 +651,12 @@ def _plans_apart(expected: _Exact, ours: _Result, first: _Result) -> dict[str, f
     if "ratio" in ours.values:
         apart["ratio, plans apart"] = worst(ours.values["ratio"] - first.values["ratio"])
     return apart
+
+
+def _ratios(case: Case, stats: dict[str, Tensor]) -> dict[str, Tensor]:
+    """s_i of sequences by name of the bound that holds for their length."""
+    ratio, has_few = stats["log_ratio"].double().exp(), case.lengths < FEW
+    return {"ratio": ratio[~has_few], "ratio of a few tokens": ratio[has_few]}
 
 
 def _any_in_row(x: Tensor) -> Tensor:
@@ -800,4 +824,13 @@ def patch_interpreter() -> None:
         rounded = np.where(np.isnan(src.data), 0x7FC0, rounded).astype(np.uint16)
         return interpreter.TensorHandle(rounded, dst_type.scalar)
 
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        # bfloat16 stands in the interpreter as its bits
+        a, b = (
+            original(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)
+        )
+        return original_dot(self, a, b, d, input_precision, max_num_imprecise_acc)
+
+    original_dot = interpreter.InterpreterBuilder.create_dot
+    interpreter.InterpreterBuilder.create_dot = create_dot
     interpreter.InterpreterBuilder.cast_impl = cast_impl

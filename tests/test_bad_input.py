@@ -12,16 +12,23 @@ import torch
 import gspo_ops
 from gspo_ops import (
     GRPO,
+    LoRA,
+    log_probs_from_hidden,
     log_probs_from_logits,
+    policy_loss_from_hidden,
     policy_loss_from_log_probs,
     policy_loss_from_logits,
 )
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-B, T, V = 2, 3, 5
+B, T, V, H = 2, 3, 5, 4
 N = B * T
 
 logits = torch.linspace(-2, 2, B * T * V).view(B, T, V)
+hidden = torch.linspace(-1, 1, B * T * H).view(B, T, H)
+weight = torch.linspace(-2, 2, V * H).view(V, H)
+trained = weight.clone().requires_grad_()
+lora = LoRA(torch.ones(2, H), torch.ones(V, 2), 0.5)
 targets = torch.arange(N).view(B, T) % V
 old = torch.full((B, T), -1.5)
 advantages = torch.tensor([1.0, -1.0])
@@ -33,6 +40,18 @@ def from_logits(**changes):
     """A good call but for the changes."""
     args = {"logits": logits, "targets": targets, "old_log_probs": old, "advantages": advantages}
     return policy_loss_from_logits(**(args | changes))
+
+
+def from_hidden(**changes):
+    args = {"hidden": hidden, "weight": weight, "targets": targets, "old_log_probs": old,
+            "advantages": advantages}  # fmt: skip
+    return policy_loss_from_hidden(**(args | changes))
+
+
+def hidden_log_probs(**changes):
+    return log_probs_from_hidden(
+        **({"hidden": hidden, "weight": weight, "targets": targets} | changes)
+    )
 
 
 def from_log_probs(**changes):
@@ -94,6 +113,101 @@ WRONG = [
           r"targets must lie in \[0, 5\).*got -1 at row 0 \(2 such rows\)"),
     wrong("from_logits(targets=targets - 100)", IndexError,
           r"targets must lie in \[0, 5\) where they count, got -100"),
+    # hidden states and the head
+    wrong("hidden_log_probs(hidden=[1.0])", TypeError, r"hidden must be a .*Tensor, got list"),
+    wrong("hidden_log_probs(hidden=hidden.int())", TypeError,
+          r"hidden must be float16, .*float64, got torch.int32"),
+    wrong("hidden_log_probs(hidden=hidden[0, 0], targets=targets[0, 0])", ValueError,
+          r"hidden must have shape \(B, T, H\) or \(N, H\), got \(4,\)"),
+    wrong("hidden_log_probs(hidden=hidden.to_sparse())", ValueError,
+          r"hidden must be a dense tensor, got torch.sparse_coo"),
+    wrong("hidden_log_probs(weight=[1.0])", TypeError, r"weight must be a .*Tensor, got list"),
+    wrong("hidden_log_probs(weight=weight.int())", TypeError,
+          r"weight must be float16, .*float64, got torch.int32"),
+    wrong("hidden_log_probs(weight=weight.T)", ValueError,
+          r"weight must have shape \(V, 4\), H like hidden, got \(4, 5\)"),
+    wrong("from_hidden(weight=weight[0])", ValueError,
+          r"weight must have shape \(V, 4\), .*got \(4,\)"),
+    wrong("from_hidden(hidden=hidden[..., :3])", ValueError,
+          r"weight must have shape \(V, 3\), .*got \(5, 4\)"),
+    wrong("from_hidden(weight=weight[:0])", ValueError,
+          r"weight must have a vocabulary .*got \(0, 4\)"),
+    wrong("from_hidden(weight=weight.to('meta'))", ValueError,
+          r"weight must be on cpu like the input, got meta"),
+    wrong("from_hidden(targets=targets.float())", TypeError,
+          r"targets must be int32 or int64, got torch.float32"),
+    wrong("from_hidden(targets=targets.view(-1))", ValueError,
+          r"targets must have shape \(2, 3\), one per row of hidden, got \(6,\)"),
+    wrong("hidden_log_probs(targets=targets + 2)", IndexError,
+          r"targets must lie in \[0, 5\).*got 5 at row 3"),
+    wrong("from_hidden(targets=targets - 1)", IndexError,
+          r"targets must lie in \[0, 5\).*got -1 at row 0 \(2 such rows\)"),
+    wrong("from_hidden(targets=targets + 2, plan='chunk', hidden=hidden.clone().requires_grad_())",
+          IndexError, r"targets must lie in \[0, 5\).*got 5 at row"),
+    wrong("from_hidden(bias=weight)", ValueError, r"bias must have shape \(5,\), got \(5, 4\)"),
+    wrong("from_hidden(bias=2.0)", TypeError, r"bias must be a .*Tensor, got float"),
+    wrong("hidden_log_probs(bias=torch.ones(5).int())", TypeError,
+          r"bias must be float16, .*float64, got torch.int32"),
+    wrong("from_hidden(lora=(lora.a, lora.b, 0.5))", TypeError,
+          r"lora must be a LoRA\(a, b, scale\), got tuple"),
+    wrong("from_hidden(lora=lora._replace(a=lora.a.T))", ValueError,
+          r"lora.a must have shape \(4, 4\), got \(4, 2\)"),
+    wrong("from_hidden(lora=lora._replace(a=lora.a[0]))", ValueError,
+          r"lora.a must have shape \(r, H\), got \(4,\)"),
+    wrong("from_hidden(lora=lora._replace(b=lora.b[:, :1]))", ValueError,
+          r"lora.b must have shape \(5, 2\), got \(5, 1\)"),
+    wrong("hidden_log_probs(lora=lora._replace(b=None))", TypeError,
+          r"lora.b must be a .*Tensor, got NoneType"),
+    wrong("hidden_log_probs(lora=lora._replace(scale='1'))", TypeError,
+          r"lora.scale must be a number, got str"),
+    wrong("hidden_log_probs(lora=lora._replace(scale=math.nan))", ValueError,
+          r"lora.scale must be finite.*got nan"),
+    wrong("from_hidden(lora=lora, weight=trained)", ValueError,
+          r"weight requires grad, but a LoRA head trains a and b only"),
+    wrong("from_hidden(plan='fast')", ValueError,
+          r"plan must be one of 'auto', 'keep', 'chunk', 'recompute', got 'fast'"),
+    wrong("from_hidden(plan=None)", ValueError, r"plan must be one of .*got None"),
+    wrong("hidden_log_probs(plan='chunk')", ValueError,
+          r"plan='chunk' needs a loss .*plan must be 'auto', 'keep' or 'recompute'"),
+    wrong("from_hidden(memory_budget=-1)", ValueError, r"memory_budget must be >= 0 bytes, got -1"),
+    wrong("hidden_log_probs(memory_budget=True)", TypeError,
+          r"memory_budget must be a number of bytes, an int, got bool"),
+    wrong("from_hidden(memory_budget=2.0**30)", TypeError,
+          r"memory_budget must be a number of bytes, an int, got float"),
+    wrong("from_hidden(products='cublas')", ValueError,
+          r"products must be one of 'auto', 'mm', 'triton', got 'cublas'"),
+    wrong("from_hidden(allow_sync=1)", TypeError, r"allow_sync must be a bool, got int"),
+    wrong("from_hidden(main_grad=[0.0])", TypeError, r"main_grad must be a .*Tensor, got list"),
+    wrong("from_hidden(weight=trained, main_grad=torch.zeros(V, H).bfloat16())", TypeError,
+          r"main_grad must be float32, got torch.bfloat16"),
+    wrong("from_hidden(weight=trained, main_grad=torch.zeros(H, V))", ValueError,
+          r"main_grad must be contiguous with the weight's shape \(5, 4\), got \(4, 5\)"),
+    wrong("from_hidden(weight=trained, main_grad=torch.zeros(H, V).T)", ValueError,
+          r"main_grad must be contiguous .*strides \(1, 5\)"),
+    wrong("from_hidden(weight=trained, main_grad=torch.zeros(V, H, requires_grad=True))",
+          ValueError, r"main_grad requires grad, .*detach it"),
+    wrong("from_hidden(main_grad=torch.zeros(V, H))", ValueError,
+          r"main_grad is given, but weight does not require grad"),
+    wrong("from_hidden(hidden=hidden.view(N, H), targets=targets.view(N), old_log_probs=None)",
+          ValueError, r"cu_seqlens is needed for packed input"),
+    wrong("from_hidden(cu_seqlens=cu)", ValueError, r"cu_seqlens is for packed input"),
+    wrong("from_hidden(old_log_probs=old.bfloat16())", TypeError,
+          r"old_log_probs must be float32 or float64, got torch.bfloat16: .*clip range"),
+    wrong("from_hidden(temperature=0)", ValueError, r"temperature must be finite and > 0, got 0"),
+    wrong("from_hidden(softcap=-1.0)", ValueError, r"softcap must be finite and > 0, got -1.0"),
+    wrong("hidden_log_probs(return_entropy='yes')", TypeError,
+          r"return_entropy must be a bool, got str"),
+    wrong("from_hidden(objective=scalar_objective)", ValueError,
+          r"objective must return one loss term per token, shape \(6,\), got \(\)"),
+    wrong("from_hidden(objective=wrong_aggregation, return_entropy=True)", ValueError,
+          r"return_entropy is not available with a function as objective"),
+    wrong("from_hidden(objective='GSPO')", TypeError, r"objective must be an Objective.*got str"),
+    wrong("plan_from_hidden(hidden, weight.T)", ValueError,
+          r"weight must have shape \(V, 4\), H like hidden, got \(4, 5\)"),
+    wrong("plan_from_hidden(hidden, weight, plan='best')", ValueError,
+          r"plan must be one of .*got 'best'"),
+    wrong("plan_from_hidden(hidden, weight, memory_budget='1G')", TypeError,
+          r"memory_budget must be a number of bytes, an int, got str"),
     # options of the softmax
     wrong("log_probs_from_logits(logits, targets, temperature=0)", ValueError,
           r"temperature must be finite and > 0, got 0"),
@@ -255,7 +369,7 @@ def test_wrong_call_is_refused_by_name(row):
 
 @pytest.mark.skipif(INTERPRETED, reason="the kernels don't look at values: that would be a sync")
 def test_good_calls_are_the_baseline():
-    for call in (from_logits, from_log_probs, packed):
+    for call in (from_logits, from_hidden, from_log_probs, packed):
         assert call().loss.isfinite()
     assert len({row.text for row in WRONG}) == len(WRONG) >= 40
 
@@ -283,13 +397,13 @@ def with_wrong_target(value: int, device: torch.device | str = "cpu") -> torch.T
 
 @pytest.mark.skipif(INTERPRETED, reason="IndexError is the CPU path's; see the kernels' test below")
 @pytest.mark.parametrize("value", OUT_OF_RANGE)
-def test_on_policy_target_out_of_range_is_refused(value):
+@pytest.mark.parametrize("start", ["logits", "hidden"])
+def test_on_policy_target_out_of_range_is_refused(start, value):
     """The forward has no use for the logits, so that the backward may be the first to see it."""
-    leaf = logits.clone().requires_grad_()
+    call, x = {"logits": (from_logits, logits), "hidden": (from_hidden, hidden)}[start]
+    leaf = x.clone().requires_grad_()
     with pytest.raises(IndexError, match=rf"targets must lie in \[0, 5\) .*got {value} at row 3"):
-        from_logits(
-            logits=leaf, targets=with_wrong_target(value), old_log_probs=None
-        ).loss.backward()
+        call(**{start: leaf}, targets=with_wrong_target(value), old_log_probs=None).loss.backward()
     assert leaf.grad is None
 
 
@@ -317,14 +431,18 @@ def test_kernels_answer_a_target_out_of_range_with_nan(value, on_policy, device)
 
 
 @pytest.mark.kernels
-def test_masked_targets_may_be_anything(device):
+@pytest.mark.parametrize("call", [from_logits, from_hidden], ids=["logits", "hidden"])
+def test_masked_targets_may_be_anything(call, device):
     mask = torch.ones(B, T, device=device)
     mask[1, 0] = 0
     losses = []
     for value in [0, *OUT_OF_RANGE]:
-        leaf = logits.to(device, copy=True).requires_grad_()
-        result = from_logits(
-            logits=leaf, targets=with_wrong_target(value, device), mask=mask,
+        leaf = (logits if call is from_logits else hidden).to(device, copy=True).requires_grad_()
+        start = {"logits": leaf} if call is from_logits else {
+            "hidden": leaf, "weight": weight.to(device)
+        }  # fmt: skip
+        result = call(
+            **start, targets=with_wrong_target(value, device), mask=mask,
             old_log_probs=old.to(device), advantages=advantages.to(device),
         )  # fmt: skip
         result.loss.backward()

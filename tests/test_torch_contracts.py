@@ -14,13 +14,14 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 import gspo_ops
-from gspo_ops import log_probs, policy_loss
+from gspo_ops import linear_log_probs, linear_policy_loss, log_probs, policy_loss
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 compiled_only = pytest.mark.skipif(
     INTERPRETED, reason="torch's own machinery: the same operators, whatever implements them"
 )
-B, T, V = 3, 3, 11
+B, T, V, H = 3, 3, 11, 6
+MODULES = (log_probs, policy_loss, linear_log_probs, linear_policy_loss)
 
 
 class Batch(NamedTuple):
@@ -32,12 +33,16 @@ class Batch(NamedTuple):
     old_log_probs: Tensor
     advantages: Tensor
     mask: Tensor
+    hidden: Tensor
+    weight: Tensor
 
 
 def make_batch(dtype=torch.float32, device="cpu", T=T) -> Batch:
     """A sequence inside the clip range, one clipped, one outside it but on the unclipped side."""
     generator = torch.Generator().manual_seed(T)
-    logits = (2 * torch.randn(B, T, V, generator=generator, dtype=torch.float64)).to(dtype)
+    hidden = torch.randn(B, T, H, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(V, H, generator=generator, dtype=torch.float64).to(dtype)
+    logits = (hidden.double() @ weight.double().T).to(dtype)
     targets = torch.randint(0, V, (B, T), generator=generator)
     logits, targets = logits.to(device), targets.to(device)
     result = gspo_ops.log_probs_from_logits(logits, targets, **SOFTMAX)
@@ -45,7 +50,10 @@ def make_batch(dtype=torch.float32, device="cpu", T=T) -> Batch:
     advantages = torch.tensor([0.7, 1.3, -0.9], device=device)
     mask = torch.ones(B, T, dtype=torch.bool, device=device)
     mask[0, -1] = mask[2, 1] = False
-    return Batch(logits, targets, result, old.to(result.dtype), advantages, mask)
+    return Batch(
+        logits, targets, result, old.to(result.dtype), advantages, mask,
+        hidden.to(device), weight.to(device),
+    )  # fmt: skip
 
 
 SOFTMAX = {"temperature": 1.3, "softcap": 8.0}
@@ -123,13 +131,57 @@ def log_probs_and_entropy(x: Batch) -> tuple[Tensor, ...]:
     return gspo_ops.log_probs_from_logits(x.logits, targets, return_entropy=True, **SOFTMAX)
 
 
+def from_hidden(x: Batch, **options) -> tuple[Tensor, ...]:
+    result = gspo_ops.policy_loss_from_hidden(
+        x.hidden, x.weight, x.targets, x.old_log_probs, x.advantages, mask=x.mask,
+        **SOFTMAX | {"plan": "keep"} | options,
+    )  # fmt: skip
+    return result.loss, *result.stats.values()
+
+
+def from_hidden_recomputed(x: Batch) -> tuple[Tensor, ...]:
+    return from_hidden(x, plan="recompute", return_entropy=True)
+
+
+def from_hidden_in_chunks(x: Batch) -> tuple[Tensor, ...]:
+    return from_hidden(x, plan="chunk", memory_budget=0)
+
+
+def from_hidden_packed(x: Batch) -> tuple[Tensor, ...]:
+    result = gspo_ops.policy_loss_from_hidden(
+        packed(x.hidden), x.weight, packed(x.targets), packed(x.old_log_probs), x.advantages,
+        mask=packed(x.mask), cu_seqlens=cu_seqlens(x), return_entropy=True,
+        denominator=torch.tensor(5.0, device=x.hidden.device), **SOFTMAX,
+    )  # fmt: skip
+    return result.loss, *result.stats.values()
+
+
+def from_hidden_on_policy(x: Batch) -> tuple[Tensor, ...]:
+    return from_hidden(x._replace(old_log_probs=None))
+
+
+def own_objective_from_hidden(x: Batch) -> tuple[Tensor, ...]:
+    return from_hidden(x, objective=token_loss)
+
+
+def hidden_log_probs(x: Batch) -> tuple[Tensor, ...]:
+    return (gspo_ops.log_probs_from_hidden(x.hidden, x.weight, x.targets, **SOFTMAX),)
+
+
+def hidden_log_probs_and_entropy(x: Batch) -> tuple[Tensor, ...]:
+    targets = x.targets.masked_fill(~x.mask, -100)
+    return gspo_ops.log_probs_from_hidden(
+        x.hidden, x.weight, targets, return_entropy=True, **SOFTMAX
+    )
+
+
 class Case(NamedTuple):
     call: Callable[[Batch], tuple[Tensor, ...]]
     leaf: str  # the field of Batch that is differentiated
     differentiable: int = 1  # how many of the results are
 
     def __repr__(self) -> str:
-        return self.call.__name__
+        return self.call.__name__ + ("_by_weight" if self.leaf == "weight" else "")
 
     def with_leaf(self, x: Batch, leaf: Tensor) -> Batch:
         return x._replace(**{self.leaf: leaf})
@@ -160,10 +212,23 @@ CASES = [
     Case(from_logits, "logits"),
     Case(from_logits_packed, "logits"),
     Case(from_logits_on_policy, "logits"),
+    Case(hidden_log_probs, "hidden"),
+    Case(hidden_log_probs, "weight"),
+    Case(hidden_log_probs_and_entropy, "hidden", differentiable=2),
+    Case(hidden_log_probs_and_entropy, "weight", differentiable=2),
+    Case(from_hidden, "hidden"),
+    Case(from_hidden, "weight"),
+    Case(from_hidden_recomputed, "weight"),
+    Case(from_hidden_in_chunks, "hidden"),
+    Case(from_hidden_in_chunks, "weight"),
+    Case(from_hidden_packed, "hidden"),
+    Case(from_hidden_on_policy, "hidden"),
 ]
 all_cases = pytest.mark.parametrize("case", CASES, ids=repr)
 with_own_objective = pytest.mark.parametrize(
-    "case", [*CASES, Case(own_objective, "logits")], ids=repr
+    "case",
+    [*CASES, Case(own_objective, "logits"), Case(own_objective_from_hidden, "weight")],
+    ids=repr,
 )
 
 
@@ -192,7 +257,11 @@ def test_gradcheck(case):
 def test_on_policy_gradient_is_that_at_ratio_one(case):
     """The value is constant, so that gradcheck can't be used: only a copy as old makes it one."""
     x = make_batch(torch.float64)
-    off_policy = {from_log_probs_on_policy: from_log_probs, from_logits_on_policy: from_logits}
+    off_policy = {
+        from_log_probs_on_policy: from_log_probs,
+        from_logits_on_policy: from_logits,
+        from_hidden_on_policy: from_hidden,
+    }
     twin = case._replace(call=off_policy[case.call])
     leaf = getattr(x, case.leaf).detach().requires_grad_()
     same_old = x._replace(old_log_probs=x.log_probs.clone())
@@ -284,6 +353,8 @@ def backward_calls(monkeypatch):
     record(log_probs, "log_probs_bwd")
     record(policy_loss, "log_probs_bwd")
     record(policy_loss, "policy_loss_bwd")
+    record(linear_log_probs, "linear_log_probs_bwd")
+    record(linear_policy_loss, "scaled_gradient")
     return calls
 
 
@@ -326,13 +397,11 @@ def test_stats_are_detached(case, device):
 def operator_calls() -> dict[str, list[tuple]]:
     """The arguments with which the public functions call each operator."""
     calls: dict[str, list[tuple]] = {}
-    modules = {log_probs: ["log_probs_fwd", "log_probs_bwd"],
-               policy_loss: ["log_probs_fwd", "log_probs_bwd", "policy_loss_fwd",
-                             "policy_loss_bwd"]}  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        for module, names in modules.items():
-            for name in names:
-                op = getattr(module, name)
+        for module in MODULES:
+            for name, op in list(vars(module).items()):
+                if not isinstance(op, torch._ops.OpOverload):
+                    continue
 
                 def record(*args, name=name, op=op):
                     calls.setdefault(name, []).append(args)
@@ -341,7 +410,24 @@ def operator_calls() -> dict[str, list[tuple]]:
                 patch.setattr(module, name, record)
         for case in CASES:
             case.results(make_batch())
+        for plan in ("keep", "chunk"):
+            everything_from_hidden(make_batch(), plan)
     return calls
+
+
+def everything_from_hidden(x: Batch, plan: str) -> list[Tensor]:
+    """Gradients of hidden states, main_grad and bias; then of hidden states and a LoRA update."""
+    hidden, weight = (t.detach().requires_grad_() for t in (x.hidden, x.weight))
+    bias = torch.zeros(V, requires_grad=True)
+    main_grad = torch.zeros(V, H)
+    from_hidden(
+        x._replace(hidden=hidden, weight=weight), plan=plan, bias=bias, main_grad=main_grad
+    )[0].backward()
+    assert weight.grad is None
+    a, b = (torch.full(shape, 0.1, requires_grad=True) for shape in ((2, H), (V, 2)))
+    lora = gspo_ops.LoRA(a, b, 0.5)
+    from_hidden(x._replace(hidden=hidden), plan=plan, lora=lora)[0].backward()
+    return [hidden.grad, main_grad, bias.grad, a.grad, b.grad]
 
 
 @compiled_only
@@ -380,7 +466,7 @@ def check_compiled(case: Case, name: str, **options) -> None:
     for length in (5, 7, 9):
         x = make_batch(T=length)
         if not options:
-            for tensor in (x.logits, x.targets, x.log_probs, x.old_log_probs, x.mask):
+            for tensor in (x.logits, x.targets, x.log_probs, x.old_log_probs, x.mask, x.hidden):
                 torch._dynamo.mark_dynamic(tensor, 1)
         leaf = getattr(x, case.leaf).requires_grad_()
         with torch.compiler.set_stance("default" if length == 5 else "fail_on_recompile"):
@@ -397,14 +483,24 @@ def test_compile(case, name):
 
 
 @compiled_only
-@pytest.mark.parametrize("case", [CASES[0], CASES[5]], ids=repr)
+@pytest.mark.parametrize(
+    "case",
+    [Case(log_probs_only, "logits"), Case(from_logits, "logits"), Case(from_hidden, "hidden")],
+    ids=repr,
+)
 def test_compile_with_marked_dimension(case):
     check_compiled(case, "aot_eager")
 
 
 @compiled_only
-def test_compile_inductor():
-    check_compiled(Case(from_logits, "logits"), "inductor", dynamic=True)
+@pytest.mark.parametrize(
+    "case",
+    [Case(from_logits, "logits"), Case(from_hidden, "weight"),
+     Case(from_hidden_in_chunks, "hidden")],
+    ids=repr,
+)  # fmt: skip
+def test_compile_inductor(case):
+    check_compiled(case, "inductor", dynamic=True)
 
 
 @compiled_only

@@ -1,0 +1,417 @@
+"""Log-probabilities from hidden states [N, H] and a head's weight [V, H], and their gradients.
+
+z = softcap(hidden . weight + bias), in fp32, lives for one tile of [BLOCK_N, BLOCK_V]. The target y
+of a row is a sampled token, so its logit z_y, known from one dot product, is a safe reference for
+the exponentials of the others, and no maximum has to be found first:
+
+    a_v = (z_v - z_y) * scale - shift,  scale = log2(e) / temperature,  shift = 0
+    P_v = 2^a_v  (P_y = 0),   S = sum_v P_v,   d = shift * ln 2 + log S   (log-odds against y)
+    log_prob = -softplus(d),   q = 1 - p_y = sigmoid(d),   p_v = P_v * q / S
+
+A tile in which a_v exceeds SHIFT_LIMIT, as a target less likely than e^-44 makes it, has a shift of
+its own; tiles whose shift turns out to differ from the row's are corrected at the end. With -S in
+place of P_y, the gradient of a row by its logits is one factor times P:
+
+    d loss / d z_v = -(g * q / S / temperature) * P_v
+    d loss / d hidden = diag(factor) P weight,   d loss / d weight = P^T diag(factor) hidden
+
+so both products take P as it was stored. Rows are worked on in an order that has the live ones in
+front (`count_ptr`); programs beyond them have nothing to do.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import tanh
+
+SHIFT_LIMIT = tl.constexpr(64.0)  # powers of two: room for sums of exponentials in fp32
+
+
+@triton.jit
+def exponents(z, base, shift, scale, softcap):
+    """a = (softcap(z) - base) * scale - shift, and softcap's derivative (1.0 without)."""
+    derivative = 1.0
+    if softcap is not None:
+        u = tanh(z * (1.0 / softcap))
+        z = softcap * u
+        derivative = 1.0 - u * u
+    return (z - base[:, None]) * scale - shift[:, None], derivative
+
+
+@triton.jit
+def weighed(a, y, cols, derivative, at_target, constant, slope):
+    """exp2(a) * (constant + slope * a), at_target at the targets; constant None for 1 and 0."""
+    e = tl.exp2(a)
+    if constant is not None:
+        e = tl.where(e > 0, e * (constant[:, None] + slope[:, None] * a), 0.0)
+    return tl.where(cols[None, :] == y[:, None], at_target[:, None], e) * derivative
+
+
+@triton.jit
+def target_logits_kernel(
+    # inputs: hidden [N, H], weight [V, H], bias [V] or None; z [N] holds the low-rank part or None
+    hidden_ptr, weight_ptr, bias_ptr, lora_ptr, targets_ptr, live_ptr,
+    # output [N]
+    target_logits_ptr,
+    # shapes and strides
+    H, V, stride_hn, stride_wv,
+    softcap,
+    BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    live = True
+    if live_ptr is not None:
+        live = tl.load(live_ptr + row) != 0
+    z = 0.0
+    if live:
+        target = tl.load(targets_ptr + row).to(tl.int64)
+        known = (target >= 0) & (target < V)
+        cols = tl.arange(0, BLOCK_H)
+        total = tl.zeros([BLOCK_H], tl.float32)
+        for start in range(0, H, BLOCK_H):
+            at = start + cols
+            x = tl.load(hidden_ptr + row * stride_hn + at, mask=at < H, other=0.0)
+            w = tl.load(weight_ptr + target * stride_wv + at, mask=known & (at < H), other=0.0)
+            total += x.to(tl.float32) * w.to(tl.float32)
+        z = tl.sum(total, axis=0)
+        if bias_ptr is not None:
+            z += tl.load(bias_ptr + target, mask=known, other=0.0).to(tl.float32)
+        if lora_ptr is not None:
+            z += tl.load(lora_ptr + row)
+        if softcap is not None:
+            z = softcap * tanh(z * (1.0 / softcap))
+        # a target outside the vocabulary can't train silently
+        z = tl.where(known, z, float("nan"))
+    tl.store(target_logits_ptr + row, z)
+
+
+@triton.jit
+def fold_kernel(
+    # inputs: a tile of logits [n, C], contiguous; [n] targets (counted from the tile's
+    # first column), base; live or None
+    z_ptr, targets_ptr, base_ptr, live_ptr,
+    # outputs: exponentials [n, kept] or None; sums [n]; log_sum is None unless asked for
+    e_ptr, shift_ptr, sum_ptr, log_sum_ptr,
+    # shapes and strides
+    C, kept, stride_en,
+    # options
+    scale, softcap,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per row: its largest exponent, then its exponentials and their sum."""
+    row = tl.program_id(0).to(tl.int64)
+    live = True
+    if live_ptr is not None:
+        live = tl.load(live_ptr + row) != 0
+    cols = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
+    y = tl.load(targets_ptr + row)
+    base = tl.load(base_ptr + row + tl.zeros([1], tl.int32))
+    zero = tl.zeros([1], tl.float32)
+    shift = 0.0
+    total = 0.0
+    log_total = 0.0
+    if live:
+        z_ptr += row * C
+        top = tl.full([1, BLOCK], float("-inf"), tl.float32)
+        for start in range(0, C, BLOCK):
+            at = start + cols
+            z = tl.load(z_ptr + at, mask=at < C, other=float("-inf"))
+            a, _ = exponents(z, base, zero, scale, softcap)
+            top = tl.maximum(top, tl.where((at < C) & (at != y), a, float("-inf")))
+        largest = tl.max(tl.max(top, axis=1), axis=0)
+        shift = tl.where(largest > SHIFT_LIMIT, largest, 0.0)
+        sums = tl.zeros([1, BLOCK], tl.float32)
+        log_sums = tl.zeros([1, BLOCK], tl.float32)
+        for start in range(0, C, BLOCK):
+            at = start + cols
+            z = tl.load(z_ptr + at, mask=at < C, other=float("-inf"))
+            a, derivative = exponents(z, base, zero + shift, scale, softcap)
+            e = tl.where((at < C) & (at != y), tl.exp2(a), 0.0)
+            sums += e
+            if log_sum_ptr is not None:
+                log_sums += tl.where(e > 0, e * a, 0.0)
+            if e_ptr is not None:
+                out = (e * derivative).to(e_ptr.dtype.element_ty)
+                tl.store(e_ptr + row * stride_en + at, out, mask=at < kept)
+        total = tl.sum(tl.sum(sums, axis=1), axis=0)
+        if log_sum_ptr is not None:
+            log_total = tl.sum(tl.sum(log_sums, axis=1), axis=0)
+    else:
+        if e_ptr is not None:
+            zeros = tl.zeros([1, BLOCK], e_ptr.dtype.element_ty)
+            for start in range(0, kept, BLOCK):
+                at = start + cols
+                tl.store(e_ptr + row * stride_en + at, zeros, mask=at < kept)
+    tl.store(shift_ptr + row, shift)
+    tl.store(sum_ptr + row, total)
+    if log_sum_ptr is not None:
+        tl.store(log_sum_ptr + row, log_total)
+
+
+@triton.jit
+def weigh_kernel(
+    # inputs: a tile of logits [n, C], contiguous; the rest [n], targets counted from the tile's
+    # first column; constant, slope, live may be None
+    z_ptr, targets_ptr, base_ptr, shift_ptr, at_target_ptr, constant_ptr, slope_ptr, live_ptr,
+    # output [n, C]
+    out_ptr,
+    # shapes and strides
+    C, stride_on,
+    # options
+    scale, softcap,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per row and block of columns: logits to what the row's factor multiplies."""
+    blocks = tl.cdiv(C, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    cols = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    here = row + tl.zeros([1], tl.int32)
+    live = True
+    if live_ptr is not None:
+        live = tl.load(live_ptr + row) != 0
+    out = tl.zeros([1, BLOCK], out_ptr.dtype.element_ty)
+    if live:
+        z = tl.load(z_ptr + row * C + cols, mask=cols < C, other=0.0)[None, :]
+        base, shift = tl.load(base_ptr + here), tl.load(shift_ptr + here)
+        a, derivative = exponents(z, base, shift, scale, softcap)
+        constant = None
+        slope = None
+        if constant_ptr is not None:
+            constant = tl.load(constant_ptr + here)
+            slope = tl.load(slope_ptr + here)
+        y = tl.load(targets_ptr + here)
+        at_target = tl.load(at_target_ptr + here)
+        out = weighed(a, y, cols, derivative, at_target, constant, slope)
+        out = out.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * stride_on + cols[None, :], out, mask=(cols < C)[None, :])
+
+
+@triton.jit
+def rescale_kernel(
+    # kept exponentials [n, columns], and by how much each tile of a row shrinks [J, n]
+    e_ptr, shrink_ptr,
+    n, columns, stride_en,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per row: bring its tiles to the row's shift. Nearly always nothing to do."""
+    row = tl.program_id(0).to(tl.int64)
+    for start in range(0, columns, TILE):
+        shrink = tl.load(shrink_ptr + start // TILE * n + row)
+        if shrink < 1:
+            for first in range(start, tl.minimum(start + TILE, columns), BLOCK):
+                cols = first + tl.arange(0, BLOCK)
+                inside = cols < tl.minimum(start + TILE, columns)
+                at = e_ptr + row * stride_en + cols
+                e = tl.load(at, mask=inside, other=0.0).to(tl.float32) * shrink
+                tl.store(at, e.to(e_ptr.dtype.element_ty), mask=inside)
+
+
+# Products
+
+
+@triton.jit
+def swizzled(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Tile of this program: GROUP rows of tiles at a time, so that neighbours share operands."""
+    per_group = GROUP * tiles_n
+    first = pid // per_group * GROUP
+    size = tl.minimum(tiles_m - first, GROUP)
+    return first + pid % per_group % size, pid % per_group // size
+
+
+@triton.jit
+def product(
+    a_ptr, b_ptr, rows_a, rows_b, known_a, known_b, K, stride_ak, stride_bk,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """sum_k a[m, k] * b[n, k] in fp32 for [BLOCK_M, BLOCK_N]; rows_* are offsets, known_* masks."""
+    k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        inside = start + k < K
+        a = tl.load(
+            a_ptr + rows_a[:, None] + (start + k)[None, :] * stride_ak,
+            mask=known_a[:, None] & inside[None, :], other=0.0,
+        )  # fmt: skip
+        b = tl.load(
+            b_ptr + rows_b[None, :] + (start + k)[:, None] * stride_bk,
+            mask=known_b[None, :] & inside[:, None], other=0.0,
+        )  # fmt: skip
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def logits_tile(
+    x_ptr, weight_ptr, bias_ptr, rows, cols, n, C, H, stride_xn, stride_wv,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_N, BLOCK_V] logits in fp32."""
+    z = product(
+        x_ptr, weight_ptr, rows.to(tl.int64) * stride_xn, cols.to(tl.int64) * stride_wv,
+        rows < n, cols < C, H, 1, 1, BLOCK_N, BLOCK_V, BLOCK_H,
+    )  # fmt: skip
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
+    return z
+
+
+@triton.jit
+def linear_log_probs_fwd_kernel(
+    # inputs: x [n, H], weight [C, H], bias [C] or None; targets, base [n]; keep [n] or None
+    x_ptr, weight_ptr, bias_ptr, targets_ptr, base_ptr, keep_ptr, count_ptr,
+    # outputs: exponentials [n, kept] or None; sums [J, n]; log_sum is None unless asked for
+    e_ptr, shift_ptr, sum_ptr, log_sum_ptr,
+    # shapes and strides
+    n, C, H, kept, stride_xn, stride_wv, stride_en,
+    # options
+    scale, softcap,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Product, exponentials and their sums, one program per tile of rows and columns."""
+    tiles_v = tl.cdiv(C, BLOCK_V)
+    tile_v, tile_n = swizzled(tl.program_id(0), tiles_v, tl.cdiv(n, BLOCK_N), GROUP)
+    count = n
+    if count_ptr is not None:
+        count = tl.load(count_ptr)
+    if tile_n * BLOCK_N < count:
+        rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        cols = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
+        z = logits_tile(
+            x_ptr, weight_ptr, bias_ptr, rows, cols, n, C, H, stride_xn, stride_wv,
+            BLOCK_N, BLOCK_V, BLOCK_H,
+        )  # fmt: skip
+        inside = rows < n
+        y = tl.load(targets_ptr + rows, mask=inside, other=-1)
+        base = tl.load(base_ptr + rows, mask=inside, other=0.0)
+        a, derivative = exponents(z, base, tl.zeros([BLOCK_N], tl.float32), scale, softcap)
+        a = tl.where((cols < C)[None, :] & (cols[None, :] != y[:, None]), a, float("-inf"))
+        top = tl.max(a, axis=1)
+        shift = tl.where(top > SHIFT_LIMIT, top, 0.0)
+        a -= shift[:, None]
+        e = tl.exp2(a)
+        out = tile_v.to(tl.int64) * n + rows
+        tl.store(shift_ptr + out, shift, mask=inside)
+        tl.store(sum_ptr + out, tl.sum(e, axis=1), mask=inside)
+        if log_sum_ptr is not None:
+            log_sum = tl.sum(tl.where(e > 0, e * a, 0.0), axis=1)
+            tl.store(log_sum_ptr + out, log_sum, mask=inside)
+        if e_ptr is not None:
+            wanted = inside
+            if keep_ptr is not None:
+                wanted = inside & (tl.load(keep_ptr + rows, mask=inside, other=0) != 0)
+            at = e_ptr + rows.to(tl.int64)[:, None] * stride_en + cols[None, :]
+            e = (e * derivative).to(e_ptr.dtype.element_ty)
+            tl.store(at, e, mask=wanted[:, None] & (cols < kept)[None, :])
+
+
+@triton.jit
+def linear_weigh_kernel(
+    # inputs: x [n, H], weight [C, H], bias [C] or None; the rest [n]; constant, slope may be None
+    x_ptr, weight_ptr, bias_ptr, targets_ptr, base_ptr, shift_ptr, at_target_ptr, constant_ptr,
+    slope_ptr, count_ptr,
+    # output [n, C]
+    out_ptr,
+    # shapes and strides
+    n, C, H, first_col, stride_xn, stride_wv, stride_on,
+    # options
+    scale, softcap,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The logits once more, turned into what the row's factor multiplies."""
+    tile_v, tile_n = swizzled(
+        tl.program_id(0), tl.cdiv(C, BLOCK_V), tl.cdiv(n, BLOCK_N), GROUP
+    )
+    count = tl.load(count_ptr)
+    if tile_n * BLOCK_N < count:
+        rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        cols = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
+        z = logits_tile(
+            x_ptr, weight_ptr, bias_ptr, rows, cols, n, C, H, stride_xn, stride_wv,
+            BLOCK_N, BLOCK_V, BLOCK_H,
+        )  # fmt: skip
+        inside = rows < n
+        y = tl.load(targets_ptr + rows, mask=inside, other=-1) - first_col
+        base = tl.load(base_ptr + rows, mask=inside, other=0.0)
+        shift = tl.load(shift_ptr + rows, mask=inside, other=0.0)
+        at_target = tl.load(at_target_ptr + rows, mask=inside, other=0.0)
+        constant = None
+        slope = None
+        if constant_ptr is not None:
+            constant = tl.load(constant_ptr + rows, mask=inside, other=0.0)
+            slope = tl.load(slope_ptr + rows, mask=inside, other=0.0)
+        a, derivative = exponents(z, base, shift, scale, softcap)
+        out = weighed(a, y, cols, derivative, at_target, constant, slope)
+        at = out_ptr + rows.to(tl.int64)[:, None] * stride_on + cols[None, :]
+        out = out.to(out_ptr.dtype.element_ty)
+        tl.store(at, out, mask=inside[:, None] & (cols < C)[None, :])
+
+
+@triton.jit
+def dhidden_kernel(
+    # inputs: e [*, C] with the places of its live rows [n] or None; weight [C, H]
+    e_ptr, rows_ptr, count_ptr, weight_ptr,
+    # output [n, H] in fp32, added to
+    out_ptr,
+    # shapes and strides
+    n, C, H, stride_en, stride_wv, stride_on,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """out[i] += e[rows[i]] weight."""
+    tile_n, tile_h = swizzled(
+        tl.program_id(0), tl.cdiv(n, BLOCK_N), tl.cdiv(H, BLOCK_H), GROUP
+    )
+    count = tl.load(count_ptr)
+    if tile_n * BLOCK_N < count:
+        rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        cols = tile_h * BLOCK_H + tl.arange(0, BLOCK_H)
+        places = rows
+        if rows_ptr is not None:
+            places = tl.load(rows_ptr + rows, mask=rows < count, other=0)
+        acc = product(
+            e_ptr, weight_ptr, places.to(tl.int64) * stride_en, cols,
+            rows < count, cols < H, C, 1, stride_wv, BLOCK_N, BLOCK_H, BLOCK_V,
+        )  # fmt: skip
+        at = out_ptr + rows.to(tl.int64)[:, None] * stride_on + cols[None, :]
+        inside = (rows < count)[:, None] & (cols < H)[None, :]
+        tl.store(at, acc + tl.load(at, mask=inside, other=0.0), mask=inside)
+
+
+@triton.jit
+def dweight_kernel(
+    # inputs: e [*, C] with the places of its live rows [n] or None; x [n, H], already weighted
+    e_ptr, rows_ptr, count_ptr, x_ptr,
+    # output [C, H]
+    out_ptr,
+    # shapes and strides
+    C, H, stride_en, stride_xn, stride_ov,
+    ADD: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """out = (or +=) sum over live rows i of e[rows[i]]^T x[i]."""
+    tile_v, tile_h = swizzled(
+        tl.program_id(0), tl.cdiv(C, BLOCK_V), tl.cdiv(H, BLOCK_H), GROUP
+    )
+    count = tl.load(count_ptr)
+    v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    h = tile_h * BLOCK_H + tl.arange(0, BLOCK_H)
+    acc = tl.zeros([BLOCK_V, BLOCK_H], tl.float32)
+    for start in range(0, count, BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N)
+        inside = rows < count
+        places = rows
+        if rows_ptr is not None:
+            places = tl.load(rows_ptr + rows, mask=inside, other=0)
+        e = tl.load(
+            e_ptr + places.to(tl.int64)[None, :] * stride_en + v[:, None],
+            mask=inside[None, :] & (v < C)[:, None], other=0.0,
+        )  # fmt: skip
+        x = tl.load(
+            x_ptr + rows.to(tl.int64)[:, None] * stride_xn + h[None, :],
+            mask=inside[:, None] & (h < H)[None, :], other=0.0,
+        )  # fmt: skip
+        acc = tl.dot(e, x, acc, input_precision="ieee")
+    at = out_ptr + v.to(tl.int64)[:, None] * stride_ov + h[None, :]
+    inside = (v < C)[:, None] & (h < H)[None, :]
+    if ADD:
+        acc += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=inside)
