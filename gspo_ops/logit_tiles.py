@@ -286,6 +286,7 @@ class TorchTiles:
     """Tiles of logits of some rows, in torch; small ones, that stay in cache."""
 
     ROWS = 256
+    LEAST_ROWS = 16
     COLUMNS = SUMS = 1024  # of a tile, and of an entry of `Sums`
     GRAD_ELEMENTS = 1 << 23  # of a tile for the products of the backward
     GRAD_COLUMNS = 8192
@@ -318,7 +319,7 @@ class TorchTiles:
         out = self.x.new_empty(self.n, dtype=self.stats_dtype)
         for r in _slices(self.n, self.ROWS):
             w = self.weight.index_select(0, self.targets[r]).to(self.dtype)
-            out[r] = (self.x[r] * w).sum(1)
+            out[r] = _row_sum(self.x[r] * w)
         if self.bias is not None:
             out += self.bias[self.targets]
         if self.lora_x is not None:
@@ -361,11 +362,18 @@ class TorchTiles:
         return z if bias is None else z.add_(bias)
 
     def _product(self, x: Tensor, w: Tensor) -> Tensor:
-        """In a buffer, which the next one overwrites."""
+        """In a buffer, which the next one overwrites.
+
+        The libraries behind torch.mm multiply a few rows in an order of their own, and all larger
+        numbers of rows in one order, so that padding makes a row's logits the same in any batch.
+        """
+        n = len(x)
+        if n < self.LEAST_ROWS:
+            x = torch.nn.functional.pad(x, (0, 0, 0, self.LEAST_ROWS - n))
         size = len(x) * w.shape[1]
         if self.buffer.numel() < size:
             self.buffer = self.buffer.new_empty(size)
-        return torch.mm(x, w, out=self.buffer[:size].view(len(x), -1))
+        return torch.mm(x, w, out=self.buffer[:size].view(len(x), -1))[:n]
 
     def _hits(self, r: slice, c: slice) -> tuple[Tensor, Tensor]:
         """Rows and columns of the targets that lie in a tile, counted from its first ones."""
@@ -384,9 +392,9 @@ class TorchTiles:
             z -= shift[:, None]
         a = None if log is None else z.clone()
         z.exp2_()
-        total.copy_(z.sum(1))
+        total.copy_(_row_sum(z))
         if a is not None:
-            log.copy_(a.mul_(z).masked_fill_(z == 0, 0.0).sum(1))
+            log.copy_(_row_sum(a.mul_(z).masked_fill_(z == 0, 0.0)))
         if e is not None:
             if derivative is not None:
                 z *= derivative
@@ -533,6 +541,14 @@ class TorchTiles:
         return torch.mm(a, b)
 
 
+def _row_sum(x: Tensor) -> Tensor:
+    """x.sum(1), where a row's sum does not depend on how many stand beside it.
+
+    A single row is summed in another order than several.
+    """
+    return x.sum(1) if len(x) > 1 else x.repeat(2, 1).sum(1)[: len(x)]
+
+
 def _slices(stop: int, step: int) -> list[slice]:
     return _slices_of(slice(0, stop), step)
 
@@ -621,7 +637,7 @@ class TritonTiles(MatMulTiles):
 
         sums = self._empty_sums(base)
         if self.n:
-            linear_log_probs_fwd_kernel[programs(self.n, self.V)](
+            linear_log_probs_fwd_kernel[programs(self.n, self.V, self.dtype)](
                 self.x, self.weight, self.bias, self.targets, base,
                 None if keep is None else loadable(keep), self.count,
                 kept.e if kept.columns else None, *sums,
@@ -640,7 +656,7 @@ class TritonTiles(MatMulTiles):
 
         C = c.stop - c.start
         if self.n:
-            linear_weigh_kernel[programs(self.n, C)](
+            linear_weigh_kernel[programs(self.n, C, self.dtype)](
                 self.x, self.weight[c], None if self.bias is None else self.bias[c], self.targets,
                 base, *wanted, self.count, out,
                 self.n, C, self.H, c.start,
@@ -653,7 +669,7 @@ class TritonTiles(MatMulTiles):
         from .kernels.linear_log_probs import dhidden_kernel
 
         if self.n:
-            dhidden_kernel[programs(self.n, w.shape[1])](
+            dhidden_kernel[programs(self.n, w.shape[1], w.dtype)](
                 tile.e, tile.rows, self.count, w, out,
                 self.n, w.shape[0], w.shape[1], tile.e.stride(0), w.stride(0), out.stride(0),
                 **product_blocks("N", "H", "V", w.dtype),
@@ -663,25 +679,30 @@ class TritonTiles(MatMulTiles):
         from .kernels.linear_log_probs import dweight_kernel
 
         x = x.to(tile.e.dtype)
-        dweight_kernel[programs(*out.shape)](
+        dweight_kernel[programs(*out.shape, x.dtype)](
             tile.e, tile.rows, self.count, x, out,
             out.shape[0], out.shape[1], tile.e.stride(0), x.stride(0), out.stride(0),
             ADD=add, **product_blocks("V", "H", "N", x.dtype),
         )  # fmt: skip
 
 
-BLOCK = 128  # rows and columns of a product's program
 EPILOGUE = 1024  # columns of an epilogue's program
 
 
-def programs(rows: int, columns: int) -> tuple[int]:
-    return (-(-rows // BLOCK) * -(-columns // BLOCK),)
+def programs(rows: int, columns: int, dtype: torch.dtype) -> tuple[int]:
+    m, n = _block_shape(dtype)
+    return (-(-rows // m) * -(-columns // n),)
 
 
 def product_blocks(m: str, n: str, k: str, dtype: torch.dtype) -> dict[str, int]:
     """Tile sizes of a product, by the letters of its dimensions. They depend on the dtype alone."""
-    depth = 128 // dtype.itemsize
+    rows, columns = _block_shape(dtype)
     return {
-        f"BLOCK_{m}": BLOCK, f"BLOCK_{n}": BLOCK, f"BLOCK_{k}": depth, "GROUP": 8,
+        f"BLOCK_{m}": rows, f"BLOCK_{n}": columns, f"BLOCK_{k}": 128 // dtype.itemsize, "GROUP": 8,
         "num_warps": 8, "num_stages": 2 if torch.version.hip else 3,
     }  # fmt: skip
+
+
+def _block_shape(dtype: torch.dtype) -> tuple[int, int]:
+    # without tensor cores, fp32 sums of 128 x 128 spill
+    return (64 if dtype == torch.float32 else 128), 128

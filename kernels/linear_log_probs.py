@@ -394,7 +394,11 @@ def dweight_kernel(
     count = tl.load(count_ptr)
     v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
     h = tile_h * BLOCK_H + tl.arange(0, BLOCK_H)
+    at = out_ptr + v.to(tl.int64)[:, None] * stride_ov + h[None, :]
+    in_out = (v < C)[:, None] & (h < H)[None, :]
     acc = tl.zeros([BLOCK_V, BLOCK_H], tl.float32)
+    if ADD:
+        acc = tl.load(at, mask=in_out, other=0.0).to(tl.float32)
     for start in range(0, count, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
         inside = rows < count
@@ -410,8 +414,4 @@ def dweight_kernel(
             mask=inside[:, None] & (h < H)[None, :], other=0.0,
         )  # fmt: skip
         acc = tl.dot(e, x, acc, input_precision="ieee")
-    at = out_ptr + v.to(tl.int64)[:, None] * stride_ov + h[None, :]
-    inside = (v < C)[:, None] & (h < H)[None, :]
-    if ADD:
-        acc += tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=in_out)

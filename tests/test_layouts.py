@@ -252,6 +252,57 @@ def test_padded_and_packed_agree_with_the_definition(layout, device):
         assert_close(packed.stats[name], value, 1e-6)
 
 
+@given(
+    layout=layouts,
+    plan=st.sampled_from(["auto", "keep", "chunk", "recompute"]),
+    budget=st.sampled_from([None, 0, 1 << 12, 1 << 14]),
+    products=st.sampled_from(["mm", "triton"]),
+)
+@example(
+    layout=Layout(lengths=[], holes=False, **EVERYTHING), plan="chunk", budget=0, products="mm"
+)
+@example(
+    layout=Layout(lengths=[0, 0], holes=False, **EVERYTHING), plan="chunk", budget=0, products="mm"
+)
+@example(
+    layout=Layout(lengths=[0, 1, 4, 2], holes=True, **EVERYTHING),
+    plan="chunk",
+    budget=0,
+    products="triton",
+)
+@example(
+    layout=Layout(lengths=[0, 1, 4, 2], holes=True, **EVERYTHING),
+    plan="keep",
+    budget=None,
+    products="triton",
+)
+@examples(60)
+def test_hidden_states_agree_with_the_definition(layout, plan, budget, products, device):
+    """Hidden states that are the logits, as the weight is the identity: so are their gradients."""
+    batch = build(layout, device)
+    expected, expected_grad = run(reference.policy_loss_from_logits, exact(batch.padded))
+
+    def from_hidden(logits: Tensor, **rest) -> PolicyLoss:
+        return gspo_ops.policy_loss_from_hidden(
+            logits, torch.eye(layout.V, device=device), plan=plan, memory_budget=budget,
+            products=products, **rest,
+        )  # fmt: skip
+
+    padded, padded_grad = run(from_hidden, batch.padded)
+    packed, packed_grad = run(from_hidden, batch.packed)
+    assert_close(padded.loss, expected.loss, 2e-5)
+    assert relative_l2(padded_grad, expected_grad) <= 5e-6
+    assert relative_l2(packed_grad, expected_grad.flatten(0, 1)[batch.rows]) <= 5e-6
+    assert expected.stats.keys() <= padded.stats.keys() == packed.stats.keys()
+    for name, value in expected.stats.items():
+        tolerance = 1e-7 if name.startswith("clip_frac") else 2e-5
+        assert_close(padded.stats[name], value, tolerance)
+        assert_close(packed.stats[name], value, tolerance)
+    skipped = (expected_grad == 0).all(-1)
+    assert padded_grad[skipped].count_nonzero() == 0
+    assert packed_grad[skipped.flatten()[batch.rows]].count_nonzero() == 0
+
+
 @given(layout=layouts)
 @examples(40)
 def test_log_probs_door_gives_the_same_bits(layout, device):

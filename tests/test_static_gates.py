@@ -78,7 +78,7 @@ def launch_loss(
     shape = (B * T,) if packed else (B, T)
     mask = empty(*shape, dtype=torch.bool) if mask else None
     layout = resolve_layout(torch.Size(shape), torch.device("meta"), mask, cu_seqlens)
-    inputs = policy_loss._policy_inputs(
+    inputs = policy_loss.policy_inputs(
         layout, FP32, objective, empty(*shape) if old else None,
         empty(*shape) if per_token else empty(B), empty(*shape) if ref else None,
         {"token": empty(*shape), "sequence": empty(B), None: None}[weights], None,

@@ -268,7 +268,7 @@ def test_on_policy_gradient_is_that_at_ratio_one(case):
     assert torch.autograd.gradcheck(lambda leaf: twin.outputs(same_old, leaf)[0], (leaf,))
     actual, expected = case.results(x), twin.results(same_old)
     torch.testing.assert_close(actual[-1], expected[-1], rtol=1e-12, atol=0)
-    assert actual[0] == expected[0]
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-14, atol=0)
 
 
 @with_own_objective
@@ -430,6 +430,13 @@ def everything_from_hidden(x: Batch, plan: str) -> list[Tensor]:
     return [hidden.grad, main_grad, bias.grad, a.grad, b.grad]
 
 
+def opcheck_utilities(name: str, args: tuple) -> str | tuple[str, ...]:
+    """All of them, but where a result may hold anything: exponentials that belong nowhere."""
+    if name == "linear_log_probs_fwd" and args[8] > 0:  # kept_columns
+        return ("test_schema", "test_autograd_registration", "test_faketensor")
+    return "ALL"
+
+
 @compiled_only
 def test_opcheck():
     calls = operator_calls()
@@ -439,7 +446,7 @@ def test_opcheck():
         op = getattr(torch.ops.gspo_ops, name).default
         for args in all_args:
             detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
-            torch.library.opcheck(op, detached)
+            torch.library.opcheck(op, detached, test_utils=opcheck_utilities(name, args))
         # an input that requires grad: the derivative is refused, registered as such
         torch.library.opcheck(op, all_args[0], test_utils=("test_schema", "test_faketensor"))
 
