@@ -71,8 +71,8 @@ def make_inputs(
 ) -> Inputs:
     """16 sequences of sampled tokens, a fraction f of them with an advantage.
 
-    A sequence with an advantage stands 1e-2 on the side of 1 that is never clipped: whatever the
-    rounding of a provider, all have the same live rows.
+    The ratio of a sequence with an advantage is far on the side of 1 that is never clipped:
+    whatever the rounding of a provider, all have the same live rows.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (SEQUENCES, N // SEQUENCES)
@@ -87,7 +87,7 @@ def make_inputs(
         new[b] = log_p.gather(-1, targets[b, :, None]).squeeze(-1)
     advantages = torch.randn(SEQUENCES, generator=generator).to(device)
     advantages[round(SEQUENCES * f) :] = 0
-    return Inputs(hidden, weight, targets, new + 1e-2 * advantages.sign()[:, None], advantages)
+    return Inputs(hidden, weight, targets, new + 0.1 * advantages.sign()[:, None], advantages)
 
 
 def leaves(inputs: Inputs) -> tuple[Tensor, Tensor]:

@@ -90,7 +90,7 @@ def exact_matmul(device: torch.device) -> Iterator[None]:
         finally:
             torch.set_float32_matmul_precision(before)
         return
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     allowed = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = "ieee"

@@ -1,9 +1,8 @@
-"""The output head that maps hidden states to logits, and the plans for a loss that starts there."""
+"""The output head that maps hidden states to logits: dtypes, checks, and the choice of a plan."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -16,6 +15,7 @@ from .objective import check_number
 PlanName = Literal["auto", "keep", "chunk", "recompute"]
 Products = Literal["auto", "mm", "triton"]
 
+_KEPT_ALIGN = 64  # elements: rows of kept exponentials start aligned
 COLUMNS = 1024  # exponentials are kept for a multiple of so many columns
 _CHUNK_ROWS = 2048  # smaller chunks lose more to adding up dweight than a recomputation costs
 _LEAST_BUDGET = 64 << 20
@@ -44,60 +44,6 @@ class Wanted(NamedTuple):
     bias: bool = False
     lora_x: bool = False
     lora_b: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How a loss from hidden states is computed, and what that costs. Made by `plan_from_hidden`.
-
-    Attributes:
-        name: `"keep"` the exponentials of all logits from forward to backward, or those of the
-            first `kept_columns` tokens of the vocabulary; `"chunk"`: whole sequences at a time,
-            gradients made in the forward; `"recompute"` the logits in the backward.
-        rows: N.
-        vocabulary: V.
-        hidden_size: H.
-        rank: of the LoRA update, 0 without.
-        kept_columns: tokens of the vocabulary whose exponentials are kept.
-        chunk_rows: largest number of rows at a time, N but for `"chunk"`.
-        grad_hidden: dhidden is wanted.
-        grad_weight: dweight is wanted.
-        kept_bytes: exponentials kept from forward to backward, or for a chunk.
-        bytes: estimated peak of extra memory beside the gradients that are returned.
-    """
-
-    name: PlanName
-    rows: int
-    vocabulary: int
-    hidden_size: int
-    rank: int
-    kept_columns: int
-    chunk_rows: int
-    grad_hidden: bool
-    grad_weight: bool
-    kept_bytes: int
-    bytes: int
-
-    def flops(self, f: float = 1.0) -> float:
-        """Floating-point operations of the products, a fraction f of the rows having a gradient."""
-        inner = self.hidden_size + self.rank
-        backward = inner * self.grad_hidden + self.hidden_size * self.grad_weight + self.rank
-        if self.grad_hidden or self.grad_weight or self.rank:
-            backward += inner * (1 - self.kept_columns / self.vocabulary)
-        return 2.0 * self.rows * self.vocabulary * (inner + f * backward)
-
-    def __str__(self) -> str:
-        what = self.name
-        if 0 < self.kept_columns < self.vocabulary:
-            what += f" {self.kept_columns / self.vocabulary:.0%} of the exponentials"
-        if self.name == "chunk":
-            what += f" of up to {self.chunk_rows} rows"
-        unit = self.rows * self.vocabulary * self.hidden_size
-        live, dead = self.flops(1.0) / max(unit, 1), self.flops(0.0) / max(unit, 1)
-        return (
-            f"{what}: ({dead:.3g} + {live - dead:.3g} f) N V H FLOPs, {self.bytes / 2**20:.0f} MiB "
-            f"beside the gradients (N={self.rows}, V={self.vocabulary}, H={self.hidden_size})"
-        )
 
 
 def default_memory_budget(rows: int, vocabulary: int) -> int:
@@ -159,62 +105,15 @@ def choose_plan(
     return ("keep" if kept else "recompute"), kept, rows
 
 
+def kept_width(columns: int) -> int:
+    """Of a row of kept exponentials: the columns, one more for what belongs nowhere, padding."""
+    return (columns // _KEPT_ALIGN + 1) * _KEPT_ALIGN
+
+
 def columns_that_fit(budget: int, rows: int, vocabulary: int, itemsize: int) -> int:
     """Columns of exponentials of so many rows that fit into the budget."""
     fit = budget // (max(rows, 1) * itemsize)
     return vocabulary if fit >= vocabulary else fit // COLUMNS * COLUMNS
-
-
-def plan_from_hidden(
-    hidden: Tensor,
-    weight: Tensor,
-    *,
-    lora: LoRA | None = None,
-    plan: PlanName = "auto",
-    memory_budget: int | None = None,
-    chunks: bool = True,
-) -> Plan:
-    """The plan that `policy_loss_from_hidden` takes, and what it costs.
-
-        FLOPs = (2 + 4 f) N V H when exponentials are kept, (2 + 6 f) N V H when recomputed,
-                2 f N V H less for a frozen weight, for a fraction f of rows with a gradient
-
-    Args:
-        hidden: (B, T, H) or (N, H).
-        weight: (V, H) of the head; frozen if it does not require grad.
-        lora: a low-rank update of the head.
-        plan: `"auto"`, `"keep"`, `"chunk"` or `"recompute"`.
-        memory_budget: bytes for exponentials and sums of gradients that are kept; by default 2.5
-            per logit, between 64 MiB and 4 GiB.
-        chunks: whether `"auto"` may choose chunks: False for `log_probs_from_hidden`, and on a GPU
-            for packed sequences, whose borders the host does not know.
-
-    Returns:
-        The plan; `print` it, or ask for its `flops(f)` and `bytes`.
-
-    Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
-
-    """
-    check_operands(hidden, weight)
-    check_plan(plan, memory_budget, "auto", False, None)
-    if lora is not None:
-        check_lora(lora, hidden, weight)
-    H, V, N = weight.shape[1], weight.shape[0], hidden.numel() // max(weight.shape[1], 1)
-    size = grad_product_dtype(hidden, weight).itemsize
-    grad_weight = weight.requires_grad
-    has_gradient = hidden.requires_grad or grad_weight or lora is not None
-    name, kept_columns, chunk_rows = choose_plan(
-        N, V, H, size, plan=plan, memory_budget=memory_budget, has_gradient=has_gradient,
-        can_chunk=chunks, grad_weight=grad_weight,
-    )  # fmt: skip
-    kept_bytes = chunk_rows * kept_columns * size
-    return Plan(
-        name=name, rows=N, vocabulary=V, hidden_size=H, rank=0 if lora is None else len(lora.a),
-        kept_columns=kept_columns, chunk_rows=chunk_rows,
-        grad_hidden=hidden.requires_grad, grad_weight=grad_weight,
-        kept_bytes=kept_bytes, bytes=kept_bytes,
-    )  # fmt: skip
 
 
 # Checks

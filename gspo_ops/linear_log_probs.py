@@ -27,12 +27,11 @@ from .head import (
     check_plan,
     choose_plan,
     grad_product_dtype,
+    kept_width,
     product_dtype,
 )
 from .log_probs import IGNORED, check_softmax_options
 from .logit_tiles import Head, HeadGrads, Kept, Options, RowStats, backward, forward
-
-_KEPT_ALIGN = 64  # elements: rows of kept exponentials start aligned, with a column to spare
 
 
 @overload
@@ -237,11 +236,6 @@ def empty_kept(hidden: Tensor, weight: Tensor, rows: int, kept_columns: int) -> 
         rows = 0
     dtype = grad_product_dtype(hidden, weight)
     return hidden.new_empty(rows, kept_width(kept_columns), dtype=dtype)
-
-
-def kept_width(columns: int) -> int:
-    """The columns, one more for what belongs nowhere, and padding."""
-    return (columns // _KEPT_ALIGN + 1) * _KEPT_ALIGN
 
 
 HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_x, Tensor? lora_b"

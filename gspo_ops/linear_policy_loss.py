@@ -25,6 +25,7 @@ from .head import (
     check_plan,
     choose_plan,
     grad_product_dtype,
+    kept_width,
     product_dtype,
 )
 from .layout import sequence_ids
@@ -33,7 +34,6 @@ from .linear_log_probs import (
     OPTIONS,
     empty_kept,
     head_gradients,
-    kept_width,
     linear_log_probs_fwd,
     log_probs_from_hidden,
     make_head,

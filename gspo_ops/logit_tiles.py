@@ -8,6 +8,9 @@ epilogues) and `TritonTiles` (Triton products). The derivation stands in
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -71,7 +74,8 @@ class RowStats(NamedTuple):
         return moved * LN_2 + self.row_sum.log()
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True)
+class Rows:
     """The rows that are worked on.
 
     Attributes:
@@ -126,14 +130,14 @@ class Sums(NamedTuple):
     total: Tensor
     log: Tensor | None  # sum of e * log2(e), for the entropy
 
-    def reduced(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def reduced(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """shift, total and log of the rows, and by how much each tile's exponentials shrink."""
         shift = self.shift.amax(0)
         shrink = torch.exp2(self.shift - shift)
         log = None
         if self.log is not None:
-            log = (shrink * (self.log + self.total * (self.shift - shift))).sum(0)
-        return shift, (shrink * self.total).sum(0), log, shrink
+            log = _pairwise_sum(shrink * (self.log + self.total * (self.shift - shift)))
+        return shift, _pairwise_sum(shrink * self.total), log, shrink
 
 
 class Exponentials(NamedTuple):
@@ -148,6 +152,11 @@ class Exponentials(NamedTuple):
     at_target: Tensor
     constant: Tensor | None
     slope: Tensor | None
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Exponentials:
+        constant = None if self.constant is None else f(self.constant)
+        slope = None if self.slope is None else f(self.slope)
+        return Exponentials(f(self.shift), f(self.at_target), constant, slope)
 
 
 class Tile(NamedTuple):
@@ -252,7 +261,7 @@ def backward(
         tiles = make_tiles(head, targets, rows, options)
         tiles.gradients(
             rows.take(factor), rows.take(stats.base()),
-            Exponentials(*(None if x is None else rows.take(x) for x in wanted)),
+            wanted.map(rows.take),
             kept, among, rows, out, add,
         )  # fmt: skip
 
@@ -292,14 +301,16 @@ class TorchTiles:
     GRAD_COLUMNS = 8192
 
     def __init__(self, head: Head, targets: Tensor, rows: Rows, options: Options) -> None:
-        self.weight, self.bias, self.lora_b = head.weight, head.bias, head.lora_b
+        self.weight, self.bias = head.weight, head.bias
         self.V, self.H = head.weight.shape
         self.options = options
         self.dtype = product_dtype(head.hidden, head.weight)
         self.stats_dtype = compute_dtype(self.dtype)
         self.grad_dtype = grad_product_dtype(head.hidden, head.weight)
-        self.x = rows.take(head.hidden.reshape(-1, self.H)).to(self.dtype)  # (n, H)
-        self.lora_x = None if head.lora_x is None else rows.take(head.lora_x)
+        self.x = rows.take(head.hidden.reshape(-1, self.H))  # (n, H)
+        self.lora = None  # (n, r) and (V, r)
+        if head.lora_x is not None and head.lora_b is not None:
+            self.lora = rows.take(head.lora_x), head.lora_b
         self.targets = self._targets(rows.take(targets), rows.index)  # (n,)
         self.live = rows.live
         self.count = rows.count
@@ -319,11 +330,11 @@ class TorchTiles:
         out = self.x.new_empty(self.n, dtype=self.stats_dtype)
         for r in _slices(self.n, self.ROWS):
             w = self.weight.index_select(0, self.targets[r]).to(self.dtype)
-            out[r] = _row_sum(self.x[r] * w)
+            out[r] = _row_sum(self.x[r].to(self.dtype) * w)
         if self.bias is not None:
             out += self.bias[self.targets]
-        if self.lora_x is not None:
-            out += (self.lora_x * self.lora_b[self.targets]).sum(1)
+        if self.lora is not None:
+            out += (self.lora[0] * self.lora[1][self.targets]).sum(1)
         softcap = self.options.softcap
         return out if softcap is None else softcap * torch.tanh(out / softcap)
 
@@ -351,14 +362,14 @@ class TorchTiles:
         return (
             self.weight[c].to(self.dtype).mT,
             None if self.bias is None else self.bias[c].to(self.stats_dtype),
-            None if self.lora_b is None else self.lora_b[c].to(self.stats_dtype).mT,
+            None if self.lora is None else self.lora[1][c].to(self.stats_dtype).mT,
         )
 
     def _logits(self, r: slice, head: tuple[Tensor, Tensor | None, Tensor | None]) -> Tensor:
         weight, bias, lora_b = head
-        z = self._product(self.x[r], weight)
-        if lora_b is not None:
-            z.addmm_(self.lora_x[r], lora_b)
+        z = self._product(self.x[r].to(self.dtype), weight)
+        if self.lora is not None and lora_b is not None:
+            z.addmm_(self.lora[0][r], lora_b)
         return z if bias is None else z.add_(bias)
 
     def _product(self, x: Tensor, w: Tensor) -> Tensor:
@@ -451,44 +462,55 @@ class TorchTiles:
         add: Wanted,
     ) -> None:
         """The two products, one range of columns after the other."""
-        scaled = self._scaled(self.x, factor)
-        scaled_lora_x = None if self.lora_x is None else self._scaled(self.lora_x, factor)
-        sums = [
-            None if to is None else self.x.new_zeros(self.n, x.shape[1], dtype=self.stats_dtype)
-            for to, x in ((out.hidden, self.x), (out.lora_x, self.lora_x))
+        lora_x, lora_b = self.lora or (None, None)
+        # gradients of rows, their sums, and what the tiles are multiplied with for them
+        to_rows = [
+            (to, self.x.new_zeros(self.n, w.shape[1], dtype=self.stats_dtype), w)
+            for to, w in ((out.hidden, self.weight), (out.lora_x, lora_b))
+            if to is not None and w is not None
+        ]
+        # gradients of columns, what the tiles are multiplied with for them, and whether to add
+        to_columns = [
+            (to, x if to is out.bias else self._scaled(x, factor), adds)
+            for to, x, adds in (
+                (out.weight, self.x, add.weight),
+                (out.bias, factor[:, None], add.bias),
+                (out.lora_b, lora_x, add.lora_b),
+            )
+            if to is not None and x is not None
         ]
         for c in self._grad_columns(kept.columns):
             tile = self._tile(c, base, wanted, kept, among)
-            for to, w in zip(sums, (self.weight, self.lora_b), strict=True):
-                if to is not None:
-                    self._add_to_rows(to, tile, w[c].to(self.grad_dtype))
-            for to, x, adds in (
-                (out.weight, scaled, add.weight),
-                (out.bias, factor[:, None], add.bias),
-                (out.lora_b, scaled_lora_x, add.lora_b),
-            ):
-                if to is not None:
-                    self._add_to_columns(to[c].view(len(to[c]), -1), tile, x, adds)
-        for to, total in ((out.hidden, sums[0]), (out.lora_x, sums[1])):
-            if to is not None:
-                total.mul_(factor[:, None])
-                if self.live is not None:
-                    total.masked_fill_((factor == 0)[:, None], 0.0)
-                rows.put(total, to.view(-1, total.shape[1]))
+            for _, total, w in to_rows:
+                self._add_to_rows(total, tile, w[c].to(self.grad_dtype))
+            for to, x, adds in to_columns:
+                self._add_to_columns(to[c].view(len(to[c]), -1), tile, x, adds)
+        for to, total, _ in to_rows:
+            total.mul_(factor[:, None])
+            if self.live is not None:
+                total.masked_fill_((factor == 0)[:, None], 0.0)
+            rows.put(total, to.view(-1, total.shape[1]))
 
     def _scaled(self, x: Tensor, factor: Tensor) -> Tensor:
-        x = x * factor[:, None]
+        out = torch.empty_like(x, dtype=self.grad_dtype)
+        for r in _slices(self.n, self.ROWS):
+            out[r] = x[r] * factor[r, None]
         if self.live is not None:
             # a dead row may hold NaN
-            x = x.masked_fill_((factor == 0)[:, None], 0.0)
-        return x.to(self.grad_dtype)
+            out.masked_fill_((factor == 0)[:, None], 0.0)
+        return out
 
     def _grad_columns(self, kept_columns: int) -> list[slice]:
         """Ranges of columns, each on one side of the last kept one."""
-        width = min(self.GRAD_ELEMENTS // max(self.n, 1), self.GRAD_COLUMNS)
-        width = max(width // 128 * 128, 128)
+        width = self.grad_width(self.n)
         kept, others = slice(0, kept_columns), slice(kept_columns, self.V)
         return [*_slices_of(kept, width), *_slices_of(others, width)]
+
+    @classmethod
+    def grad_width(cls, rows: int) -> int:
+        """Columns of a tile for the products of the backward."""
+        width = min(cls.GRAD_ELEMENTS // max(rows, 1), cls.GRAD_COLUMNS)
+        return max(width // 128 * 128, 128)
 
     def _tile(self, c: slice, base: Tensor, wanted: Exponentials, kept: Kept, among: Rows) -> Tile:
         """What the factor of its row turns into d loss / d logits."""
@@ -507,18 +529,19 @@ class TorchTiles:
         for r in _slices(self.n, self.ROWS):
             self._weigh(
                 self._logits(r, head), r, c, base[r],
-                Exponentials(*(None if x is None else x[r] for x in wanted)), out[r],
+                wanted.map(itemgetter(r)), out[r],
             )  # fmt: skip
 
     def _weigh(self, z, r, c, base, wanted: Exponentials, out: Tensor) -> None:
         """A tile z of logits, which is overwritten, to what `Exponentials` says."""
         hit = self._hits(r, c)
         derivative = self._exponents(z, base, wanted.shift, want_derivative=True)
-        a = None if wanted.slope is None else z.clone()
+        weight = None
+        if wanted.slope is not None and wanted.constant is not None:
+            weight = z * wanted.slope[:, None] + wanted.constant[:, None]
         z.exp2_()
-        if a is not None:
-            a.mul_(wanted.slope[:, None]).add_(wanted.constant[:, None])
-            z.mul_(a.masked_fill_(z == 0, 0.0))
+        if weight is not None:
+            z.mul_(weight.masked_fill_(z == 0, 0.0))
         z[hit] = wanted.at_target[hit[0]]
         out.copy_(z if derivative is None else z.mul_(derivative))
 
@@ -539,6 +562,14 @@ class TorchTiles:
 
     def _grad_product(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.mm(a, b)
+
+
+def _pairwise_sum(x: Tensor) -> Tensor:
+    """x.sum(0), element by element in one order, whatever the number of columns."""
+    while len(x) > 1:
+        half = len(x) // 2
+        x = torch.cat([x[:half] + x[half : 2 * half], x[2 * half :]])
+    return x[0]
 
 
 def _row_sum(x: Tensor) -> Tensor:
@@ -572,9 +603,9 @@ class MatMulTiles(TorchTiles):
 
         out = self.x.new_empty(self.n, dtype=self.stats_dtype)
         lora = None
-        if self.lora_x is not None:
-            b = self.lora_b.index_select(0, self.targets.clamp(0, self.V - 1))
-            lora = (self.lora_x * b).sum(1)
+        if self.lora is not None:
+            x, b = self.lora
+            lora = (x * b.index_select(0, self.targets.clamp(0, self.V - 1))).sum(1)
         if self.n:
             target_logits_kernel[(self.n,)](
                 self.x, self.weight, self.bias, lora, self.targets,
@@ -628,7 +659,7 @@ class TritonTiles(MatMulTiles):
 
     def __init__(self, head: Head, targets: Tensor, rows: Rows, options: Options) -> None:
         super().__init__(head, targets, rows, options)
-        self.weight = self.weight.to(self.dtype)
+        self.x, self.weight = self.x.to(self.dtype), self.weight.to(self.dtype)
         if self.count is None:
             self.count = torch.full((), self.n, dtype=torch.int32, device=self.x.device)
 
@@ -679,7 +710,7 @@ class TritonTiles(MatMulTiles):
         from .kernels.linear_log_probs import dweight_kernel
 
         x = x.to(tile.e.dtype)
-        dweight_kernel[programs(*out.shape, x.dtype)](
+        dweight_kernel[programs(out.shape[0], out.shape[1], x.dtype)](
             tile.e, tile.rows, self.count, x, out,
             out.shape[0], out.shape[1], tile.e.stride(0), x.stride(0), out.stride(0),
             ADD=add, **product_blocks("V", "H", "N", x.dtype),

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from . import reference
 from .backend import use_triton
-from .head import plan_from_hidden
 from .layout import segment_sum
 from .linear_log_probs import log_probs_from_hidden
 from .linear_policy_loss import policy_loss_from_hidden
 from .log_probs import log_probs_from_logits
 from .objective import GRPO, GSPO, GSPOToken, Objective
+from .plan import plan_from_hidden
 from .policy_loss import policy_loss_from_log_probs, policy_loss_from_logits
 
 CLIP_BAND = 1e-6  # half-width of the band around a clip edge where a decision may differ

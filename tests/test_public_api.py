@@ -96,7 +96,7 @@ LAYERS = [
     {"trainer", "integrations"},
     {"testing"},
     {"gspo_ops"},  # the package itself
-    {"linear_policy_loss", "linear_log_probs"},
+    {"linear_policy_loss", "linear_log_probs", "plan"},
     {"policy_loss", "log_probs", "logit_tiles", "advantages", "reference"},
     {"head", "layout", "parallel", "objective", "backend"},
     {"kernels"},

@@ -23,7 +23,17 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
-from gspo_ops import log_probs, policy_loss  # noqa: E402
+from gspo_ops import head, log_probs, logit_tiles, policy_loss  # noqa: E402
+from gspo_ops.kernels.linear_log_probs import (  # noqa: E402
+    dhidden_kernel,
+    dweight_kernel,
+    fold_kernel,
+    linear_log_probs_fwd_kernel,
+    linear_weigh_kernel,
+    rescale_kernel,
+    target_logits_kernel,
+    weigh_kernel,
+)
 from gspo_ops.kernels.log_probs import log_probs_bwd_kernel, log_probs_fwd_kernel  # noqa: E402
 from gspo_ops.kernels.policy_loss import policy_loss_fwd_kernel  # noqa: E402
 from gspo_ops.layout import resolve_layout  # noqa: E402
@@ -155,6 +165,130 @@ COMBINATIONS = {
 }
 
 
+N, H, HEAD_V, COLUMNS = 8192, 4096, 151936, slice(8192, 16384)
+
+
+def make_tiles(dtype, products="triton", bias=False, softcap=None, entropy=False, live=False):
+    operands = logit_tiles.Head(
+        empty(N, H, dtype=dtype), empty(HEAD_V, H, dtype=dtype),
+        empty(HEAD_V, dtype=dtype) if bias else None, None, None,
+    )  # fmt: skip
+    count = empty(dtype=torch.int32) if products == "triton" else None
+    rows = logit_tiles.Rows(None, count, empty(N, dtype=torch.bool) if live else None)
+    options = logit_tiles.Options(1.0, softcap, entropy, products, False)
+    with mock.patch.object(head, "use_triton", return_value=True):
+        return logit_tiles.make_tiles(operands, empty(N, dtype=torch.int64), rows, options)
+
+
+def make_kept(tiles, columns=HEAD_V):
+    return logit_tiles.Kept(empty(N, HEAD_V + 64, dtype=tiles.grad_dtype), columns)
+
+
+def launch_product_fwd(dtype, kept=True, keep=True, **options):
+    tiles = make_tiles(dtype, **options)
+    keep = empty(N, dtype=torch.bool) if keep else None
+    tiles.exponentials(empty(N), make_kept(tiles, HEAD_V if kept else 0), keep)
+
+
+def wanted(slope):
+    return logit_tiles.Exponentials(empty(N), empty(N), *[empty(N) if slope else None] * 2)
+
+
+def launch_product_weigh(dtype, slope=False, **options):
+    tiles = make_tiles(dtype, **options)
+    out = empty(N, 8192, dtype=tiles.grad_dtype)
+    tiles._recompute(COLUMNS, empty(N), wanted(slope), out)
+
+
+def live_tile(tiles, listed):
+    e = make_kept(tiles).e[:, COLUMNS] if listed else empty(N, 8192, dtype=tiles.grad_dtype)
+    return logit_tiles.Tile(e, empty(N, dtype=torch.int64) if listed else None)
+
+
+def launch_dhidden(dtype, listed=True):
+    tiles = make_tiles(dtype)
+    tiles._add_to_rows(empty(N, H), live_tile(tiles, listed), tiles.weight[COLUMNS])
+
+
+def launch_dweight(dtype, add=False, listed=True):
+    tiles = make_tiles(dtype)
+    out = empty(8192, H, dtype=FP32 if add else dtype)
+    x = empty(N, H, dtype=tiles.grad_dtype)
+    tiles._add_to_columns(out, live_tile(tiles, listed), x, add)
+
+
+def launch_fold(kept=True, **options):
+    tiles = make_tiles(BF16, "mm", **options)
+    e = make_kept(tiles).e[: tiles.ROWS, COLUMNS] if kept else None
+    r, log = slice(0, tiles.ROWS), empty(tiles.ROWS) if tiles.options.return_entropy else None
+    z, row = empty(tiles.ROWS, 8192), empty(tiles.ROWS)
+    tiles._fold(z, r, COLUMNS, row, e, None, row, row, log)
+
+
+def launch_weigh(slope=False, **options):
+    tiles = make_tiles(BF16, "mm", **options)
+    z, out = empty(tiles.ROWS, 8192), empty(tiles.ROWS, 8192, dtype=BF16)
+    tiles._weigh(z, slice(0, tiles.ROWS), COLUMNS, empty(N), wanted(slope), out)
+
+
+def launch_rescale(products):
+    tiles = make_tiles(BF16, products)
+    tiles._rescale(make_kept(tiles), empty(HEAD_V // tiles.SUMS + 1, N))
+
+
+def launch_target_logits(**options):
+    make_tiles(BF16, "mm", **options).target_logits()
+
+
+PRODUCT_FWD = linear_log_probs_fwd_kernel, launch_product_fwd
+PRODUCT_WEIGH = linear_weigh_kernel, launch_product_weigh
+DHIDDEN = dhidden_kernel, launch_dhidden
+DWEIGHT = dweight_kernel, launch_dweight
+FOLD = fold_kernel, launch_fold
+WEIGH = weigh_kernel, launch_weigh
+RESCALE = rescale_kernel, launch_rescale
+TARGET = target_logits_kernel, launch_target_logits
+# gated and shown for every target
+PRODUCTS = {
+    f"{name} {label}": (pair, options | {"dtype": dtype})
+    for label, dtype in (("bf16", BF16), ("fp32", FP32))
+    for name, pair, options in (
+        ("hidden fwd", PRODUCT_FWD, {}),
+        ("hidden recompute", PRODUCT_WEIGH, {}),
+        ("dhidden", DHIDDEN, {}),
+        ("dweight", DWEIGHT, {}),
+        ("dweight add", DWEIGHT, {"add": True}),
+    )
+}
+EPILOGUES = {
+    "fold": (FOLD, {}),
+    "fold entropy softcap no kept": (FOLD, {"entropy": True, "softcap": 30.0, "kept": False}),
+    "fold softcap live": (FOLD, {"softcap": 30.0, "live": True}),
+    "weigh": (WEIGH, {}),
+    "weigh entropy softcap live": (WEIGH, {"slope": True, "softcap": 30.0, "live": True}),
+    "rescale mm": (RESCALE, {"products": "mm"}),
+    "rescale triton": (RESCALE, {"products": "triton"}),
+    "target": (TARGET, {}),
+    "target bias softcap live": (TARGET, {"bias": True, "softcap": 30.0, "live": True}),
+}
+PRODUCT_COMBINATIONS = {
+    "hidden fwd no kept": (PRODUCT_FWD, {"dtype": BF16, "kept": False, "keep": False}),
+    "hidden fwd fp16 bias softcap entropy": (
+        PRODUCT_FWD,
+        {"dtype": FP16, "bias": True, "softcap": 30.0, "entropy": True},
+    ),
+    "hidden recompute bias softcap entropy": (
+        PRODUCT_WEIGH,
+        {"dtype": BF16, "bias": True, "softcap": 30.0, "slope": True},
+    ),
+    "dhidden all rows": (DHIDDEN, {"dtype": BF16, "listed": False}),
+    "dweight all rows": (DWEIGHT, {"dtype": BF16, "listed": False}),
+}
+TENSOR_CORES = {
+    "sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma_f32"
+}  # fmt: skip
+
+
 class TargetOnlyDriver:
     """As much of a driver as compiling needs."""
 
@@ -186,11 +320,15 @@ class Compiled(NamedTuple):
     shared: int
     loops: list[Loop]
     has_f64: bool
+    matrix_instructions: int  # of the kind that the target is fast with
+
+
+ALL = VARIANTS | COMBINATIONS | PRODUCTS | EPILOGUES | PRODUCT_COMBINATIONS
 
 
 @cache
 def compile_variant(name, target):
-    (kernel, launch), options = (VARIANTS | COMBINATIONS)[name]
+    (kernel, launch), options = ALL[name]
     binaries = []
 
     def compile_only(*args, warmup, **kwargs):
@@ -207,10 +345,13 @@ def compile_variant(name, target):
         launch(**options)
     (binary,) = binaries
     read = read_amdgcn if target == "gfx942" else read_cubin
-    registers, spills, loops = read(binary.asm)
+    registers, spills, loops, text = read(binary.asm)
     has_f64 = re.search(r"\bf64\b", binary.asm["ttgir"]) is not None
     shown = " ".join(f"{kind}:{n}" for kind, n in spills.items() if n)
-    return Compiled(registers, shown, binary.metadata.shared, loops, has_f64)
+    matrix_instructions = len(re.findall(rf"\b{TENSOR_CORES[target]}", text))
+    return Compiled(
+        registers, shown, binary.metadata.shared, loops, has_f64, matrix_instructions
+    )  # fmt: skip
 
 
 def measure(body, load, store, width, barrier):
@@ -225,7 +366,7 @@ def measure(body, load, store, width, barrier):
 
 
 def read_cubin(asm):
-    """Registers, spills and loops; a loop runs from a label to the last branch back to it."""
+    """Registers, spills, loops, text; a loop runs from a label to the last branch back to it."""
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
@@ -257,7 +398,7 @@ def read_cubin(asm):
     used = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     local = sum(re.search(r"\b(STL|LDL)\b", line) is not None for line in code)
     registers = used.pop("REG")
-    return registers, used | {"STL+LDL": local}, loops
+    return registers, used | {"STL+LDL": local}, loops, sass
 
 
 def sass_width(suffix):
@@ -265,7 +406,7 @@ def sass_width(suffix):
 
 
 def read_amdgcn(asm):
-    """Registers, spills and loops, which the compiler marks in comments."""
+    """Registers, spills, loops, which the compiler marks in comments, and text."""
     text = asm["amdgcn"]
     bodies, loop = {}, None
     for line in text.splitlines():
@@ -286,7 +427,7 @@ def read_amdgcn(asm):
     names = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
     used = {name: int(re.search(rf"\.{name}:\s+(\d+)", text).group(1)) for name in names}
     registers = used.pop("vgpr_count")
-    return registers, used, loops
+    return registers, used, loops, text
 
 
 def amd_width(suffix):
@@ -386,6 +527,38 @@ def test_gates(name, target, table):
     assert not list(problems(name, target))
 
 
-@pytest.mark.parametrize("name", COMBINATIONS)
+def product_row(name, target):
+    compiled = compile_variant(name, target)
+    return (
+        f"{name:30}{target:8}{compiled.registers:>9}  {compiled.spills or 'none':18}"
+        f"{compiled.shared:>7}  {compiled.matrix_instructions:>9} matrix instructions"
+    )
+
+
+def product_problems(name, target):
+    compiled = compile_variant(name, target)
+    yield from common_problems(compiled)
+    if compiled.shared > SHARED_LIMIT[target] * 1024:
+        yield f"{compiled.shared} bytes of shared memory, at most {SHARED_LIMIT[target]} KB"
+    # fp32 stays exact: NVIDIA has no matrix instructions for it
+    if ("fp32" not in name or target == "gfx942") and not compiled.matrix_instructions:
+        yield f"no {TENSOR_CORES[target]}"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products(name, target, table):
+    compile_variant(name, target)
+    table.append(product_row(name, target))
+    assert not list(product_problems(name, target))
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("name", EPILOGUES)
+def test_epilogues(name, target):
+    assert not list(common_problems(compile_variant(name, target)))
+
+
+@pytest.mark.parametrize("name", COMBINATIONS | PRODUCT_COMBINATIONS)
 def test_optional_arguments_compile(name):
     assert not list(common_problems(compile_variant(name, "sm_90")))
