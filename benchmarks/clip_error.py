@@ -161,10 +161,12 @@ def plot(report: dict, path: Path) -> None:
     methods = {n: of for n, of in report["methods"].items() if "exact" in of}
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
     for axis, (case, title) in zip(axes, CASES.items(), strict=True):
-        for (name, of), marker in zip(methods.items(), "ov^Dsx*", strict=False):
+        for place, (name, of) in enumerate(methods.items()):
             lengths = [int(n) for n in of[case]]
             errors = [point["rms_error"] for point in of[case].values()]
-            axis.plot(lengths, errors, marker=marker, label=name, markerfacecolor="none")
+            # smaller and smaller: methods that round alike lie on one another
+            size = 13 - 1.5 * place
+            axis.plot(lengths, errors, "ov^Dsx*"[place % 7] + "-", ms=size, mfc="none", label=name)
         axis.axhline(GSPO().clip_low, color="black", linestyle="--", label="clip range, lower side")
         axis.set(title=title, xscale="log", yscale="log", xlabel="length of the response, tokens")
         axis.set_xticks(lengths, [str(n) for n in lengths], minor=False)

@@ -40,7 +40,7 @@ from .linear_log_probs import (
     resolve_products,
 )
 from .log_probs import check_softmax_options
-from .logit_tiles import Head, HeadGrads, Kept, Options, backward, forward
+from .logit_tiles import Head, HeadGrads, Kept, Options, backward, forward, slices
 from .objective import GSPO, Objective
 from .policy_loss import (
     POLICY_INPUTS,
@@ -227,6 +227,9 @@ def _row_masks(policy: PolicyInputs, options: Options) -> tuple[Tensor | None, T
 # In chunks
 
 
+_PART = 1 << 24  # elements
+
+
 class ChunkGrads(NamedTuple):
     """Gradients of loss * D, in the dtype of sums; empty where not wanted."""
 
@@ -279,7 +282,10 @@ def _scaled_fake(unit, like, grad_loss, inv_denominator):
 def scaled_gradient(unit, like, grad_loss, inv_denominator):
     """unit * grad_loss / D in the dtype and shape of `like`, whose values are not read."""
     out = _scaled_fake(unit, like, grad_loss, inv_denominator)
-    return torch.mul(unit.view(out.shape), grad_loss * inv_denominator, out=out)
+    unit, flat, scale = unit.view(-1), out.view(-1), grad_loss * inv_denominator
+    for part in slices(len(flat), _PART):  # or a rounded copy would take as much again
+        flat[part] = unit[part] * scale
+    return out
 
 
 @operator(

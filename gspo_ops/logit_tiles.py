@@ -328,7 +328,7 @@ class TorchTiles:
     def target_logits(self) -> Tensor:
         """(n,) after the soft cap."""
         out = self.x.new_empty(self.n, dtype=self.stats_dtype)
-        for r in _slices(self.n, self.ROWS):
+        for r in slices(self.n, self.ROWS):
             w = self.weight.index_select(0, self.targets[r]).to(self.dtype)
             out[r] = _row_sum(self.x[r].to(self.dtype) * w)
         if self.bias is not None:
@@ -341,9 +341,9 @@ class TorchTiles:
     def exponentials(self, base: Tensor, kept: Kept, keep: Tensor | None) -> Sums:
         """Sums over each row's exponentials but for its target's; `kept` receives them."""
         sums = self._empty_sums(base)
-        for j, c in enumerate(_slices(self.V, self.COLUMNS)):
+        for j, c in enumerate(slices(self.V, self.COLUMNS)):
             head = self._head(c)
-            for r in _slices(self.n, self.ROWS):
+            for r in slices(self.n, self.ROWS):
                 e = kept.e[r, c.start : min(c.stop, kept.columns)]
                 self._fold(
                     self._logits(r, head), r, c, base[r],
@@ -441,7 +441,8 @@ class TorchTiles:
         if keep is not None:
             is_kept &= keep
         column = torch.where(is_kept, self.targets, kept.columns).long()
-        kept.e[: self.n].scatter_(1, column[:, None], value[:, None].to(kept.e.dtype))
+        # not scatter_, which copies all of a bfloat16 tensor on a CPU
+        kept.e[torch.arange(self.n, device=column.device), column] = value.to(kept.e.dtype)
 
     def _rescale(self, kept: Kept, shrink: Tensor) -> None:
         for j, row in (shrink < 1).nonzero().tolist():
@@ -485,6 +486,7 @@ class TorchTiles:
                 self._add_to_rows(total, tile, w[c].to(self.grad_dtype))
             for to, x, adds in to_columns:
                 self._add_to_columns(to[c].view(len(to[c]), -1), tile, x, adds)
+            del tile  # before the next one is made
         for to, total, _ in to_rows:
             total.mul_(factor[:, None])
             if self.live is not None:
@@ -493,7 +495,7 @@ class TorchTiles:
 
     def _scaled(self, x: Tensor, factor: Tensor) -> Tensor:
         out = torch.empty_like(x, dtype=self.grad_dtype)
-        for r in _slices(self.n, self.ROWS):
+        for r in slices(self.n, self.ROWS):
             out[r] = x[r] * factor[r, None]
         if self.live is not None:
             # a dead row may hold NaN
@@ -526,7 +528,7 @@ class TorchTiles:
 
     def _recompute(self, c: slice, base: Tensor, wanted: Exponentials, out: Tensor) -> None:
         head = self._head(c)
-        for r in _slices(self.n, self.ROWS):
+        for r in slices(self.n, self.ROWS):
             self._weigh(
                 self._logits(r, head), r, c, base[r],
                 wanted.map(itemgetter(r)), out[r],
@@ -580,7 +582,7 @@ def _row_sum(x: Tensor) -> Tensor:
     return x.sum(1) if len(x) > 1 else x.repeat(2, 1).sum(1)[: len(x)]
 
 
-def _slices(stop: int, step: int) -> list[slice]:
+def slices(stop: int, step: int) -> list[slice]:
     return _slices_of(slice(0, stop), step)
 
 

@@ -126,8 +126,10 @@ def plan_from_hidden(
         sums += V * H * stats_size
     work = tiles.ROWS * tiles.COLUMNS * stats_size
     if has_gradient:
-        # scaled hidden states and a sum of dhidden; a tile for the products
-        work += chunk_rows * (H * (size + stats_size) + tiles.grad_width(chunk_rows) * size)
+        # scaled hidden states and a sum of dhidden; a tile for the products, if not all is kept
+        work += chunk_rows * H * (size + stats_size)
+        if kept_columns < V:
+            work += chunk_rows * tiles.grad_width(chunk_rows) * size
     work += -(-V // tiles.SUMS) * chunk_rows * 2 * stats_size
     return Plan(
         name=name, rows=N, vocabulary=V, hidden_size=H, rank=0 if lora is None else len(lora.a),

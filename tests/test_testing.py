@@ -17,10 +17,14 @@ import sys, torch
 from gspo_ops import testing
 if {interpreted}:
     testing.patch_interpreter()
-measured = testing.verify(torch.device("cpu"), dtypes=[torch.float32], shapes=[(9, 3, 70)])
+measured = testing.verify(torch.device("cpu"), dtypes=[torch.float32], {options})
 print(testing.table([m for m in measured if not m.ok]))
 sys.exit(not all(m.ok for m in measured))
 """
+OPTIONS = {
+    "logits": "shapes=[(9, 3, 70)], head_shapes=[]",
+    "head": "shapes=[], head_shapes=[(5, 1, 40, 1100)], quick=True",
+}
 
 # mistake: (file, line as it is, line as broken), for the kernels and for the CPU path
 KERNELS = {
@@ -89,9 +93,48 @@ CPU_PATH = {
     ),
     "no length normalisation": ("gspo_ops/policy_loss.py", "g = g / n_or_1[ids]", "pass"),
 }  # fmt: skip
+HEAD_KERNELS = {
+    "nothing": ("kernels/linear_log_probs.py", "acc = tl.dot(e, x, acc", "acc = tl.dot(e, x, acc"),
+    "missing target term": (
+        "kernels/linear_log_probs.py",
+        "tl.where(cols[None, :] == y[:, None], at_target[:, None], e) * derivative",
+        "e * derivative",
+    ),
+    "target counted twice": (
+        "kernels/linear_log_probs.py",
+        "e = tl.where((at < C) & (at != y), tl.exp2(a), 0.0)",
+        "e = tl.where(at < C, tl.exp2(a), 0.0)",
+    ),
+    "last tile of a product dropped": (
+        "kernels/linear_log_probs.py",
+        "for start in range(0, K, BLOCK_K):", "for start in range(0, K - BLOCK_K + 1, BLOCK_K):",
+    ),
+    "dead rows in the sum": (
+        "kernels/linear_log_probs.py",
+        "places = tl.load(rows_ptr + rows, mask=inside, other=0)", "places = rows",
+    ),
+}  # fmt: skip
+HEAD_CPU_PATH = {
+    "nothing": ("gspo_ops/logit_tiles.py", "z.exp2_()\n        total", "z.exp2_()\n        total"),
+    "missing target term": (
+        "gspo_ops/logit_tiles.py", "z[hit] = wanted.at_target[hit[0]]", "pass"
+    ),
+    "missing kept target term": (
+        "gspo_ops/logit_tiles.py", "value = -row_sum\n", "value = 0 * row_sum\n"
+    ),
+    "missing row scale": ("gspo_ops/logit_tiles.py", "total.mul_(factor[:, None])", "pass"),
+    "last tile dropped": (
+        "gspo_ops/logit_tiles.py",
+        "range(whole.start, whole.stop, step)", "range(whole.start, whole.stop - step + 1, step)",
+    ),
+    "only the last chunk's dweight": (
+        "gspo_ops/linear_policy_loss.py",
+        "add=Wanted(weight=True, bias=True, lora_b=True)", "add=Wanted()",
+    ),
+}  # fmt: skip
 
 
-def run_verify(folder, mistake, interpreted):
+def run_verify(folder, mistake, interpreted, start="logits"):
     """Exit status and output of `verify` on a copy of the package with one line broken."""
     shutil.copytree(ROOT / "gspo_ops", folder / "gspo_ops")  # follows the link to kernels/
     file, line, broken = mistake
@@ -100,7 +143,7 @@ def run_verify(folder, mistake, interpreted):
     assert source.count(line) == 1, f"{line!r} stands {source.count(line)} times in {file}"
     path.write_text(source.replace(line, broken))
     result = subprocess.run(
-        [sys.executable, "-c", VERIFY.format(interpreted=interpreted)],
+        [sys.executable, "-c", VERIFY.format(interpreted=interpreted, options=OPTIONS[start])],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(folder), "TRITON_INTERPRET": str(int(interpreted))},
         capture_output=True,
@@ -123,6 +166,18 @@ def test_verify_notices_a_broken_cpu_path(tmp_path, name):
     assert code == (0 if name == "nothing" else 1), output
 
 
+@pytest.mark.parametrize("name", HEAD_KERNELS)
+def test_verify_notices_a_broken_head_kernel(tmp_path, name):
+    code, output = run_verify(tmp_path, HEAD_KERNELS[name], interpreted=True, start="head")
+    assert code == (0 if name == "nothing" else 1), output
+
+
+@pytest.mark.parametrize("name", HEAD_CPU_PATH)
+def test_verify_notices_a_broken_head_on_the_cpu(tmp_path, name):
+    code, output = run_verify(tmp_path, HEAD_CPU_PATH[name], interpreted=False, start="head")
+    assert code == (0 if name == "nothing" else 1), output
+
+
 @pytest.mark.kernels
 @pytest.mark.parametrize("objective", testing.OBJECTIVES, ids=lambda o: type(o).__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -132,6 +187,17 @@ def test_contracts(device, objective, dtype):
     for packed in (False, True):
         for m in testing.measure(testing.make_case(logits, objective, packed=packed)):
             assert m.ok, m
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_contracts_from_hidden(device, dtype):
+    measured = testing.verify(
+        device, dtypes=[dtype], shapes=[], head_shapes=[(5, 1, 21, 1100)], quick=True
+    )
+    assert {m.op for m in measured} == {"log_probs_from_hidden", "policy_loss_from_hidden"}
+    for m in measured:
+        assert m.ok, m
 
 
 def test_the_cases_straddle_the_clip_edges():
