@@ -63,17 +63,15 @@ def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 def grad_product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """Of exponentials and of the products that make gradients.
 
-    16-bit inputs use bfloat16, float16's as well: exponentials need its range. On a CPU only where
-    it has instructions for it.
+    float16 has not the range of exponentials, and bfloat16 not the precision of float16. On a CPU
+    bfloat16 only where it has instructions for it.
     """
     if torch.float64 in (hidden.dtype, weight.dtype):
         return torch.float64
-    if hidden.dtype != weight.dtype or hidden.dtype == torch.float32:
-        return torch.float32
-    if use_triton(hidden):
+    is_narrow = hidden.dtype == weight.dtype == torch.bfloat16
+    if is_narrow and (use_triton(hidden) or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return torch.bfloat16
-    is_fast = hidden.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if is_fast else torch.float32
+    return torch.float32
 
 
 def choose_plan(

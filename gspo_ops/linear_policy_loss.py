@@ -227,7 +227,7 @@ def _row_masks(policy: PolicyInputs, options: Options) -> tuple[Tensor | None, T
 # In chunks
 
 
-_PART = 1 << 24  # elements
+_PART = 1 << 21  # elements
 
 
 class ChunkGrads(NamedTuple):
@@ -373,7 +373,17 @@ def linear_policy_loss_chunks(
     loss, stats, log_ratio, _, inv_denominator = policy_loss_fwd(
         log_probs if needs_log_probs else None, *inputs
     )
-    return loss, stats, log_ratio, entropy / valid_tokens(policy), inv_denominator, *sums
+    return (
+        loss,
+        stats,
+        log_ratio,
+        entropy / valid_tokens(policy),
+        inv_denominator,
+        *(
+            sums.hidden.view(hidden.shape) if wanted.hidden else sums.hidden,
+            *sums[1:],
+        ),
+    )
 
 
 def _chunks(policy: PolicyInputs, chunk_rows: int) -> Iterator[tuple[slice, slice]]:

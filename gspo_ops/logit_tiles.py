@@ -294,7 +294,7 @@ def make_tiles(head: Head, targets: Tensor, rows: Rows, options: Options) -> Tor
 class TorchTiles:
     """Tiles of logits of some rows, in torch; small ones, that stay in cache."""
 
-    ROWS = 256
+    ROWS = 1024
     LEAST_ROWS = 16
     COLUMNS = SUMS = 1024  # of a tile, and of an entry of `Sums`
     GRAD_ELEMENTS = 1 << 23  # of a tile for the products of the backward
@@ -464,37 +464,41 @@ class TorchTiles:
     ) -> None:
         """The two products, one range of columns after the other."""
         lora_x, lora_b = self.lora or (None, None)
-        # gradients of rows, their sums, and what the tiles are multiplied with for them
+        # gradients of rows, their sums, and what tiles are multiplied with for them; the low-rank
+        # part is small enough for fp32
         to_rows = [
-            (to, self.x.new_zeros(self.n, w.shape[1], dtype=self.stats_dtype), w)
-            for to, w in ((out.hidden, self.weight), (out.lora_x, lora_b))
+            (to, self.x.new_zeros(self.n, w.shape[1], dtype=self.stats_dtype), w, dtype)
+            for to, w, dtype in (
+                (out.hidden, self.weight, self.grad_dtype),
+                (out.lora_x, lora_b, self.stats_dtype),
+            )
             if to is not None and w is not None
         ]
         # gradients of columns, what the tiles are multiplied with for them, and whether to add
         to_columns = [
-            (to, x if to is out.bias else self._scaled(x, factor), adds)
-            for to, x, adds in (
-                (out.weight, self.x, add.weight),
-                (out.bias, factor[:, None], add.bias),
-                (out.lora_b, lora_x, add.lora_b),
+            (to, self._scaled(x, factor, dtype), adds)
+            for to, x, dtype, adds in (
+                (out.weight, self.x, self.grad_dtype, add.weight),
+                (out.bias, torch.ones_like(factor)[:, None], self.stats_dtype, add.bias),
+                (out.lora_b, lora_x, self.stats_dtype, add.lora_b),
             )
             if to is not None and x is not None
         ]
         for c in self._grad_columns(kept.columns):
             tile = self._tile(c, base, wanted, kept, among)
-            for _, total, w in to_rows:
-                self._add_to_rows(total, tile, w[c].to(self.grad_dtype))
+            for _, total, w, dtype in to_rows:
+                self._add_to_rows(total, tile, w[c].to(dtype))
             for to, x, adds in to_columns:
                 self._add_to_columns(to[c].view(len(to[c]), -1), tile, x, adds)
             del tile  # before the next one is made
-        for to, total, _ in to_rows:
+        for to, total, *_ in to_rows:
             total.mul_(factor[:, None])
             if self.live is not None:
                 total.masked_fill_((factor == 0)[:, None], 0.0)
             rows.put(total, to.view(-1, total.shape[1]))
 
-    def _scaled(self, x: Tensor, factor: Tensor) -> Tensor:
-        out = torch.empty_like(x, dtype=self.grad_dtype)
+    def _scaled(self, x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        out = torch.empty_like(x, dtype=dtype)
         for r in slices(self.n, self.ROWS):
             out[r] = x[r] * factor[r, None]
         if self.live is not None:
@@ -549,7 +553,7 @@ class TorchTiles:
 
     def _add_to_rows(self, out: Tensor, tile: Tile, w: Tensor) -> None:
         if out.dtype == w.dtype:
-            out.addmm_(tile.e, w)
+            out.addmm_(tile.e.to(w.dtype), w)
         else:
             out.add_(self._grad_product(tile.e, w))
 
@@ -558,7 +562,7 @@ class TorchTiles:
         if out.dtype == x.dtype:
             out.addmm_(e, x, beta=int(add))
         elif add:
-            out.add_(self._grad_product(e, x))
+            out.add_(matmul_fp32(e, x))
         else:
             out.copy_(self._grad_product(e, x))
 
@@ -582,6 +586,10 @@ def _row_sum(x: Tensor) -> Tensor:
     return x.sum(1) if len(x) > 1 else x.repeat(2, 1).sum(1)[: len(x)]
 
 
+def _with_contiguous_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def slices(stop: int, step: int) -> list[slice]:
     return _slices_of(slice(0, stop), step)
 
@@ -596,6 +604,10 @@ class MatMulTiles(TorchTiles):
     ROWS = 4096
     COLUMNS = SUMS = 8192
     GRAD_ELEMENTS = 1 << 26
+
+    def __init__(self, head: Head, targets: Tensor, rows: Rows, options: Options) -> None:
+        super().__init__(head, targets, rows, options)
+        self.x, self.weight = _with_contiguous_rows(self.x), _with_contiguous_rows(self.weight)
 
     def _targets(self, targets: Tensor, places: Tensor | None) -> Tensor:
         return targets.contiguous()  # one outside [0, V) gives NaN: to refuse it, one has to look

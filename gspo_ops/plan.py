@@ -130,6 +130,9 @@ def plan_from_hidden(
         work += chunk_rows * H * (size + stats_size)
         if kept_columns < V:
             work += chunk_rows * tiles.grad_width(chunk_rows) * size
+        if name == "chunk" and grad_weight and size < stats_size and not use_triton(hidden):
+            # bf16 exponentials in fp32, whose product is added up unrounded
+            work += chunk_rows * tiles.grad_width(chunk_rows) * stats_size
     work += -(-V // tiles.SUMS) * chunk_rows * 2 * stats_size
     return Plan(
         name=name, rows=N, vocabulary=V, hidden_size=H, rank=0 if lora is None else len(lora.a),

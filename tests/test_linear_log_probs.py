@@ -216,8 +216,9 @@ def test_temperature_and_softcap(device, softmax, plan, products):
 
 @kernels
 @all_plans
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rank", [1, 8])
+@pytest.mark.parametrize(
+    ("rank", "dtype"), [(1, torch.float32), (8, torch.float32), (8, torch.bfloat16)], ids=str
+)
 def test_lora(device, rank, dtype, plan):
     """The weight is frozen: gradients for a, b, the bias and the hidden states only."""
     torch.manual_seed(0)
