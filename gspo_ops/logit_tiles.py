@@ -297,7 +297,7 @@ class TorchTiles:
     ROWS = 1024
     LEAST_ROWS = 16
     COLUMNS = SUMS = 1024  # of a tile, and of an entry of `Sums`
-    GRAD_ELEMENTS = 1 << 23  # of a tile for the products of the backward
+    GRAD_ELEMENTS = 1 << 22  # of a tile for the products of the backward
     GRAD_COLUMNS = 8192
 
     def __init__(self, head: Head, targets: Tensor, rows: Rows, options: Options) -> None:

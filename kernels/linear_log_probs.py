@@ -318,9 +318,7 @@ def linear_weigh_kernel(
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The logits once more, turned into what the row's factor multiplies."""
-    tile_v, tile_n = swizzled(
-        tl.program_id(0), tl.cdiv(C, BLOCK_V), tl.cdiv(n, BLOCK_N), GROUP
-    )
+    tile_v, tile_n = swizzled(tl.program_id(0), tl.cdiv(C, BLOCK_V), tl.cdiv(n, BLOCK_N), GROUP)
     count = tl.load(count_ptr)
     if tile_n * BLOCK_N < count:
         rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -357,9 +355,7 @@ def dhidden_kernel(
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out[i] += e[rows[i]] weight."""
-    tile_n, tile_h = swizzled(
-        tl.program_id(0), tl.cdiv(n, BLOCK_N), tl.cdiv(H, BLOCK_H), GROUP
-    )
+    tile_n, tile_h = swizzled(tl.program_id(0), tl.cdiv(n, BLOCK_N), tl.cdiv(H, BLOCK_H), GROUP)
     count = tl.load(count_ptr)
     if tile_n * BLOCK_N < count:
         rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -388,9 +384,7 @@ def dweight_kernel(
     BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out = (or +=) sum over live rows i of e[rows[i]]^T x[i]."""
-    tile_v, tile_h = swizzled(
-        tl.program_id(0), tl.cdiv(C, BLOCK_V), tl.cdiv(H, BLOCK_H), GROUP
-    )
+    tile_v, tile_h = swizzled(tl.program_id(0), tl.cdiv(C, BLOCK_V), tl.cdiv(H, BLOCK_H), GROUP)
     count = tl.load(count_ptr)
     v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
     h = tile_h * BLOCK_H + tl.arange(0, BLOCK_H)
