@@ -1090,3 +1090,50 @@ def test_a_model_trains_to_the_same_weights():
 
     for ours, theirs in zip(train(from_hidden), train(from_logits), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+@kernels
+@pytest.mark.skipif(not INTERPRETED, reason="dot products are counted in the interpreter")
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("plan", ["keep", "recompute"])
+def test_triton_products_leave_dead_rows_out(plan, frozen, monkeypatch):
+    """(2 + 4f) N V H and so on, the live rows rounded up to whole tiles; counted, not timed."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    from gspo_ops.logit_tiles import product_blocks
+
+    spent = []
+    dot = InterpreterBuilder.create_dot
+
+    def counting_dot(builder, a, b, *args):
+        spent.append(2 * a.data.shape[0] * a.data.shape[1] * b.data.shape[1])
+        return dot(builder, a, b, *args)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", counting_dot)
+    N, H, V, T = 640, 128, 256, 32
+    blocks = product_blocks("N", "V", "H", torch.bfloat16)
+    rows_of_a_sum = product_blocks("V", "H", "N", torch.bfloat16)["BLOCK_N"]
+    inputs = make(N, H, V, "cpu").map(Tensor.bfloat16)
+    targets = sample(inputs)
+    for f in (1.0, 0.6, 0.35, 0.1, 0.0):
+        hidden = inputs.hidden.detach().requires_grad_()
+        weight = inputs.weight.detach().requires_grad_(not frozen)
+        advantages = torch.zeros(N // T)
+        advantages[: round(f * N / T)] = 1.0
+        old = torch.zeros(N)  # far above: a positive advantage is not clipped
+        cu_seqlens = torch.arange(0, N + 1, T, dtype=torch.int32)
+        spent.clear()
+        loss, _ = gspo_ops.policy_loss_from_hidden(
+            hidden, weight, targets, old, advantages, cu_seqlens=cu_seqlens, plan=plan,
+            products="triton",
+        )  # fmt: skip
+        loss.backward()
+
+        def up_to(block: int, rows: int = round(f * N / T) * T) -> int:
+            return math.ceil(rows / block) * block
+
+        of_tiles = (2 if plan == "recompute" else 1) * up_to(blocks["BLOCK_N"])
+        of_sums = 0 if frozen else up_to(rows_of_a_sum)
+        expected = 2 * V * H * (N + of_tiles + of_sums)
+        print(f"{plan} frozen={frozen} f={f}: {sum(spent) / (N * V * H):.2f} NVH")
+        assert sum(spent) == expected
