@@ -104,10 +104,30 @@ def clip_error_table(report: dict) -> list[str]:
     return lines
 
 
+def memory_table(report: dict) -> list[str]:
+    """Of `benchmarks/memory.py`."""
+    first = report["results"][0]
+    lines = [
+        f"Peak memory beside the returned gradients, V={first['V']}, H={first['H']}, "
+        f"{first['dtype']}: measured, and what the plan predicts, MiB.",
+        "",
+        "| plan | N | measured | predicted | ratio |",
+        "|---|---|---|---|---|",
+    ]
+    for row in report["results"]:
+        peak, predicted = row["peak_bytes"], row["predicted_bytes"]
+        lines.append(
+            f"| {row['plan']} | {row['N']} | {peak / 2**20:.0f} | {predicted / 2**20:.0f} "
+            f"| {peak / predicted:.2f} |"
+        )
+    return lines
+
+
 TABLES: dict[str, Callable[[dict], list[str]]] = {
     "logits": logits_table,
     "hidden": hidden_table,
     "clip_error": clip_error_table,
+    "memory": memory_table,
 }
 
 

@@ -2,6 +2,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -23,7 +24,7 @@ def test_every_statistic_is_defined():
 def test_code_runs_and_before_equals_after():
     torch.manual_seed(0)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    before, after, own = blocks
+    before, after, from_hidden, own = blocks
     inputs = {
         "logits": torch.randn(2, 3, 50),
         "targets": torch.randint(50, (2, 3)),
@@ -40,4 +41,10 @@ def test_code_runs_and_before_equals_after():
         grads.append(logits.grad)
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*grads)
+    body = torch.nn.Embedding(50, 8)
+    model = SimpleNamespace(
+        model=lambda ids: SimpleNamespace(last_hidden_state=body(ids)),
+        lm_head=torch.nn.Linear(8, 50, bias=False),
+    )
+    exec(from_hidden, {**inputs, "model": model, "input_ids": torch.randint(50, (2, 4))})
     exec(own, {**scope, "logits": inputs["logits"].clone().requires_grad_()})
