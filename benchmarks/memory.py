@@ -39,7 +39,8 @@ def measure(N: int, dtype: torch.dtype, plan: PlanName) -> dict:
     device = default_device()
     hidden, weight, *rest = make_inputs(N, dtype, device)
     options = {"plan": plan, "memory_budget": BUDGET}
-    hidden.requires_grad_(), weight.requires_grad_()
+    hidden.requires_grad_()
+    weight.requires_grad_()
     returned = hidden.nbytes + weight.nbytes
 
     def step() -> None:

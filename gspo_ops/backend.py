@@ -12,6 +12,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,26 +81,30 @@ def refuse_graph() -> None:
 
 @contextlib.contextmanager
 def exact_matmul(device: torch.device) -> Iterator[None]:
-    """Products in the dtype of their operands, whatever the caller allows: no TF32, no autocast."""
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch < 2.9
-        before = torch.get_float32_matmul_precision()
+    """Products in the dtype of their operands, added up in fp32, whatever the caller allows.
+
+    No TF32, no partial sums in bfloat16, no autocast.
+    """
+    cuda = torch.backends.cuda.matmul
+    settings: list[tuple[Any, str, Any]] = [(cuda, "allow_bf16_reduced_precision_reduction", False)]
+    if hasattr(cuda, "fp32_precision"):  # torch >= 2.9
+        backends: tuple[Any, ...] = cuda, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        settings += [(backend, "fp32_precision", "ieee") for backend in backends]
+        older = None
+    else:
+        older = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
-        try:
-            with torch.autocast(device.type, enabled=False):
-                yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    allowed = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
+    before = [getattr(where, name) for where, name, _ in settings]
+    for where, name, value in settings:
+        setattr(where, name, value)
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for backend, precision in zip(backends, allowed, strict=True):
-            backend.fp32_precision = precision
+        for (where, name, _), value in zip(settings, before, strict=True):
+            setattr(where, name, value)
+        if older is not None:
+            torch.set_float32_matmul_precision(older)
 
 
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Log-probabilities from hidden states and the output head, without N x V logits.
 
-Checks, operators, autograd.Function, and the torch path; the Triton kernels, and the derivation
-that all paths share, stand in `kernels/linear_log_probs.py`.
+Checks, operators and the autograd.Function. The loops over tiles stand in `logit_tiles.py`; the
+Triton kernels, and the derivation that all paths share, in `kernels/linear_log_probs.py`.
 
 Logits exist one tile at a time, in fp32. What the forward keeps of a row is the target's logit, a
 `shift` (0 but for very unlikely targets), and the sum of the others' exponentials relative to both;

@@ -141,7 +141,7 @@ class Sums(NamedTuple):
 
 
 class Exponentials(NamedTuple):
-    """What `grad_tile` makes of exponents a: exp2(a) * (constant + slope * a), all (n,).
+    """What a recomputed tile makes of exponents a: exp2(a) * (constant + slope * a), all (n,).
 
     Attributes:
         at_target: what stands at the target instead.

@@ -105,7 +105,6 @@ def plan_from_hidden(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
-
     """
     check_operands(hidden, weight)
     check_plan(plan, memory_budget, "auto", False, None)

@@ -49,7 +49,7 @@ def weighed(a, y, cols, derivative, at_target, constant, slope):
 
 @triton.jit
 def target_logits_kernel(
-    # inputs: hidden [N, H], weight [V, H], bias [V] or None; z [N] holds the low-rank part or None
+    # inputs: hidden [N, H], weight [V, H]; bias [V], low-rank part of z [N] and live [N] or None
     hidden_ptr, weight_ptr, bias_ptr, lora_ptr, targets_ptr, live_ptr,
     # output [N]
     target_logits_ptr,
