@@ -1,5 +1,5 @@
 from setuptools import find_namespace_packages, setup
 
-# Namespace packages, because gspo_ops/kernels (a link to kernels/) has no __init__.py: a top-level
-# package `kernels` would hide Hugging Face's package of that name.
+# Namespace packages, because gspo_ops/kernels and gspo_ops/benchmarks (links to folders at the top
+# level) have no __init__.py: a top-level package `kernels` would hide Hugging Face's of that name.
 setup(packages=find_namespace_packages(include=["gspo_ops", "gspo_ops.*"]))

@@ -1,6 +1,6 @@
 """What a log-prob method's rounding does to GSPO's ratio, on hidden states of a real model.
 
-    python benchmarks/clip_error.py --out benchmarks/results/NAME.json --plot docs/clip_error.png
+    python -m gspo_ops.benchmarks.clip_error --out NAME.json --plot docs/clip_error.png
 
 A model samples responses; its bf16 hidden states and its bf16 head go into every method, and into
 float64. The old policy is the head before a small update. Error is that of s_i; a decision is
@@ -18,11 +18,12 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
-from measure import default_device, provenance, write
-from providers import METHODS, Method, versions
 from torch import Tensor
 
 from gspo_ops import GSPO, reference
+
+from .measure import default_device, provenance, write
+from .providers import METHODS, Method, versions
 
 LENGTHS = (64, 128, 256, 512, 1024)
 # Exact log-ratios are taken as normal, of a spread at which 15% of sequences are clipped: the share

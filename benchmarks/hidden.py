@@ -1,6 +1,6 @@
 """Time, peak memory and error of GSPO from hidden states: ours, eager, compiled and peers, here.
 
-    python benchmarks/hidden.py --out benchmarks/results/NAME.json
+    python -m gspo_ops.benchmarks.hidden --out benchmarks/results/NAME.json
 
 Eager is `hidden.float() @ weight.float().T`, log_softmax, gather and GSPO's loss. Everybody gets
 the same tensors. Rounds are interleaved; ratios are taken within a round, because the speed of a
@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from measure import (
+from torch import Tensor
+
+import gspo_ops
+from gspo_ops import reference
+from gspo_ops.testing import relative
+
+from .measure import (
     default_device,
     interleaved,
     peak_bytes,
@@ -27,12 +33,7 @@ from measure import (
     seconds,
     write,
 )
-from providers import DEFAULT_LOSSES, LOSSES, Loss, versions
-from torch import Tensor
-
-import gspo_ops
-from gspo_ops import reference
-from gspo_ops.testing import relative
+from .providers import DEFAULT_LOSSES, LOSSES, Loss, versions
 
 BASELINE = "eager"
 OURS = "gspo_ops"

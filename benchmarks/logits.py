@@ -1,6 +1,6 @@
 """Time, peak memory and error of `policy_loss_from_logits` against the eager formula, here.
 
-    python benchmarks/logits.py --out benchmarks/results/NAME.json
+    python -m gspo_ops.benchmarks.logits --out benchmarks/results/NAME.json
 
 Eager is `logits.float().log_softmax(-1).gather(...)` followed by the same GSPO loss in torch.
 Rounds are interleaved; ratios are taken within a round, because the speed of a machine drifts.
@@ -15,7 +15,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measure import (
+from torch import Tensor
+
+from gspo_ops import GSPO, policy_loss_from_logits, reference
+from gspo_ops.testing import relative
+
+from .measure import (
     default_device,
     interleaved,
     plausible_peak_bytes,
@@ -23,10 +28,6 @@ from measure import (
     seconds,
     write,
 )
-from torch import Tensor
-
-from gspo_ops import GSPO, policy_loss_from_logits, reference
-from gspo_ops.testing import relative
 
 
 def eager_gspo(logits: Tensor, targets: Tensor, old: Tensor, advantages: Tensor) -> Tensor:

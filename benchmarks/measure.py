@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import torch
 
-from gspo_ops.cli import environment
+from gspo_ops.environment import environment
 
 Step = Callable[[], object]
 T = TypeVar("T")

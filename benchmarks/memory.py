@@ -1,6 +1,6 @@
 """Peak memory of each plan beside the gradients it returns, against the plan's own estimate.
 
-    python benchmarks/memory.py --out benchmarks/results/NAME.json
+    python -m gspo_ops.benchmarks.memory --out benchmarks/results/NAME.json
 
 H is small, so that what grows with N * V shows, and a CPU gets through it in minutes.
 """
@@ -11,11 +11,12 @@ import argparse
 from pathlib import Path
 
 import torch
-from measure import default_device, peak_bytes, plausible, provenance, release_memory, write
 from torch import Tensor
 
 import gspo_ops
 from gspo_ops.head import PlanName
+
+from .measure import default_device, peak_bytes, plausible, provenance, release_memory, write
 
 V, H, SEQUENCES = 151936, 64, 16
 BUDGET = 662_000_000  # of the chunks: 2048 rows of bf16 exponentials, and dweight in fp32

@@ -1,6 +1,6 @@
 """Write the README's tables from the results files that its markers name.
 
-python benchmarks/report.py [--check]
+python -m gspo_ops.benchmarks.report [--check]
 """
 
 from __future__ import annotations

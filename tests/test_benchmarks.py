@@ -1,25 +1,12 @@
-import importlib
 import json
 import math
 import sys
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+from gspo_ops.benchmarks import clip_error, hidden, providers, report
 
-
-def load(name: str) -> ModuleType:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
-
-hidden, clip_error, providers, report = map(load, ("hidden", "clip_error", "providers", "report"))
 SHAPE = (48, 301, 24)
 CPU = torch.device("cpu")
 

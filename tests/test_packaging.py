@@ -157,11 +157,12 @@ result["found"] = [] if spec is None else list(spec.submodule_search_locations)
     assert not [p for p in result["found"] if Path(p).resolve() == (ROOT / "kernels")]
 
 
-def test_kernels_is_a_link_without_init():
-    link = ROOT / "gspo_ops" / "kernels"
+@pytest.mark.parametrize("name", ["kernels", "benchmarks"])
+def test_folders_at_the_top_level_are_linked_without_init(name):
+    link = ROOT / "gspo_ops" / name
     assert link.is_symlink()
-    assert os.readlink(link) == os.path.join("..", "kernels")
-    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert os.readlink(link) == os.path.join("..", name)
+    assert not (ROOT / name / "__init__.py").exists()
     assert not (ROOT / "conftest.py").exists()
     assert not (ROOT / "tests" / "__init__.py").exists()
 

@@ -96,8 +96,9 @@ def test_reference_defines_every_op(name):
 # a module imports from its own layer and those below it
 LAYERS = [
     {"cli"},
+    {"benchmarks"},
     {"trainer", "integrations"},
-    {"testing"},
+    {"testing", "environment"},
     {"gspo_ops"},  # the package itself
     {"linear_policy_loss", "linear_log_probs", "plan"},
     {"policy_loss", "log_probs", "logit_tiles", "advantages", "reference"},
@@ -105,9 +106,13 @@ LAYERS = [
     {"kernels"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+LINKS = ("kernels", "benchmarks")  # to folders at the top level
 SOURCES = sorted(
     path
-    for path in [*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")]
+    for path in [
+        *PACKAGE.rglob("*.py"),
+        *(p for link in LINKS for p in (PACKAGE / link).glob("*.py")),
+    ]
     if "__pycache__" not in path.parts
 )
 

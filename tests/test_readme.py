@@ -13,7 +13,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_figures_come_from_results_files():
-    subprocess.run([sys.executable, ROOT / "benchmarks/report.py", "--check"], check=True)
+    subprocess.run([sys.executable, "-m", "gspo_ops.benchmarks.report", "--check"], check=True)
 
 
 def test_every_statistic_is_defined():

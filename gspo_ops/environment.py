@@ -1,0 +1,31 @@
+"""Versions and devices of this machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import torch
+
+from . import __version__
+
+
+def environment() -> str:
+    """Versions and devices, as every results file should carry them."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = "not installed"
+    lines = [
+        f"gspo_ops {__version__}",
+        f"python {platform.python_version()}, torch {torch.__version__}, triton {triton_version}",
+        f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    ]
+    if not torch.cuda.is_available():
+        lines.append("no GPU: ops run on their chunked CPU path")
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        lines.append(f"cuda:{i} {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    return "\n".join(lines)
