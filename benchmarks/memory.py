@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def measure(N: int, dtype: torch.dtype, plan: PlanName) -> dict:
     """The median of three peaks: the system takes pages in between."""
     device = default_device()
     hidden, weight, *rest = make_inputs(N, dtype, device)
-    options = {"plan": plan, "memory_budget": BUDGET}
+    options: dict[str, Any] = {"plan": plan, "memory_budget": BUDGET}
     hidden.requires_grad_()
     weight.requires_grad_()
     returned = hidden.nbytes + weight.nbytes
@@ -48,7 +49,7 @@ def measure(N: int, dtype: torch.dtype, plan: PlanName) -> dict:
         hidden.grad = weight.grad = None
         gspo_ops.policy_loss_from_hidden(hidden, weight, *rest, **options).loss.backward()
 
-    peaks = []
+    peaks: list[int] = []
     step()
     while len(peaks) < 3:
         hidden.grad = weight.grad = None

@@ -1,4 +1,4 @@
-"""Write the README's tables from the results files that its markers name.
+"""Tables and plots from results files: `make report` writes those of README.md and docs/.
 
 python -m gspo_ops.benchmarks.report [--check]
 """
@@ -11,74 +11,74 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from gspo_ops import GSPO
+
+from . import plots
+
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
 def render(report: dict) -> str:
     """A results file as Markdown with its provenance."""
-    lines = TABLES[report.get("benchmark", "logits")](report)
+    lines = TABLES[report["benchmark"]](report)
     peers = [f"{name} {version}" for name, version in report.get("peers", {}).items()]
     where = "; ".join([*report["environment"], *peers])
     last = f"{where}; {report['threads']} threads; commit {report['commit']}, {report['date']}."
     return "\n".join([*lines, "", last, ""])
 
 
-def logits_table(report: dict) -> list[str]:
-    """Of `benchmarks/logits.py`."""
-    first = report["results"][0]
+def bench_table(report: dict) -> list[str]:
+    """Of `gspo-ops bench`: one table for every path, shape and dtype."""
+    rounds = sorted({row["rounds"] for row in report["results"]})
     lines = [
-        f"Forward and backward of GSPO from logits, N={first['N']}, V={first['V']}, against eager "
-        f"PyTorch (`log_softmax` in fp32); medians of {report['rounds']} interleaved rounds, "
-        f"ratios round by round. f is the fraction of rows with a gradient.",
-        "",
-        "| logits | f | eager, ms | gspo_ops, ms | time ratio | extra memory, eager "
-        "| extra memory, gspo_ops | gradient error, eager | gradient error, gspo_ops |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"Forward and backward of GSPO, each provider against eager PyTorch with fp32 logits: "
+        f"time, and peak memory beyond the returned gradients. Medians of "
+        f"{' to '.join(map(str, rounds))} interleaved rounds, ratios round by round. f is the "
+        f"fraction of sequences with a gradient; % is the share of what this machine can do, the "
+        f"least possible bytes (logits) or FLOPs (hidden) at the rate of a copy or a product "
+        f"measured in the same rounds. Errors against float64: of s_i as the loss shows it (bold: "
+        f"beyond the clip range, 3e-4), and of the gradients, relative L2.",
     ]
-    for row in report["results"]:
-        ms, peak, error = row["median_ms"], row["peak_bytes"], row["grad_error_rel_l2"]
-        lines.append(
-            f"| {row['dtype']} | {row['f']:g} | {ms['eager']:.0f} | {ms['gspo_ops']:.0f} "
-            f"| {row['time_ratio']['median']:.2f} "
-            f"| {peak['eager'] / row['dlogits_bytes']:.1f} x dlogits "
-            f"| {peak['gspo_ops'] / row['dlogits_bytes']:.2f} x dlogits "
-            f"| {error['eager']:.0e} | {error['gspo_ops']:.0e} |"
-        )
+    for key, rows in plots.groups(report).items():
+        fs = [f"f={row['f']:g}" for row in rows]
+        lines += [
+            "",
+            f"**{key}**",
+            "",
+            f"| | {' | '.join(fs)} | % | s_i | gradient |",
+            f"|{'---|' * (len(fs) + 4)}",
+        ]
+        lines += [_bench_line(name, rows) for name in rows[0]["providers"]]
     return lines
 
 
-def hidden_table(report: dict) -> list[str]:
-    """Of `benchmarks/hidden.py`."""
-    rows = report["results"]
-    names = list(rows[0]["providers"])
-    rounds = " to ".join(str(n) for n in sorted({row["rounds"] for row in rows}))
-    lines = [
-        f"Forward and backward of GSPO from hidden states (N, H) and a head (V, H). Eager is "
-        f"PyTorch with fp32 logits: time / extra memory beyond the returned gradients. The others: "
-        f"both as fractions of eager's; medians of {rounds} interleaved rounds, ratios round by "
-        f"round. Below them the larger of the two gradients' relative errors against float64. "
-        f"f is the fraction of rows with a gradient.",
-        "",
-        f"| N, V, H | dtype | f | {' | '.join(names)} |",
-        f"|{'---|' * (3 + len(names))}",
-    ]
+def _bench_line(name: str, rows: list[dict]) -> str:
+    cells, of_roof, ratio, grad = [], [], [], []
     for row in rows:
-        cells = [_hidden_cell(row["providers"][name], name == names[0]) for name in names]
-        lines.append(
-            f"| {row['N']}, {row['V']}, {row['H']} | {row['dtype']} | {row['f']:g} "
-            f"| {' | '.join(cells)} |"
-        )
-    return lines
-
-
-def _hidden_cell(of: dict, is_baseline: bool) -> str:
-    if "missing" in of:
-        return of["missing"]
-    cell = f"{of['time_ratio']['median']:.2f} / {of['memory_ratio']:.2f}"
-    if is_baseline:
-        cell = f"{of['median_ms']:.0f} ms / {of['extra_bytes'] / 2**20:.0f} MiB"
-    return f"{cell}<br>{max(of['grad_error'].values()):.0e}"
+        of = row["providers"][name]
+        if "median_ms" not in of:
+            cells.append(of.get("missing") or f"refused: {of['refused']}")
+            continue
+        memory, share = "-", "-"
+        if of["extra_bytes"] is not None:
+            memory, share = f"{of['extra_bytes'] / 2**20:.0f} MiB", f"{of['memory_ratio']:.2f}"
+        is_baseline = name == next(iter(row["providers"]))
+        cells.append(
+            f"{of['median_ms']['both']:.0f} ms, {memory}"
+            if is_baseline else f"{of['time_ratio']['median']:.2f}, {share}"
+        )  # fmt: skip
+        of_roof.append(of["of_roof"])
+        ratio.append(of["error"]["ratio"])
+        grad.append(of["error"]["grad"])
+    if not of_roof:
+        return f"| {name} | {cells[0]} |{' |' * (len(cells) + 2)}"
+    roof = "-".join(dict.fromkeys(f"{100 * x:.0f}" for x in (min(of_roof), max(of_roof))))
+    bold = "**" if max(ratio) > GSPO().clip_low else ""
+    return (
+        f"| {name} | {' | '.join(cells)} | {roof} | {bold}{max(ratio):.0e}{bold} "
+        f"| {max(grad):.0e} |"
+    )
 
 
 def clip_error_table(report: dict) -> list[str]:
@@ -124,29 +124,54 @@ def memory_table(report: dict) -> list[str]:
 
 
 TABLES: dict[str, Callable[[dict], list[str]]] = {
-    "logits": logits_table,
-    "hidden": hidden_table,
+    "bench": bench_table,
     "clip_error": clip_error_table,
     "memory": memory_table,
 }
 
 
-def updated(readme: str) -> str:
-    """The README with every marked block written anew."""
+# What is generated from what
+
+
+def pictures() -> dict[Path, tuple[Path, Callable[[dict, Path], None]]]:
+    """Pictures in docs/, with the results file and the function that they are made from."""
+    drawn = {
+        "bench.png": ("cpu-bench.json", plots.bench),
+        "memory.png": ("cpu-memory.json", plots.memory),
+        "clip_error.png": ("cpu-clip-error.json", plots.clip_error),
+    }
+    return {
+        ROOT / "docs" / name: (ROOT / "benchmarks/results" / source, draw)
+        for name, (source, draw) in drawn.items()
+    }
+
+
+def updated(text: str) -> str:
+    """A document with every marked block written anew."""
 
     def block(match: re.Match[str]) -> str:
         report = json.loads((ROOT / match[2]).read_text())
         return match[1] + render(report) + match[3]
 
-    return BLOCK.sub(block, readme)
+    return BLOCK.sub(block, text)
+
+
+def documents() -> list[Path]:
+    """What may have marked blocks."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def main() -> int:
-    path = ROOT / "README.md"
-    readme = path.read_text()
+    texts = {path: path.read_text() for path in documents()}
     if "--check" in sys.argv[1:]:
-        return int(updated(readme) != readme)
-    path.write_text(updated(readme))
+        stale = [path for path, text in texts.items() if updated(text) != text]
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is not what its results files say: run make report")
+        return len(stale)
+    for path, text in texts.items():
+        path.write_text(updated(text))
+    for path, (source, draw) in pictures().items():
+        draw(json.loads(source.read_text()), path)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`gspo-ops verify | train | env`."""
+"""`gspo-ops train | bench | verify | env`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         from . import trainer
 
         return trainer.main(argv[1:])
+    if argv[:1] == ["bench"]:
+        from .benchmarks import bench
+
+        return bench.main(argv[1:])
     parser = argparse.ArgumentParser(prog="gspo-ops", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("train", help="train a language model with the fused op")
+    commands.add_parser("bench", help="time the ops against eager PyTorch, torch.compile and peers")
     commands.add_parser("env", help="print versions and devices")
     verify = commands.add_parser("verify", help="check every op against float64 on this machine")
     verify.add_argument(

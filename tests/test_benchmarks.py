@@ -1,85 +1,289 @@
+"""The benchmarks measure the same function everywhere, refuse another, and report what they say."""
+
 import json
 import math
-import sys
+from functools import partial
 
 import pytest
 import torch
 
-from gspo_ops.benchmarks import clip_error, hidden, providers, report
+from gspo_ops import reference
+from gspo_ops.benchmarks import bench, cases, clip_error, measure, plots, providers, report
+from gspo_ops.benchmarks.providers import BASELINE, LOSSES, OURS, Provider
 
-SHAPE = (48, 301, 24)
 CPU = torch.device("cpu")
+SHAPE = (48, 301, 24)
+NOWHERE = {"environment": [], "threads": 1, "commit": "", "date": ""}
+ALL = [(path, name) for path, table in LOSSES.items() for name in table]
 
 
-def present(table: dict, name: str):
-    why = table[name].missing()
-    if why:
-        pytest.skip(f"{name}: {why}")
-    return table[name].compute
+def present(provider):
+    if why := provider.missing(CPU):
+        pytest.skip(why)
+    return provider.compute
+
+
+# Cases
+
+
+@pytest.mark.parametrize("path", LOSSES)
+@pytest.mark.parametrize("lengths", ["square", "ragged"])
+@pytest.mark.parametrize("f", [1.0, 0.6, 0.1])
+def test_live_sequences_and_no_others_have_a_gradient(path, lengths, f):
+    case = cases.make_case(path, SHAPE, torch.float32, f, CPU, lengths=lengths)
+    _, (grad, *_) = bench.step(LOSSES[path][BASELINE].compute, case)
+    rows = grad.abs().sum(-1) > 0
+    assert case.live.sum() == round(16 * f)
+    assert torch.equal(rows, case.live[:, None] & case.batch.mask)
+    dead = case.batch.advantages[~case.live]
+    if f < 1:
+        assert {bool(a) for a in dead} == {True, False}, "both reasons for a dead row"
+    assert case.rows == (48, int(case.batch.mask.sum()), int(rows.sum()))
+    assert (lengths == "square") == bool(case.batch.mask.all())
+
+
+@pytest.mark.parametrize("lengths", ["square", "ragged"])
+@pytest.mark.parametrize("path", LOSSES)
+def test_exact_results_are_those_of_the_whole_batch(path, lengths):
+    case = cases.make_case(path, SHAPE, torch.float64, 0.6, CPU, lengths=lengths)
+    of = getattr(reference, f"policy_loss_from_{path}")
+    leaves, batch = case.leaves(), case.batch
+    loss, _ = of(
+        *leaves, batch.targets, batch.old.double(), batch.advantages.double(), mask=batch.mask
+    )
+    loss.backward()
+    found = cases.exact(case)
+    assert found.loss == pytest.approx(loss.item(), rel=1e-12)
+    for grad, leaf in zip(found.grads, leaves, strict=True):
+        torch.testing.assert_close(grad, leaf.grad)
+
+
+def test_least_work():
+    case = cases.make_case("logits", SHAPE, torch.bfloat16, 0.5, CPU)
+    assert cases.floor(case) == (301 * 2 * (48 + 24 + 48), 0)
+    case = cases.make_case("hidden", SHAPE, torch.bfloat16, 0.5, CPU)
+    assert cases.floor(case) == (0, 2 * 301 * 24 * (48 + 24 + 24))
+    case = cases.make_case("hidden", SHAPE, torch.bfloat16, 0.5, CPU, frozen_head=True)
+    least = cases.floor(case)
+    assert least == (0, 2 * 301 * 24 * (48 + 24))
+    assert least.seconds(1.0, 10.0) == least.flops / 10
+
+
+# Providers
 
 
 @pytest.mark.parametrize("f", [1.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", [n for n in providers.LOSSES if n != "torch.compile"])
-def test_every_provider_computes_the_same(name, dtype, f):
-    loss = present(providers.LOSSES, name)
-    inputs = hidden.make_inputs(*SHAPE, dtype, f, CPU)
-    baseline = providers.LOSSES[hidden.BASELINE].compute
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    torch.testing.assert_close(loss(*inputs), baseline(*inputs), atol=tolerance, rtol=0)
-    errors = hidden.grad_errors({hidden.BASELINE: baseline, name: loss}, inputs)
-    hidden.check_errors(errors, dtype)
-    live = hidden.step(loss, inputs).hidden.flatten(1).abs().sum(1) > 0
-    assert live.sum() == round(f * hidden.SEQUENCES)
+@pytest.mark.parametrize(("path", "name"), ALL)
+def test_every_provider_computes_the_same(path, name, dtype, f):
+    if name == "torch.compile":
+        pytest.skip("a compilation takes long, and what is compiled is the baseline")
+    loss = present(LOSSES[path][name])
+    case = cases.make_case(path, SHAPE, dtype, f, CPU, lengths="ragged")
+    truth = cases.exact(case)
+    found, baseline = (
+        bench.errors(of, case, truth) for of in (loss, LOSSES[path][BASELINE].compute)
+    )
+    assert bench.refusal(name, found, baseline, dtype) is None
+    assert found.ratio < (1e-5 if dtype == torch.float32 else 3e-2)
+
+
+@pytest.mark.parametrize("path", LOSSES)
+def test_frozen_head(path):
+    case = cases.make_case(path, SHAPE, torch.float32, 1.0, CPU, frozen_head=True)
+    _, grads = bench.step(LOSSES[path][OURS].compute, case)
+    assert [grad is not None for grad in grads] == [True, False][: len(grads)]
+    assert bench.errors(LOSSES[path][OURS].compute, case, cases.exact(case)).grad < 5e-6
 
 
 @pytest.mark.parametrize("name", providers.METHODS)
 def test_every_method_gives_log_probs(name):
-    method = present(providers.METHODS, name)
-    inputs = hidden.make_inputs(*SHAPE, torch.bfloat16, 1.0, CPU)
-    log_probs = method(inputs.hidden, inputs.weight, inputs.targets)
-    exact = clip_error.exact(inputs.hidden, inputs.weight, inputs.targets)
+    method = present(providers.METHODS[name])
+    case = cases.make_case("hidden", SHAPE, torch.bfloat16, 1.0, CPU)
+    hidden, weight = (x.detach() for x in case.operands)
+    log_probs = method(hidden, weight, case.batch.targets)
+    exact = clip_error.exact(hidden, weight, case.batch.targets)
     assert (log_probs.double() - exact).abs().max() < 0.1
 
 
-def test_absent_peer_is_reported():
-    assert providers.Provider(torch.add, "no-such-thing").missing() == "not installed"
+def test_absent_providers_say_why(monkeypatch):
+    monkeypatch.setitem(providers.DISTRIBUTIONS, "nowhere", "no-such-thing")
+    assert Provider(torch.add, "nowhere.at.all").missing(CPU) == "not installed"
+    assert "has it not" in Provider(torch.add, "torch.nn.functional:no_such_loss").missing(CPU)
+    assert Provider(torch.add, gpu=True).missing(CPU) == "needs a GPU"
+    assert Provider(torch.add, capability=(9, 0)).missing(CPU) == "needs sm_90"
+    assert Provider(torch.add, "torch.no_such_module").missing(CPU).startswith("import fails")
 
 
-@pytest.mark.parametrize(
-    ("ours", "peer"), [(6e-6, 1e-6), (math.nan, 1e-6), (1e-6, 0.1), (1e-6, math.nan)]
-)
-def test_wrong_gradients_are_not_timed(ours, peer):
-    errors = {"eager": 1e-6, "peer": peer, "gspo_ops": ours}
-    with pytest.raises(SystemExit, match="not timed"):
-        hidden.check_errors({name: {"dhidden": e} for name, e in errors.items()}, torch.float32)
+def test_select_by_parts_of_names():
+    assert list(providers.select("logits", ["COMPILE"])) == [BASELINE, "torch.compile", OURS]
+    assert f"{OURS}, plan=keep" not in providers.select("hidden", None)
+    assert f"{OURS}, plan=keep" in providers.select("hidden", ["plan=keep"])
+    with pytest.raises(ValueError, match="no provider has 'nobody' in its name"):
+        providers.select("hidden", ["nobody"])
 
 
-def test_summary_takes_ratios_within_rounds_and_plausible_peaks():
-    eager = [hidden.Sample(1.0, 300), hidden.Sample(2.0, 300), hidden.Sample(4.0, 10)]
-    ours = [hidden.Sample(0.5, 150), hidden.Sample(1.0, 150), hidden.Sample(1.0, 150)]
-    of = hidden.summary(ours, eager, returned_bytes=100)
-    assert of["time_ratio"] == {"median": 0.5, "min": 0.25, "max": 0.5}
-    assert of["memory_ratio"] == 50 / 200
+# Refusal
 
 
-def test_hidden_from_command_line_to_table(tmp_path, monkeypatch):
+def wrong_gradient(operands, batch):
+    loss = LOSSES["logits"][BASELINE].compute(operands, batch)
+    return loss + 0.06 * (loss - loss.detach())
+
+
+def wrong_loss(operands, batch):
+    return LOSSES["logits"][BASELINE].compute(operands, batch) + 0.1
+
+
+def no_gradient(operands, batch):
+    return LOSSES["logits"][BASELINE].compute(operands, batch).detach().requires_grad_()
+
+
+def crashes(operands, batch):
+    raise NotImplementedError("not for\nthis")
+
+
+def nan(operands, batch):
+    return LOSSES["logits"][BASELINE].compute(operands, batch) * math.nan
+
+
+def noisy(operands, batch):
+    """By 0.1% off in every ratio, which is thrice the clip range."""
+    return LOSSES["logits"][BASELINE].compute(operands, batch) * 1.001
+
+
+def quick(loss, providers_of=None, **options):
+    table = {BASELINE: LOSSES["logits"][BASELINE], "peer": Provider(loss)}
+    return bench.measure("logits", SHAPE, torch.float32, 1.0, table, 2, **options)
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """What is timed, in order; peaks are not measured."""
+    seen = []
+    real = bench.sample
+
+    def sample(loss, of):
+        seen.append(loss)
+        return real(loss, of)
+
     def peak_bytes(step, device):
         step()
         return 10**6
 
-    monkeypatch.setattr(hidden, "peak_bytes", peak_bytes)
-    absent = providers.Provider(torch.add, "no-such-thing")
-    monkeypatch.setitem(providers.LOSSES, "Liger, chunk_size=1", absent)
-    out = tmp_path / "results.json"
-    arguments = ["--shape", "48x301x24", "--rounds", "2", "--dtype", "float32", "--out", str(out)]
-    names = ["gspo_ops", "Liger, chunk_size=1"]
-    monkeypatch.setattr(sys, "argv", ["hidden.py", *arguments, "--providers", *names])
-    hidden.main()
-    rows = report.render(json.loads(out.read_text())).splitlines()
-    assert rows[2].startswith("| N, V, H | dtype | f | eager | gspo_ops |")
-    assert sum(row.startswith("| 48, 301, 24 | float32 |") for row in rows) == 2
-    assert rows[4].endswith("| not installed |")
+    monkeypatch.setattr(bench, "sample", sample)
+    monkeypatch.setattr(bench, "peak_bytes", peak_bytes)
+    monkeypatch.setitem(bench._COPY, "cpu", 1 << 16)
+    return seen
+
+
+@pytest.mark.parametrize("wrong", [wrong_gradient, wrong_loss, no_gradient, nan])
+def test_wrong_provider_is_refused_before_timing(wrong, timed):
+    row = quick(wrong)
+    assert "more than" in row["providers"]["peer"]["refused"]
+    assert wrong not in timed
+    assert timed
+    assert any("REFUSED" in line for line in bench.lines(row))
+
+
+def test_failing_provider_is_reported_and_not_timed(timed):
+    row = quick(crashes)
+    assert row["providers"]["peer"] == {"missing": "NotImplementedError: not for"}
+    assert crashes not in timed
+
+
+def test_inexact_provider_is_timed_and_marked(timed):
+    row = quick(noisy)
+    of = row["providers"]["peer"]
+    assert 3e-4 < of["error"]["ratio"] < 1e-2
+    assert not of["exact_enough"]
+    assert row["providers"][BASELINE]["exact_enough"]
+    assert timed.count(noisy) == 2
+    assert [line for line in bench.lines(row) if "beyond the clip range" in line]
+
+
+def test_ours_is_refused_when_it_is_only_noisy(timed, monkeypatch):
+    table = {BASELINE: LOSSES["logits"][BASELINE], OURS: Provider(noisy)}
+    with pytest.raises(SystemExit, match="not timed: gspo_ops: gradients are off by 1"):
+        bench.measure("logits", SHAPE, torch.float32, 1.0, table, 1)
+    assert not timed
+
+
+# Measuring
+
+
+def test_summary_takes_ratios_within_rounds_and_plausible_peaks():
+    eager = [bench.Sample(0.5, 0.5, 300), bench.Sample(1, 1, 300), bench.Sample(2, 2, 10)]
+    ours = [bench.Sample(0.2, 0.3, 150), bench.Sample(0.5, 0.5, 150), bench.Sample(0.5, 0.5, 150)]
+    of = bench.summary(ours, eager, returned_bytes=100)
+    assert of["time_ratio"] == {"median": 0.5, "min": 0.25, "max": 0.5}
+    assert of["median_ms"] == {"forward": 500, "backward": 500, "both": 1000}
+    assert of["memory_ratio"] == 50 / 200
+    nothing = bench.summary(ours, [bench.Sample(1, 1, 0)] * 3, returned_bytes=100)
+    assert nothing["extra_bytes"] is None
+
+
+def test_inputs_take_turns_until_no_cache_holds_them():
+    case = cases.make_case("logits", SHAPE, torch.float32, 1.0, CPU)
+    turns = bench.rotation(case)
+    assert len(turns) == 4
+    assert len({x.operands[0].data_ptr() for x in turns}) == 4
+    assert all(torch.equal(x.operands[0], case.operands[0]) for x in turns)
+
+
+def test_rates_are_of_a_plausible_size():
+    case = cases.make_case("hidden", (512, 4096, 256), torch.float32, 1.0, CPU)
+    assert 1e8 < bench.copy_rate(CPU)() < 1e12
+    assert 1e8 < bench.matmul_rate(case)() < 1e14
+
+
+def test_interleaved_alternates_the_order():
+    order = []
+    measure.interleaved({name: partial(order.append, name) for name in "ab"}, 3)
+    assert "".join(order) == "abbaab"
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("--shape", "10,100,8", "multiple of 16"),
+        ("--shape", "16x100", "expected N,V,H"),
+        ("--shape", "16,0,8", "all positive"),
+        ("--f", "0", "must lie in"),
+        ("--rounds", "0", "at least 1"),
+        ("--dtype", "int8", "invalid choice"),
+        ("--against", "nobody", "no provider has 'nobody'"),
+    ],
+)
+def test_bad_arguments_are_named(argument, value, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main([argument, value])
+    assert message in capsys.readouterr().err
+
+
+def test_from_command_line_to_table_and_plot(tmp_path, timed, capsys):
+    pytest.importorskip("matplotlib")
+    out, plot = tmp_path / "results.json", tmp_path / "plot.png"
+    arguments = ["--shape", "48,301,24", "--rounds", "2", "--f", "1", "0.5", "--against", "Liger"]
+    assert bench.main([*arguments, "--out", str(out), "--plot", str(plot)]) == 0
+    found = json.loads(out.read_text())
+    assert [(row["path"], row["f"]) for row in found["results"]] == [
+        ("logits", 1), ("logits", 0.5), ("hidden", 1), ("hidden", 0.5)
+    ]  # fmt: skip
+    assert {"environment", "commit", "date", "peers", "threads"} <= set(found)
+    printed = capsys.readouterr().out
+    assert "Liger Triton GRPO" in printed
+    assert "needs a GPU" in printed
+    rows = report.render(found).splitlines()
+    assert sum(row.startswith("| gspo_ops |") for row in rows) == 2
+    assert sum(row.startswith("| | f=1 | f=0.5 |") for row in rows) == 2
+    assert plot.stat().st_size > 0
+
+
+# Rounding and clip decisions
 
 
 def test_flipped_decisions():
@@ -122,7 +326,7 @@ def test_clip_errors_to_table_and_plot(tmp_path):
     )
     (_, spread), *methods = clip_error.measure(sampled)
     found = {
-        "benchmark": "clip_error", "environment": [], "threads": 1, "commit": "", "date": "",
+        "benchmark": "clip_error", **NOWHERE,
         "model": "", "sequences": 2, "length": 128, "spread": 1.0, **spread,
         "methods": dict(methods),
     }  # fmt: skip
@@ -133,5 +337,5 @@ def test_clip_errors_to_table_and_plot(tmp_path):
     rows = [r for r in report.render(found).splitlines() if r.startswith(("| exact", "| by the"))]
     assert len(rows) == 2 * len(providers.METHODS)
     pytest.importorskip("matplotlib")
-    clip_error.plot(found, tmp_path / "plot.png")
+    plots.clip_error(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 0

@@ -4,8 +4,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
+from gspo_ops.benchmarks import report
 from gspo_ops.policy_loss import STATS
 
 ROOT = Path(__file__).parent.parent
@@ -14,6 +16,23 @@ README = (ROOT / "README.md").read_text()
 
 def test_figures_come_from_results_files():
     subprocess.run([sys.executable, "-m", "gspo_ops.benchmarks.report", "--check"], check=True)
+
+
+def test_every_picture_is_drawn_from_a_results_file():
+    shown = {
+        (path.parent / name).resolve()
+        for path in report.documents()
+        for name in re.findall(r"!\[[^]]*\]\((\S+\.png)\)", path.read_text())
+    }
+    drawn = report.pictures()
+    assert shown
+    assert shown <= set(drawn)
+    assert all(drawn[path][0].is_file() and path.is_file() for path in shown)
+
+
+def test_a_figure_without_its_results_file_fails():
+    with pytest.raises(FileNotFoundError):
+        report.updated("<!-- results: benchmarks/results/none.json -->\n<!-- end of results -->")
 
 
 def test_every_statistic_is_defined():

@@ -1,0 +1,395 @@
+"""`gspo-ops bench`: is it faster here than what you run now, lighter, and exact?
+
+Everybody gets the same tensors. A provider's loss and gradients are compared with float64 before
+it is timed: one that computes something else is refused, and one whose error of the ratio exceeds
+the clip range is marked. Rounds are interleaved; ratios are taken within a round, because the speed
+of a machine drifts. The rates of a copy and of a product, measured in the same rounds, say what it
+can do at most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import gspo_ops
+from gspo_ops import GSPO
+from gspo_ops.testing import relative
+
+from .cases import SEQUENCES, Case, Exact, exact, floor, make_case
+from .measure import (
+    default_device,
+    interleaved,
+    peak_bytes,
+    plausible,
+    provenance,
+    release_memory,
+    seconds,
+    write,
+)
+from .providers import BASELINE, LOSSES, OURS, Loss, Provider, select, versions
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# N, V, H by default: minutes on two cores, or seconds on a GPU
+SHAPES = {"cpu": (512, 49152, 576), "cuda": (8192, 151936, 4096)}
+# Relative L2 of a gradient, and absolute of a loss: beyond it a provider computes something else,
+# and beyond the tighter ones for fp32, or eager's error and an ulp for 16 bits, ours is not timed.
+DIFFERENT, FP32_ERROR, ULP = 0.05, 5e-6, {2: 2**-8, 4: 0.0}
+_CACHE = 256 << 20  # bytes, larger than any machine's last level
+_COPY = {"cpu": 256 << 20, "cuda": 2 << 30}
+
+
+class Sample(NamedTuple):
+    """Of one step: seconds of the forward and of the backward, bytes at the peak."""
+
+    forward: float
+    backward: float
+    peak_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        return self.forward + self.backward
+
+
+class Errors(NamedTuple):
+    """Attributes:
+    ratio: of s_i, as the loss shows it.
+    grad: relative L2, the largest of the gradients.
+    """
+
+    ratio: float
+    grad: float
+
+
+# One step
+
+
+def step(loss: Loss, case: Case) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Loss and gradients of the operands."""
+    operands = case.leaves()
+    value = loss(operands, case.batch)
+    value.backward()
+    return value.detach(), tuple(x.grad for x in operands)
+
+
+def errors(loss: Loss, case: Case, truth: Exact) -> Errors:
+    """Against float64; also a provider's first, warming call."""
+    value, grads = step(loss, case)
+    off = [
+        math.inf if got is None else relative(got, true)
+        for got, true in zip(grads, truth.grads, strict=True)
+        if true is not None
+    ]
+    return Errors(abs(value.item() - truth.loss) / truth.noise, max(off))
+
+
+def refusal(name: str, found: Errors, baseline: Errors, dtype: torch.dtype) -> str | None:
+    """Why a provider is not timed, or None."""
+    bound = DIFFERENT
+    if name.startswith(OURS):
+        bound = max(FP32_ERROR, 1.1 * baseline.grad + ULP[dtype.itemsize])
+    if not found.grad <= bound:
+        return f"gradients are off by {found.grad:.1e}, more than {bound:.1e}"
+    if not found.ratio <= DIFFERENT:
+        return f"the loss shows ratios off by {found.ratio:.1e}, more than {DIFFERENT:g}"
+    return None
+
+
+def sample(loss: Loss, cases: list[Case]) -> Sample:
+    """One step; the inputs take turns, so that none is in a cache from the last time."""
+    cases.append(cases.pop(0))
+    case = cases[0]
+    device = case.batch.targets.device
+    release_memory()
+    operands = case.leaves()
+    values: list[Tensor] = []
+    taken: list[float] = []
+
+    def both() -> None:
+        taken.append(seconds(lambda: values.append(loss(operands, case.batch)), device))
+        taken.append(seconds(lambda: values.pop().backward(), device))
+
+    peak = peak_bytes(both, device)
+    forward, backward = taken
+    return Sample(forward, backward, peak)
+
+
+def rotation(case: Case) -> list[Case]:
+    """As many copies of a case as do not fit into a cache together."""
+    nbytes = sum(x.nbytes for x in case.operands)
+    copies = -(-_CACHE // nbytes) if nbytes < _CACHE else 1
+    return [case] + [
+        case._replace(operands=tuple(
+            x.detach().clone().requires_grad_(x.requires_grad) for x in case.operands
+        ))
+        for _ in range(min(copies, 4) - 1)
+    ]  # fmt: skip
+
+
+# What the machine can do
+
+
+def copy_rate(device: torch.device) -> Callable[[], float]:
+    """Measures bytes per second, read and written."""
+    source = torch.ones(_COPY[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return lambda: 2 * source.nbytes / seconds(partial(target.copy_, source), device)
+
+
+def matmul_rate(case: Case) -> Callable[[], float]:
+    """Measures FLOPs per second of hidden @ weight^T, rounded to its operands' dtype."""
+    hidden, weight = (x.detach() for x in case.operands)
+    hidden = hidden.flatten(0, 1)
+    out = hidden.new_empty(len(hidden), len(weight))
+    flops = 2 * out.numel() * hidden.shape[1]
+    run = partial(torch.mm, hidden, weight.mT, out=out)
+    return lambda: flops / seconds(run, hidden.device)
+
+
+# One row of the results
+
+
+def summary(samples: list[Sample], baseline: list[Sample], returned_bytes: int) -> dict:
+    """Medians over rounds; memory is counted beyond the returned gradients."""
+    extra, extra_of_baseline = (
+        [s.peak_bytes - returned_bytes for s in taken if plausible(s.peak_bytes, returned_bytes)]
+        for taken in (samples, baseline)
+    )
+    ratios = [a.seconds / b.seconds for a, b in zip(samples, baseline, strict=True)]
+    memory = None
+    if extra and extra_of_baseline:  # a CPU's system takes pages back, which hides a peak
+        memory = statistics.median(extra)
+    return {
+        "median_ms": {
+            "forward": 1e3 * statistics.median(s.forward for s in samples),
+            "backward": 1e3 * statistics.median(s.backward for s in samples),
+            "both": 1e3 * statistics.median(s.seconds for s in samples),
+        },
+        "time_ratio": {
+            "median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)
+        },
+        "extra_bytes": memory,
+        "memory_ratio": None if memory is None else memory / statistics.median(extra_of_baseline),
+    }  # fmt: skip
+
+
+def measure(
+    path: str,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    f: float,
+    providers: dict[str, Provider],
+    rounds: int,
+    *,
+    progress: Callable[[str], None] = lambda line: None,
+    **options: object,
+) -> dict:
+    """One row of the results: every provider at one shape, dtype and f.
+
+    Args:
+        path: `"logits"` or `"hidden"`.
+        shape: N, V, H.
+        dtype: of the operands.
+        f: fraction of sequences with a gradient.
+        providers: the baseline and ours among them.
+        rounds: interleaved measurements of each.
+        progress: is told what happens.
+        options: `lengths` and `frozen_head`, as in `make_case`.
+
+    Raises:
+        SystemExit: ours is not exact.
+    """
+    torch.compiler.reset()  # or a second shape would be compiled as a dynamic one
+    device = default_device()
+    progress(f"{path} {shape}: inputs, and exact gradients in float64")
+    case = make_case(path, shape, dtype, f, device, **options)  # type: ignore[arg-type]
+    truth, least = exact(case), floor(case)
+    results: dict[str, dict] = {}
+    found: dict[str, Errors] = {}
+    for name, provider in providers.items():
+        progress(f"{path} {shape}: checking {name}")
+        if why := provider.missing(device):
+            results[name] = {"missing": why}
+            continue
+        try:
+            found[name] = errors(provider.compute, case, truth)
+        except Exception as error:  # a peer's own limits: shapes, dtypes, memory
+            if name.startswith(OURS) or name == BASELINE:
+                raise
+            results[name] = {"missing": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+            continue
+        if why := refusal(name, found[name], found[BASELINE], dtype):
+            if name.startswith(OURS):
+                raise SystemExit(f"not timed: {name}: {why}")
+            results[name] = {"refused": why}
+    del truth
+    timed = {n: providers[n].compute for n in found if n not in results}
+    cases = rotation(case)
+    measurements: dict[str, Callable[[], Any]] = {
+        name: partial(sample, loss, cases) for name, loss in timed.items()
+    }
+    rates: dict[str, Callable[[], Any]] = {"copy": copy_rate(device)}
+    if path == "hidden":
+        rates["matmul"] = matmul_rate(case)
+    progress(f"{path} {shape} {str(dtype)[6:]} f={f:g}: {rounds} rounds of {len(timed)} providers")
+    taken = interleaved({**measurements, **rates}, rounds)
+    rate = {name: statistics.median(taken[name]) for name in rates}
+    at_best = least.seconds(rate["copy"], rate.get("matmul", math.inf))
+    returned = sum(x.nbytes for x in case.operands if x.requires_grad)
+    for name in timed:
+        of = summary(taken[name], taken[BASELINE], returned)
+        of["of_roof"] = 1e3 * at_best / of["median_ms"]["both"]
+        of["error"] = found[name]._asdict()
+        of["exact_enough"] = found[name].ratio <= GSPO().clip_low
+        results[name] = of
+    N, V, H = shape
+    _, valid, live = case.rows
+    return {
+        "path": path, "N": N, "V": V, **({"H": H} if path == "hidden" else {}),
+        "dtype": str(dtype)[6:], "f": f, **options, "valid_rows": valid, "live_rows": live,
+        "rounds": rounds, "returned_bytes": returned, "least": least._asdict(),
+        "rate": rate, "plan": _plan(case), "providers": {name: results[name] for name in providers},
+    }  # fmt: skip
+
+
+def _plan(case: Case) -> str:
+    if len(case.operands) == 1:
+        return "logits"
+    return str(gspo_ops.plan_from_hidden(*case.leaves()))
+
+
+# The command
+
+
+def lines(row: dict) -> list[str]:
+    """A row of the results as a table for the terminal."""
+    sizes = " ".join(f"{k}={row[k]}" for k in "NVH" if k in row)
+    extras = [k for k in ("lengths", "frozen_head") if row.get(k) not in (None, "square", False)]
+    rates = f"copy {row['rate']['copy'] / 1e9:.1f} GB/s"
+    if "matmul" in row["rate"]:
+        rates += f", matmul {row['rate']['matmul'] / 1e12:.3g} TFLOP/s"
+    width = max(map(len, row["providers"]))
+    table = [
+        f"{row['path']} {sizes} {row['dtype']} f={row['f']:g} {' '.join(extras)} "
+        f"({row['live_rows']} of {row['valid_rows']} rows live); {row['rounds']} rounds; {rates}",
+        f"  {'':{width}} {'ms':>7} {'fwd':>7} {'bwd':>7}  {'of eager':18}{'of roof':>8} "
+        f"{'MiB':>7} {'of eager':>9}  {'error: s_i':>10} {'gradient':>9}",
+    ]
+    for name, of in row["providers"].items():
+        if why := of.get("missing") or of.get("refused"):
+            table.append(f"  {name:{width}} {'REFUSED: ' if 'refused' in of else ''}{why}")
+            continue
+        ms, ratio, error = of["median_ms"], of["time_ratio"], of["error"]
+        memory = f"{'-':>7} {'-':>9}"
+        if of["extra_bytes"] is not None:
+            memory = f"{of['extra_bytes'] / 2**20:7.0f} {of['memory_ratio']:9.2f}"
+        mark = "" if of["exact_enough"] else "  beyond the clip range"
+        table.append(
+            f"  {name:{width}} {ms['both']:7.1f} {ms['forward']:7.1f} {ms['backward']:7.1f}  "
+            f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})  {of['of_roof']:8.0%} "
+            f"{memory}  {error['ratio']:10.1e} {error['grad']:9.1e}{mark}"
+        )
+    return table
+
+
+def shape_of(text: str) -> tuple[int, int, int]:
+    """N,V,H or N,V."""
+    try:
+        N, V, H = (*map(int, text.split(",")), *([1] if text.count(",") == 1 else []))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected N,V,H or N,V, got {text!r}") from None
+    if min(N, V, H) < 1 or N % SEQUENCES:
+        raise argparse.ArgumentTypeError(f"N must be a multiple of {SEQUENCES}, and all positive")
+    return N, V, H
+
+
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"f must lie in (0, 1], got {text}")
+    return value
+
+
+def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    device = default_device().type
+    on_gpu = device == "cuda"
+    names = "; ".join(dict.fromkeys(name for of in LOSSES.values() for name in of))
+    found = argparse.ArgumentParser(
+        prog="gspo-ops bench",
+        description="Time, peak memory and error of GSPO's loss and gradient: ours, eager, "
+        "torch.compile and peers, on this machine. Peers come with pip install 'gspo-ops[bench]'.",
+    )
+    add = found.add_argument
+    add("--path", choices=LOSSES, nargs="+", default=list(LOSSES), help="default: both")
+    add(
+        "--shape", type=shape_of, nargs="+", metavar="N,V,H", default=[SHAPES[device]],
+        help=f"rows, vocabulary, hidden size (default here: {','.join(map(str, SHAPES[device]))})",
+    )  # fmt: skip
+    add("--dtype", choices=DTYPES, nargs="+", default=["bfloat16"], help="default: bfloat16")
+    add(
+        "--f", type=fraction, nargs="+", default=[1, 0.6, 0.35, 0.1] if on_gpu else [1, 0.5],
+        help="fractions of sequences with a gradient (default here: %(default)s)",
+    )  # fmt: skip
+    add("--lengths", choices=("square", "ragged"), default="square", help="of the sequences")
+    add("--frozen-head", action="store_true", help="no gradient for the head's weight")
+    add("--rounds", type=positive, default=20 if on_gpu else 5, help="default here: %(default)s")
+    add("--against", nargs="+", metavar="NAME", help=f"parts of names, of: {names}")
+    add("--out", type=Path, help="JSON file to write")
+    add("--plot", type=Path, help="PNG file to write")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `gspo-ops bench`; returns the exit status."""
+    of = parser()
+    args = of.parse_args(argv)
+    against = args.against and [word for text in args.against for word in text.split(",")]
+    try:
+        chosen = {path: select(path, against) for path in args.path}
+    except ValueError as error:
+        of.error(str(error))
+    report = {"benchmark": "bench", **provenance(), "peers": versions(), "results": []}
+    print("\n".join(report["environment"]), flush=True)
+    is_terminal = sys.stderr.isatty()
+
+    def progress(line: str) -> None:
+        if is_terminal:
+            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+
+    for path in args.path:
+        for shape in args.shape:
+            for dtype in args.dtype:
+                for f in args.f:
+                    row = measure(
+                        path, shape, DTYPES[dtype], f, chosen[path], args.rounds,
+                        progress=progress, lengths=args.lengths, frozen_head=args.frozen_head,
+                    )  # fmt: skip
+                    progress("")
+                    print("\n" + "\n".join(lines(row)), flush=True)
+                    report["results"].append(row)
+                    if args.out:  # after every row: an interrupted run leaves what it has
+                        write(args.out, report)
+    if args.plot:
+        from . import plots
+
+        plots.bench(report, args.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
