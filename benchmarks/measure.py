@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from gspo_ops.environment import environment
+from gspo_ops.environment import provenance as provenance
 
 Step = Callable[[], object]
 T = TypeVar("T")
@@ -86,17 +85,6 @@ def interleaved(measurements: dict[str, Callable[[], T]], rounds: int) -> dict[s
             taken[name].append(take())
         order.reverse()  # neither always pays for what the other has left behind
     return taken
-
-
-def provenance() -> dict:
-    """Where and when, as every results file carries it."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    return {
-        "environment": environment().splitlines(), "threads": torch.get_num_threads(),
-        "commit": commit, "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
 
 
 def write(path: Path, report: dict) -> None:

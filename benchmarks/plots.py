@@ -138,6 +138,35 @@ def clip_error(report: dict, path: Path) -> None:
     figure.savefig(path, dpi=140)
 
 
+def mismatch(report: dict, path: Path) -> None:
+    """Noise of s_i by source and length, for each dtype of the body."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
+    names = dict.fromkeys(name for of in report["bodies"].values() for name in of)
+    for axis, (dtype, sources) in zip(axes, report["bodies"].items(), strict=True):
+        for place, name in enumerate(names):
+            if name not in sources:
+                continue
+            points = sources[name]["by_length"]
+            lengths = [int(n) for n in points]
+            errors = [of["rms"] or float("nan") for of in points.values()]
+            style = _MARKERS[place] + "-"
+            axis.plot(lengths, errors, style, color=f"C{place}", mfc="none", label=name)
+        axis.axhline(GSPO().clip_low, color="black", ls="--", label="clip range, lower side")
+        axis.set(
+            title=f"body in {dtype}", xscale="log", yscale="log",
+            xlabel="length of the response, tokens",
+        )  # fmt: skip
+        axis.set_xticks(lengths, [str(n) for n in lengths], minor=False)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("error of the ratio $s_i$, rms")
+    handles, labels = axes[1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
 def _pyplot():
     import matplotlib
 

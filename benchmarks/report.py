@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gspo_ops import GSPO
+from gspo_ops.trainer import compare
 
 from . import plots
 
@@ -123,10 +124,118 @@ def memory_table(report: dict) -> list[str]:
     return lines
 
 
+def static_table(report: dict) -> list[str]:
+    """Of `benchmarks/static.py`."""
+    targets = list(dict.fromkeys(row["target"] for row in report["ours"]))
+    given = report["given"]
+    lines = [
+        f"For {', '.join(targets)}: registers / spills / shared memory in KB; for kernels on logits "
+        f"bits of a load and instructions per logit, for products matrix instructions. Compiled, not "
+        f"run.",
+        "",
+        f"| | kernel | {' | '.join(targets)} |",
+        f"|{'---|' * (2 + len(targets))}",
+    ]
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in [{"peer": "gspo_ops", **row} for row in report["ours"]] + report["others"]:
+        key = row["peer"], row.get("kernel", "the others" if _compiles(report, row) else "")
+        cells.setdefault(key, {})[row["target"]] = _static_cell(row)
+    for (peer, kernel), of in cells.items():
+        lines.append(f"| {peer} | {kernel} | {' | '.join(of.get(t, '') for t in targets)} |")
+    fs = list(dict.fromkeys(row["f"] for row in report["predictions"]))
+    lines += [
+        "",
+        f"**Predicted, not measured**: milliseconds of forward and backward, N={report['N']}, "
+        f"V={report['V']}, H={report['H']}, bf16, if nothing but {given['bandwidth']:g} GB/s (from "
+        f"logits) or {given['matmul']:g} TFLOP/s (from hidden states) held it up.",
+        "",
+        f"| | bytes or FLOPs, f=1 | {' | '.join(f'f={f:g}' for f in fs)} |",
+        f"|{'---|' * (2 + len(fs))}",
+    ]
+    for op in dict.fromkeys(row["op"] for row in report["predictions"]):
+        rows = [row for row in report["predictions"] if row["op"] == op]
+        much = (
+            f"{rows[0]['bytes'] / 1e9:.1f} GB" if "bytes" in rows[0]
+            else f"{rows[0]['flops'] / 1e12:.1f} TFLOP"
+        )  # fmt: skip
+        lines.append(f"| {op} | {much} | {' | '.join(format(r['ms'], '.2f') for r in rows)} |")
+    return lines
+
+
+def _compiles(report: dict, row: dict) -> bool:
+    return any(of["peer"] == row["peer"] and "kernel" in of for of in report["others"])
+
+
+def _static_cell(row: dict) -> str:
+    if "missing" in row:
+        return row["missing"].replace("|", "/")
+    text = f"{row['registers']} / {row['spills'] or 'none'} / {row['shared'] / 1024:.3g}"
+    if row["per_logit"] is not None:
+        text += f"; {'+'.join(map(str, row['load_bits']))} bits, {row['per_logit']:.1f}"
+    elif row["matrix_instructions"]:
+        text += f"; {row['matrix_instructions']}"
+    return text
+
+
+def mismatch_table(report: dict) -> list[str]:
+    """Of `benchmarks/mismatch.py`."""
+    lengths = list(next(iter(report["bodies"]["float32"].values()))["by_length"])
+    lines = [
+        f"{report['sequences']} responses of {report['length']} tokens sampled from "
+        f"{report['model']}, whole and in pieces. Error of s_i (root mean square), and share of "
+        f"clip decisions that it flips, by length; then the share of tokens whose ratio leaves "
+        f"GRPO's clip range by noise alone.",
+        "",
+        f"| body | source | {' | '.join(lengths)} | GRPO |",
+        f"|{'---|' * (3 + len(lengths))}",
+    ]
+    for dtype, sources in report["bodies"].items():
+        for name, of in sources.items():
+            cells = [f"{x['rms']:.0e}, {x['flipped']:.0%}" for x in of["by_length"].values()]
+            lines.append(
+                f"| {dtype} | {name} | {' | '.join(cells)} | {of['tokens_clipped_by_noise']:.2%} |"
+            )
+    return lines
+
+
+def trainer_table(report: dict) -> list[str]:
+    """Of `benchmarks/trainer.py`."""
+    lines = [
+        "One run each from the same seed. Medians over steps, the first left out; peak memory is "
+        "that of the whole process, model, optimizer and libraries included.",
+        "",
+        "| | loss from | updates of a step, s | old log-probs, s | peak, MiB | reward by step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case, of in report["results"].items():
+        for loss, at in of.items():
+            rewards = " ".join(f"{x:.3f}" for x in at["reward"])
+            lines.append(
+                f"| {case} | {loss} | {at['update_s']:.2f} | {at['old_log_probs_s']:.2f} "
+                f"| {at['peak_bytes'] / 2**20:.0f} | {rewards} |"
+            )
+    return lines
+
+
+def gpu_table(report: dict) -> list[str]:
+    """Of `make gpu`: what each step came to."""
+    lines = ["| step | | s |", "|---|---|---|"]
+    for step in report["steps"]:
+        lines.append(f"| {step['name']} | {step['result']} | {step['seconds']:.0f} |")
+    for benchmark in report["benchmarks"]:
+        lines += ["", *bench_table(benchmark)]
+    return lines
+
+
 TABLES: dict[str, Callable[[dict], list[str]]] = {
     "bench": bench_table,
     "clip_error": clip_error_table,
+    "compare": compare.report,
+    "gpu": gpu_table,
     "memory": memory_table,
+    "mismatch": mismatch_table,
+    "static": static_table,
+    "trainer": trainer_table,
 }
 
 
@@ -139,6 +248,8 @@ def pictures() -> dict[Path, tuple[Path, Callable[[dict, Path], None]]]:
         "bench.png": ("cpu-bench.json", plots.bench),
         "memory.png": ("cpu-memory.json", plots.memory),
         "clip_error.png": ("cpu-clip-error.json", plots.clip_error),
+        "compare.png": ("cpu-compare.json", compare.draw),
+        "mismatch.png": ("cpu-mismatch.json", plots.mismatch),
     }
     return {
         ROOT / "docs" / name: (ROOT / "benchmarks/results" / source, draw)

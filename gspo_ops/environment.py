@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
+import time
 
 import torch
 
@@ -29,3 +31,14 @@ def environment() -> str:
         properties = torch.cuda.get_device_properties(i)
         lines.append(f"cuda:{i} {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
     return "\n".join(lines)
+
+
+def provenance() -> dict:
+    """Where, when and from which commit, as every results file carries it."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "environment": environment().splitlines(), "threads": torch.get_num_threads(),
+        "commit": commit, "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip

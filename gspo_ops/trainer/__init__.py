@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .command import main
-from .config import DEMO, TrainConfig
+from . import compare
+from .command import main, plot_main
+from .config import TrainConfig, load_config
 
 if TYPE_CHECKING:
     from .report import Summary
 
-__all__ = ["DEMO", "TrainConfig", "main", "train"]
+__all__ = ["COMMANDS", "TrainConfig", "load_config", "train"]
+
+COMMANDS = {"train": main, "plot": plot_main, "compare": compare.main}
 
 
-def train(config: TrainConfig) -> Summary:
+def train(config: TrainConfig, *, resume: bool = False) -> Summary:
     """Train a model; see `gspo_ops.trainer.loop.train`."""
     from . import loop
 
-    return loop.train(config)
+    return loop.train(config, resume=resume)

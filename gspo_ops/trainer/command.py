@@ -1,38 +1,16 @@
-"""`gspo-ops train`: a run from the command line."""
+"""`gspo-ops train` and `gspo-ops plot`: runs from the command line."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from .. import GRPO, GSPO, GSPOToken
-from .config import DEMO, TrainConfig
+from .config import load_config, presets
 
-_PRESETS = {"default": TrainConfig(), "demo": DEMO}
-_OBJECTIVES = {"gspo": GSPO, "gspo-token": GSPOToken, "grpo": GRPO}
 _REQUIRED = ("transformers", "reasoning_gym", "tqdm", "matplotlib")
-# Options that are fields of TrainConfig under the same name: type and help.
-_FIELDS: dict[str, tuple[Any, str]] = {
-    "out": (Path, "directory for the metrics and the picture"),
-    "model": (str, "'smollm2', or a local directory that transformers loads"),
-    "task": (str, "digit_sums, sums, products or letter_counting"),
-    "steps": (int, "rollout batches"),
-    "time_limit": (float, "seconds of training after which no further step starts"),
-    "prompts_per_step": (int, "problems in a rollout batch"),
-    "group_size": (int, "sampled responses per problem"),
-    "mini_batches": (int, "updates per rollout batch"),
-    "max_new_tokens": (int, "longest response, in tokens"),
-    "loss_from": (str, "hidden (the head is not called in training) or logits"),
-    "learning_rate": (float, "of AdamW"),
-    "dtype": (str, "bfloat16 (autocast over fp32 weights) or float32"),
-    "device": (str, "a torch device, or auto: the GPU if there is one"),
-    "seed": (int, "of the problems, the sampling and the order"),
-}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -42,52 +20,73 @@ def main(argv: Sequence[str]) -> int:
         argv: the arguments after `gspo-ops train`.
 
     Returns:
-        0, or 2 when an argument is refused or something that a run needs isn't installed.
+        0; 2 when an argument is refused or something that a run needs isn't installed; 130 when
+        the run was stopped; 1 when it diverged.
     """
-    arguments = vars(_parser().parse_args(argv))
+    parser = _train_parser()
+    args = parser.parse_intermixed_args(argv)
+    source, overrides = args.config, list(args.override)
+    if source is not None and "=" in source:
+        source, overrides = None, [source, *overrides]
     try:
-        config = _config(arguments)
+        if source is not None and args.preset is not None:
+            raise ValueError(f"either a file or a preset, got {source} and {args.preset}")
+        config = load_config(source, overrides, preset=args.preset)
         _require_packages()
-        from .loop import Trainer  # imports transformers, which takes seconds
+        from .loop import Diverged, Interrupted, Trainer  # imports transformers, for seconds
 
         trainer = Trainer.of(config)
+        summary = trainer.run(resume=args.resume)
     except (ValueError, ImportError) as error:
         print(f"gspo-ops train: error: {error}", file=sys.stderr)
         return 2
-    print(trainer.run())
-    print(f"metrics.jsonl, summary.json and training.png are in {config.out}")
+    except (Interrupted, Diverged) as ended:
+        print(f"gspo-ops train: {ended}", file=sys.stderr)
+        return 130 if isinstance(ended, Interrupted) else 1
+    print(summary)
+    print(f"metrics.jsonl, samples.jsonl, summary.json and training.png are in {config.out}")
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _train_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gspo-ops train",
         description="Train a language model on verifiable problems, with the fused op as its loss. "
-        "What isn't given comes from the preset.",
-        argument_default=argparse.SUPPRESS,
+        "docs/trainer.md has all keys.",
     )
-    parser.add_argument(
-        "--preset",
-        choices=sorted(_PRESETS),
-        default="default",
-        help="demo: minutes on two CPU cores (default: %(default)s)",
-    )
-    parser.add_argument("--objective", choices=sorted(_OBJECTIVES), help="the policy objective")
-    parser.add_argument("--clip-low", type=float, help="clip range below 1")
-    parser.add_argument("--clip-high", type=float, help="clip range above 1")
-    for name, (kind, text) in _FIELDS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
+    add = parser.add_argument
+    add("config", nargs="?", metavar="CONFIG.toml", help="default: the preset")
+    add(
+        "override", nargs="*", metavar="key=value",
+        help="on top, as in update.learning_rate=1e-5 or model.name=tiny-moe",
+    )  # fmt: skip
+    add("--preset", metavar="NAME", help=f"one of {', '.join(presets())} (default: default)")
+    add("--resume", action="store_true", help="continue from the last checkpoint in the run's out")
     return parser
 
 
-def _config(arguments: dict[str, Any]) -> TrainConfig:
-    preset = _PRESETS[arguments["preset"]]
-    objective = preset.objective
-    if "objective" in arguments:
-        objective = _OBJECTIVES[arguments["objective"]]()
-    clip = {name: arguments[name] for name in ("clip_low", "clip_high") if name in arguments}
-    fields = {name: arguments[name] for name in _FIELDS if name in arguments}
-    return dataclasses.replace(preset, objective=dataclasses.replace(objective, **clip), **fields)
+def plot_main(argv: Sequence[str]) -> int:
+    """`gspo-ops plot`: one run, or several side by side; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="gspo-ops plot", description="Draw the metrics of runs, several side by side."
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run")
+    parser.add_argument("--out", type=Path, default=Path("runs.png"), help="default: %(default)s")
+    args = parser.parse_args(argv)
+    try:
+        _require_packages()
+        from .report import plot, read_metrics
+
+        names = [run.name for run in args.runs]
+        if len(set(names)) < len(names):
+            names = [str(run) for run in args.runs]
+        runs = {name: read_metrics(run) for name, run in zip(names, args.runs, strict=True)}
+    except (ValueError, ImportError) as error:
+        print(f"gspo-ops plot: error: {error}", file=sys.stderr)
+        return 2
+    plot(runs, args.out)
+    print(args.out)
+    return 0
 
 
 def _require_packages() -> None:

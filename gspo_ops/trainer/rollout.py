@@ -20,7 +20,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from .. import log_probs_from_logits
 
 Autocast = Callable[[], AbstractContextManager]
 
@@ -30,18 +33,22 @@ class Vocabulary(NamedTuple):
 
     Attributes:
         pad_id: fills the padding, and is never sampled.
-        stop_ids: (S,) tokens that end a response: all with a newline in them, and EOS.
+        stop_ids: (S,) tokens that end a response.
     """
 
     pad_id: int
     stop_ids: Tensor
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Vocabulary:
-        """Read them from a tokenizer (PAD is EOS where it has no PAD)."""
+    def of(
+        cls, tokenizer: PreTrainedTokenizerBase, device: torch.device, *, newline: bool = True
+    ) -> Vocabulary:
+        """EOS, and with `newline` all tokens with one in them; PAD is EOS if there is none."""
         eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-        texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-        stop_ids = [i for i, text in enumerate(texts) if "\n" in text or i == eos_id]
+        stop_ids = [eos_id]
+        if newline:
+            texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+            stop_ids = [i for i, text in enumerate(texts) if "\n" in text or i == eos_id]
         return cls(eos_id if pad_id is None else pad_id, torch.tensor(stop_ids, device=device))
 
 
@@ -52,26 +59,99 @@ class Rollout(NamedTuple):
         prompts: (Q, P) token ids, padded on the left.
         prompt_mask: (Q, P) bool, True at prompt tokens.
         responses: (B, T) token ids, padded on the right; a prompt's responses are consecutive.
-        mask: (B, T) bool, True at response tokens, the stop token included.
+        real: (B, T) bool, True where there is no padding.
+        turn: (B, T) the turn in which a token was sampled, from 0; -1 at the tokens of later
+            questions, and at padding.
+        log_probs: (B, T) fp32 of the sampled tokens, as sampling had them; 0 elsewhere.
     """
 
     prompts: Tensor
     prompt_mask: Tensor
     responses: Tensor
-    mask: Tensor
+    real: Tensor
+    turn: Tensor
+    log_probs: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, T) bool, True at sampled tokens, stop tokens included."""
+        return self.turn >= 0
+
+    @property
+    def group_size(self) -> int:
+        return len(self.responses) // len(self.prompts)
 
     def split(self, parts: int) -> list[Rollout]:
         """Consecutive equal parts, whole groups each, with padding as it is: all of one shape."""
         chunks = [tensor.chunk(parts) for tensor in self]
         return [Rollout(*part) for part in zip(*chunks, strict=True)]
 
+    def select(self, groups: Tensor) -> Rollout:
+        """Those (n,) groups."""
+        members = torch.arange(self.group_size, device=groups.device)
+        rows = (groups[:, None] * self.group_size + members).view(-1)
+        return Rollout(*(x[groups if x.shape[0] == len(self.prompts) else rows] for x in self))
+
     def targets(self) -> Tensor:
-        """(N,) response tokens, packed."""
+        """(N,) sampled tokens, packed."""
         return self.responses[self.mask]
 
     def cu_seqlens(self) -> Tensor:
         """(B+1,) int32 offsets of the responses in the packed rows."""
         return pad(self.mask.sum(1).cumsum(0), (1, 0)).int()
+
+
+def concatenate(rollouts: Sequence[Rollout], pad_id: int) -> Rollout:
+    """One rollout of several, padded to a common shape."""
+    fills = _fills(pad_id)
+    columns = {}
+    for name, parts in zip(Rollout._fields, zip(*rollouts, strict=True), strict=True):
+        widest = max(part.shape[1] for part in parts)
+        sides = [(widest - part.shape[1], 0) for part in parts]  # prompts are padded on the left
+        if not name.startswith("prompt"):
+            sides = [side[::-1] for side in sides]
+        padded = (pad(x, side, value=fills[name]) for x, side in zip(parts, sides, strict=True))
+        columns[name] = torch.cat(list(padded))
+    return Rollout(**columns)
+
+
+def append_turn(
+    rollout: Rollout, questions: Sequence[Sequence[int]], answers: Rollout, pad_id: int
+) -> Rollout:
+    """The next turn behind each response.
+
+    Args:
+        rollout: B responses so far.
+        questions: tokens of the next question to each.
+        answers: a response to each, one per prompt.
+        pad_id: fills the padding.
+
+    Returns:
+        The longer rollout; the tokens of the questions are real, but were not sampled.
+    """
+    fills = _fills(pad_id)
+    longer = {}
+    for name in ("responses", "real", "turn", "log_probs"):
+        old, new = getattr(rollout, name), getattr(answers, name)
+        if name == "turn":
+            new = new + 1 + rollout.turn.max()
+        rows = []
+        for b, question in enumerate(questions):
+            asked = {"responses": question, "real": [True] * len(question)}.get(
+                name, [fills[name]] * len(question)
+            )
+            parts = old[b, rollout.real[b]], old.new_tensor(asked), new[b, answers.real[b]]
+            rows.append(torch.cat(parts))
+        longer[name] = pad_sequence(rows, batch_first=True, padding_value=fills[name])
+    return rollout._replace(**longer)
+
+
+def _fills(pad_id: int) -> dict[str, int]:
+    """What stands in a rollout's padding."""
+    return {
+        "prompts": pad_id, "prompt_mask": 0, "responses": pad_id, "real": 0, "turn": -1,
+        "log_probs": 0,
+    }  # fmt: skip
 
 
 @torch.no_grad()
@@ -117,13 +197,14 @@ def generate(
 
     rows = torch.arange(len(last), device=model.device)  # the responses not yet ended
     responses = rows.new_full((len(rows), max_new_tokens), vocabulary.pad_id)
-    mask = torch.zeros_like(responses, dtype=torch.bool)
+    turn = torch.full_like(responses, -1)
+    log_probs = responses.new_zeros(responses.shape, dtype=torch.float32)
     for t in range(max_new_tokens):
         logits = head_logits(model, last)
-        logits[:, vocabulary.pad_id] = -torch.inf
-        chosen = _choose(logits, temperature, generator)
+        chosen = _choose(logits, vocabulary.pad_id, temperature, generator)
         responses[rows, t] = chosen
-        mask[rows, t] = True
+        turn[rows, t] = 0
+        log_probs[rows, t] = log_probs_from_logits(logits, chosen, temperature=temperature or 1.0)
 
         going = (~torch.isin(chosen, vocabulary.stop_ids)).nonzero().squeeze(1)
         if t + 1 == max_new_tokens or not len(going):
@@ -137,7 +218,8 @@ def generate(
                 position_ids=attention.sum(1, keepdim=True) - 1,
                 past_key_values=cache,
             ).last_hidden_state[:, -1]
-    return Rollout(prompt_tokens, prompt_mask, responses[:, : t + 1], mask[:, : t + 1])
+    sampled = (x[:, : t + 1] for x in (responses, turn >= 0, turn, log_probs))
+    return Rollout(prompt_tokens, prompt_mask, *sampled)
 
 
 def response_hidden(model: PreTrainedModel, rollout: Rollout, autocast: Autocast) -> Tensor:
@@ -154,7 +236,7 @@ def response_hidden(model: PreTrainedModel, rollout: Rollout, autocast: Autocast
     """
     (prompts, width), (count, length) = rollout.prompts.shape, rollout.responses.shape
     tokens = torch.cat([rollout.prompts, rollout.responses.reshape(prompts, -1)], 1)
-    real = torch.cat([rollout.prompt_mask, rollout.mask.reshape(prompts, -1)], 1)
+    real = torch.cat([rollout.prompt_mask, rollout.real.reshape(prompts, -1)], 1)
     column = torch.arange(tokens.shape[1], device=tokens.device)
     # Which response each column holds (-1: the prompt), and its place in it.
     response = (column - width).div(length, rounding_mode="floor").clamp(min=-1)
@@ -211,8 +293,11 @@ def logit_softcap(model: PreTrainedModel) -> float | None:
     return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
 
-def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """One token per row of (B, V) logits: (B,)."""
+def _choose(
+    logits: Tensor, pad_id: int, temperature: float, generator: torch.Generator | None
+) -> Tensor:
+    """One token per row of (B, V) logits, never PAD: (B,)."""
+    logits = logits.index_fill(1, torch.tensor(pad_id, device=logits.device), -torch.inf)
     if temperature == 0:
         return logits.argmax(-1)
     probs = (logits / temperature).softmax(-1)

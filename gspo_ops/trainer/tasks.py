@@ -1,22 +1,52 @@
-"""Verifiable problems: few-shot prompts, exact checking, disjoint training and held-out sets."""
+"""Verifiable problems: prompts, turns, rewards, and disjoint training and held-out sets."""
 
 from __future__ import annotations
 
+import importlib
+import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import reasoning_gym
+
+from .config import TaskConfig, _nearest
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One question as the prompt shows it, and its only right answer."""
+    """One question as the prompt shows it, and its right answer.
+
+    Attributes:
+        entry: what the data set says besides.
+    """
 
     question: str
     answer: str
+    entry: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+
+Reward = Callable[[str, Problem], float]
+# The problem of the next turn, from this one and the response to it; None after the last.
+FollowUp = Callable[[Problem, str], Problem | None]
+
+
+def parse_answer(response: str) -> str:
+    """The answer a response gives: its first line, without surrounding white space."""
+    return response.split("\n", 1)[0].strip()
+
+
+def is_correct(response: str, problem: Problem) -> bool:
+    """Whether the answer given is the right one, character for character."""
+    return parse_answer(response) == problem.answer
+
+
+def _no_follow_up(problem: Problem, response: str) -> Problem | None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -27,110 +57,224 @@ class Task:
         examples: the solved problems shown in every prompt.
         train: problems to train on.
         held_out: problems to measure accuracy on.
+        reward: of a response to a problem.
+        follow_up: the problem of the next turn. The number of turns is the same for all.
+        turns: how many there are; each has a reward.
     """
 
     examples: tuple[Problem, ...]
     train: tuple[Problem, ...]
     held_out: tuple[Problem, ...]
+    reward: Reward = is_correct
+    follow_up: FollowUp = _no_follow_up
+    turns: int = 1
 
     def prompt(self, problem: Problem) -> str:
         """The solved examples, one per line, then `problem`'s question without its answer."""
-        solved = [f"{example.question} {example.answer}\n" for example in self.examples]
-        return "".join(solved) + problem.question
+        return "".join(map(self._solved, self.examples)) + problem.question
+
+    def _solved(self, problem: Problem | None) -> str:
+        text = ""
+        while problem is not None:
+            text += f"{problem.question} {problem.answer}\n"
+            problem = self.follow_up(problem, problem.answer)
+        return text
 
 
-def parse_answer(response: str) -> str:
-    """The answer a response gives: its first line, without surrounding white space."""
-    return response.split("\n", 1)[0].strip()
-
-
-def is_correct(response: str, problem: Problem) -> bool:
-    """Whether the answer given is the right one, character for character.
-
-    `reasoning_gym`'s `score_answer` gives partial credit for a wrong answer and full credit
-    for odd spellings (`+07`), so it isn't used.
-    """
-    return parse_answer(response) == problem.answer
-
-
-def make_task(name: str, *, examples: int, train_size: int, eval_size: int, seed: int) -> Task:
+def make_task(config: TaskConfig, seed: int) -> Task:
     """Draw distinct problems and divide them.
 
     Args:
-        name: one of `TASKS`.
-        examples: solved problems in each prompt.
-        train_size: problems to train on.
-        eval_size: held-out problems.
+        config: which problems, how many, and their reward.
         seed: of the draw and the division.
 
     Returns:
         The task.
 
     Raises:
-        ValueError: the name is unknown, or the task has too few distinct problems.
+        ValueError: the task or its reward is unknown, or it has too few distinct problems.
     """
-    if name not in TASKS:
-        raise ValueError(f"task: expected one of {sorted(TASKS)}, got {name!r}")
-    needed = examples + train_size + eval_size
-    problems = _distinct_problems(TASKS[name], needed, seed)
+    source = _source(config)
+    needed = config.examples + config.train_size + config.eval_size
+    problems = _distinct(source.problems(seed, needed), needed)
     if len(problems) < needed:
         raise ValueError(
-            f"task: {name!r} gave {len(problems)} distinct problems, "
-            f"expected examples + train_size + eval_size = {needed}"
+            f"task.name: {config.name!r} gave {len(problems)} distinct problems, expected "
+            f"examples + train_size + eval_size = {needed}"
         )
     # The draw exhausts the rare short questions first; shuffle, so that all sets are alike.
     random.Random(seed).shuffle(problems)
+    first_held_out = config.examples + config.train_size
     return Task(
-        examples=tuple(problems[:examples]),
-        train=tuple(problems[examples : examples + train_size]),
-        held_out=tuple(problems[examples + train_size :]),
+        examples=tuple(problems[: config.examples]),
+        train=tuple(problems[config.examples : first_held_out]),
+        held_out=tuple(problems[first_held_out:]),
+        reward=_reward(config.reward, source),
+        follow_up=source.follow_up,
+        turns=source.turns,
     )
 
 
+# Where problems come from
+
+
 @dataclass(frozen=True)
-class _Source:
-    """Where a task's problems come from: a reasoning-gym dataset and how to ask its questions."""
+class Dataset:
+    """A reasoning-gym dataset and how to ask its questions."""
 
-    dataset: str
-    ask: Callable[[dict[str, Any]], str]
+    name: str
+    ask: Callable[[Mapping[str, Any]], str]
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    follow_up: FollowUp = _no_follow_up
+    turns: int = 1
+
+    def problems(self, seed: int, needed: int) -> Iterator[Problem]:
+        # Many draws repeat a question; a source that hasn't given enough by then is too small.
+        try:
+            draws = reasoning_gym.create_dataset(
+                self.name, seed=seed, size=20 * needed, **self.options
+            )
+        except (TypeError, AssertionError) as error:
+            raise ValueError(f"task.options: {self.name} refuses them: {error}") from None
+        for entry in draws:
+            yield Problem(self.ask(entry), str(entry["answer"]), entry)
+
+    def score(self, response: str, problem: Problem) -> float:
+        """What the dataset's own check gives, partial credit included."""
+        dataset = reasoning_gym.create_dataset(self.name, seed=0, size=1, **self.options)
+        return float(dataset.score_answer(answer=response.strip(), entry=problem.entry))
 
 
-def _expression(entry: dict[str, Any]) -> str:
+@dataclass(frozen=True)
+class JsonLines:
+    """A file with one `{"prompt": ..., "answer": ...}` per line."""
+
+    path: Path
+    follow_up: FollowUp = _no_follow_up
+    turns: int = 1
+
+    def problems(self, seed: int, needed: int) -> Iterator[Problem]:
+        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+                yield Problem(entry["prompt"], str(entry["answer"]), entry)
+            except (json.JSONDecodeError, KeyError, TypeError):
+                raise ValueError(
+                    f'task.name: line {number} of {self.path} is not {{"prompt": ..., '
+                    f'"answer": ...}}: {line[:60]!r}'
+                ) from None
+
+
+def _expression(entry: Mapping[str, Any]) -> str:
     return f"{entry['metadata']['expression']} ="
 
 
-def _question_and_answer(entry: dict[str, Any]) -> str:
+def _question_and_answer(entry: Mapping[str, Any]) -> str:
     return f"Q: {entry['question']} A:"
 
 
-TASKS: Mapping[str, _Source] = MappingProxyType(
+def _first_step(entry: Mapping[str, Any]) -> str:
+    return _expression(entry).rsplit(" ", 3)[0] + " ="
+
+
+def _second_step(problem: Problem, response: str) -> Problem | None:
+    """a + b + c in two steps: the second goes on from what the first one gave, right or wrong."""
+    if "second" in problem.entry:
+        return None
+    operator, operand = problem.entry["metadata"]["expression"].split()[-2:]
+    try:
+        given = int(parse_answer(response))
+    except ValueError:
+        given = int(problem.answer)
+    answer = given + int(operand) if operator == "+" else given - int(operand)
+    return Problem(f"{given} {operator} {operand} =", str(answer), {"second": True})
+
+
+@dataclass(frozen=True)
+class TwoStep(Dataset):
+    """Sums of three numbers, in two turns; each turn has its own reward."""
+
+    follow_up: FollowUp = _second_step
+    turns: int = 2
+
+    def problems(self, seed: int, needed: int) -> Iterator[Problem]:
+        for problem in super().problems(seed, needed):
+            a, operator, b = problem.question.removesuffix(" =").split()
+            first = int(a) + int(b) if operator == "+" else int(a) - int(b)
+            yield Problem(problem.question, str(first), problem.entry)
+
+
+TASKS: Mapping[str, Dataset] = MappingProxyType(
     {
         # 155 problems in all
-        "digit_sums": _Source("chain_sum", _expression, {"max_terms": 2, "max_digits": 1}),
-        "sums": _Source("chain_sum", _expression, {"max_terms": 2, "max_digits": 2}),
-        "products": _Source("products", _expression, {"max_digits": 2}),
-        "letter_counting": _Source(
+        "digit_sums": Dataset("chain_sum", _expression, {"max_terms": 2, "max_digits": 1}),
+        "sums": Dataset("chain_sum", _expression, {"max_terms": 2, "max_digits": 2}),
+        "products": Dataset("products", _expression, {"max_digits": 2}),
+        "letter_counting": Dataset(
             "letter_counting", _question_and_answer, {"min_words": 2, "max_words": 4}
+        ),
+        "two_step": TwoStep(
+            "chain_sum", _first_step, {"min_terms": 3, "max_terms": 3, "max_digits": 1}
         ),
     }
 )
 
 
-def _distinct_problems(source: _Source, needed: int, seed: int) -> list[Problem]:
-    """Up to `needed` different problems, in the order drawn.
+def _source(config: TaskConfig) -> Dataset | JsonLines:
+    if config.name in TASKS:
+        if config.options:
+            raise ValueError(
+                f"task.options: {config.name!r} has its own; they are for the datasets of "
+                "reasoning-gym"
+            )
+        return TASKS[config.name]
+    if config.name.endswith(".jsonl"):
+        path = Path(config.name)
+        if not path.is_file():
+            raise ValueError(f"task.name: no such file: {path}")
+        return JsonLines(path)
+    known = [*TASKS, *reasoning_gym.factory.DATASETS]
+    if config.name not in known:
+        close = _nearest(config.name, known)
+        hint = close if "did you mean" in close else f"; there are {', '.join(TASKS)}"
+        raise ValueError(
+            f"task.name: expected a task, a dataset of reasoning-gym or a .jsonl file, got "
+            f"{config.name!r}{hint}"
+        )
+    ask = itemgetter("question") if config.chat else _question_and_answer
+    return Dataset(config.name, ask, config.options)
+
+
+def _reward(name: str, source: Dataset | JsonLines) -> Reward:
+    if name == "exact":
+        # reasoning-gym's own gives partial credit for a wrong answer and full credit for odd
+        # spellings (`+07`)
+        return is_correct
+    if name == "score":
+        if isinstance(source, JsonLines) or source.turns > 1:
+            raise ValueError("task.reward: 'score' is the check of a reasoning-gym dataset")
+        return source.score
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"task.reward: can't import {name!r}: {error}") from None
+    if not callable(found):
+        raise ValueError(f"task.reward: {name!r} is no function of (response, problem)")
+    return cast(Reward, found)
+
+
+def _distinct(problems: Iterator[Problem], needed: int) -> list[Problem]:
+    """Up to `needed` different ones, in the order drawn.
 
     Questions made of the same words, with the same answer, are one problem: who was trained on
     `3 + 4` has not been tested by `4 + 3`.
     """
-    # Many draws repeat a question; a source that hasn't given enough by then is too small.
-    draws = reasoning_gym.create_dataset(
-        source.dataset, seed=seed, size=20 * needed, **source.options
-    )
-    problems: dict[tuple[str, ...], Problem] = {}
-    for entry in draws:
-        problem = Problem(source.ask(entry), entry["answer"])
-        problems.setdefault((*sorted(problem.question.split()), problem.answer), problem)
-        if len(problems) == needed:
+    found: dict[tuple[str, ...], Problem] = {}
+    for problem in problems:
+        found.setdefault((*sorted(problem.question.split()), problem.answer), problem)
+        if len(found) == needed:
             break
-    return list(problems.values())
+    return list(found.values())

@@ -1,0 +1,198 @@
+"""Where the noise between an engine's log-probs and the trainer's comes from, against the clip range.
+
+    python -m gspo_ops.benchmarks.mismatch --out NAME.json
+
+A model samples responses. Their log-probs are computed twice, with one thing changed: the padding,
+the rows that stand beside, decoding with a cache instead of one forward, the rounding of the head,
+the dtype of the body. The difference, averaged over a response, is what GSPO's ratio takes for a
+change of the policy.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gspo_ops import GRPO, GSPO, log_probs_from_hidden
+
+from .clip_error import PROMPTS, flipped, log_ratios
+from .measure import default_device, provenance, write
+from .providers import METHODS
+
+LENGTHS = (4, 8, 16, 32, 64, 128, 256, 512)
+PADDING = 7  # columns on the left
+BODIES = ("float32", "bfloat16")
+
+
+class Sampled(NamedTuple):
+    """A model, (S, P + T) tokens, and P."""
+
+    model: Any
+    tokens: Tensor
+    prompt: int
+
+    @property
+    def targets(self) -> Tensor:
+        return self.tokens[:, self.prompt :]
+
+
+def body(dtype: str, device: torch.device) -> AbstractContextManager:
+    enabled = dtype == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def sample(name: str, sequences: int, length: int, device: torch.device) -> Sampled:
+    """Responses at temperature 1, which no token ends, to prompts of one length."""
+    from gspo_ops.trainer.model import load_model
+    from gspo_ops.trainer.rollout import Vocabulary, generate
+
+    model, tokenizer = load_model(name)
+    model = model.to(device)
+    never_stop = Vocabulary(tokenizer.eos_token_id, torch.tensor([], device=device).long())
+    prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
+    shortest = min(map(len, prompts))
+    rollout = generate(
+        model, [prompt[:shortest] for prompt in prompts], never_stop,
+        group_size=sequences // len(prompts), max_new_tokens=length, temperature=1.0,
+        autocast=nullcontext, generator=torch.Generator(device).manual_seed(0),
+    )  # fmt: skip
+    rows = rollout.prompts.repeat_interleave(rollout.group_size, 0)
+    return Sampled(model, torch.cat([rows, rollout.responses], 1), shortest)
+
+
+# Hidden states that predict the responses, (S, T, H)
+
+
+def one_forward(of: Sampled, dtype: str) -> Tensor:
+    """As an update does it: the whole batch, no padding."""
+    with body(dtype, of.tokens.device):
+        hidden = of.model.base_model(of.tokens[:, :-1], use_cache=False).last_hidden_state
+    return hidden[:, of.prompt - 1 :]
+
+
+def padded(of: Sampled, dtype: str) -> Tensor:
+    tokens = torch.nn.functional.pad(of.tokens[:, :-1], (PADDING, 0))
+    mask = torch.ones_like(tokens)
+    mask[:, :PADDING] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with body(dtype, tokens.device):
+        hidden = of.model.base_model(
+            tokens, attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
+    return hidden[:, PADDING + of.prompt - 1 :]
+
+
+def alone(of: Sampled, dtype: str) -> Tensor:
+    rows = [one_forward(of._replace(tokens=row[None]), dtype) for row in of.tokens]
+    return torch.cat(rows)
+
+
+def cached(of: Sampled, dtype: str) -> Tensor:
+    """Token by token, as an engine decodes."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=of.model.config)
+    found = []
+    step = of.tokens[:, : of.prompt]
+    for t in range(of.prompt, of.tokens.shape[1]):
+        with body(dtype, of.tokens.device):
+            hidden = of.model.base_model(step, past_key_values=cache).last_hidden_state
+        found.append(hidden[:, -1])
+        step = of.tokens[:, t : t + 1]
+    return torch.stack(found, 1)
+
+
+# Log-probs from hidden states, (S, T)
+
+
+def exact_head(of: Sampled, hidden: Tensor) -> Tensor:
+    weight = of.model.get_output_embeddings().weight.detach()
+    return log_probs_from_hidden(hidden.contiguous(), weight, of.targets)
+
+
+def rounded_head(of: Sampled, hidden: Tensor) -> Tensor:
+    """A bf16 head with bf16 logits, as most engines have it."""
+    weight = of.model.get_output_embeddings().weight.detach().bfloat16()
+    method = METHODS["eager, bf16 logits"].compute
+    rows = zip(hidden.bfloat16(), of.targets, strict=True)
+    return torch.cat([method(h[None], weight, y[None]) for h, y in rows]).float()
+
+
+@torch.no_grad()
+def differences(of: Sampled) -> dict[str, dict[str, Tensor]]:
+    """By dtype of the body and source: what one changed thing does to (S, T) log-probs."""
+    found: dict[str, dict[str, Tensor]] = {}
+    training = {}
+    ways: dict[str, Callable[[Sampled, str], Tensor]] = {
+        "padding": padded, "micro-batch": alone, "cached decoding": cached
+    }  # fmt: skip
+    for dtype in BODIES:
+        hidden = one_forward(of, dtype)
+        training[dtype] = exact_head(of, hidden)
+        found[dtype] = {}
+        for name, way in ways.items():
+            other = way(of, dtype)
+            found[dtype][name] = exact_head(of, other) - training[dtype]
+        found[dtype]["head rounding"] = rounded_head(of, hidden) - training[dtype]
+        # cached is the last of the ways
+        found[dtype]["engine: cached, rounded head"] = rounded_head(of, other) - training[dtype]
+    found["bfloat16"]["body in bf16, training in fp32"] = training["bfloat16"] - training["float32"]
+    return found
+
+
+def summary(difference: Tensor) -> dict[str, Any]:
+    """By length: error of s_i and decisions flipped; by token: what leaves GRPO's clip range."""
+    by_length = {}
+    for length in (n for n in LENGTHS if difference.shape[1] % n == 0):
+        error = log_ratios(difference.double(), torch.zeros_like(difference).double(), length)
+        by_length[str(length)] = {
+            "rms": error.expm1().square().mean().sqrt().item(), "flipped": flipped(error),
+            "clipped_by_noise": _outside(error, GSPO().clip_low, GSPO().clip_high),
+        }  # fmt: skip
+    tokens = difference.double().flatten()
+    return {
+        "by_length": by_length, "token_rms": tokens.expm1().square().mean().sqrt().item(),
+        "tokens_clipped_by_noise": _outside(tokens, GRPO().clip_low, GRPO().clip_high),
+    }  # fmt: skip
+
+
+def _outside(log_ratio: Tensor, low: float, high: float) -> float:
+    """Share that the clip range cuts off, for advantages of both signs alike."""
+    ratio = log_ratio.exp()
+    return ((ratio > 1 + high).double() + (ratio < 1 - low).double()).mean().item() / 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2", help="or a local model directory")
+    parser.add_argument("--sequences", type=int, default=16, help="a multiple of 4")
+    parser.add_argument("--length", type=int, default=512, help="tokens sampled per sequence")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+    of = sample(args.model, args.sequences, args.length, default_device())
+    report = {
+        "benchmark": "mismatch", **provenance(), "model": args.model,
+        "sequences": len(of.tokens), "length": args.length, "padding": PADDING,
+        "bodies": {
+            dtype: {name: summary(d) for name, d in sources.items()}
+            for dtype, sources in differences(of).items()
+        },
+    }  # fmt: skip
+    for dtype, sources in report["bodies"].items():
+        for name, at in sources.items():
+            cells = "  ".join(
+                f"{n}: {x['rms']:.1e} {x['flipped']:4.0%}" for n, x in at["by_length"].items()
+            )
+            print(f"{dtype:9} {name:32} {cells}")
+    if args.out:
+        write(args.out, report)
+
+
+if __name__ == "__main__":
+    main()

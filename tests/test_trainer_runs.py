@@ -1,0 +1,452 @@
+"""Runs of the trainer that meet what real ones do: interruption, damage, NaN; and its options."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from gspo_ops.trainer import COMMANDS, load_config
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("reasoning_gym")
+pytest.importorskip("matplotlib")
+
+from gspo_ops.trainer import checkpoint  # noqa: E402
+from gspo_ops.trainer.loop import Diverged, Trainer  # noqa: E402
+from gspo_ops.trainer.model import load_model  # noqa: E402
+from gspo_ops.trainer.rollout import append_turn, concatenate  # noqa: E402
+from gspo_ops.trainer.tasks import TASKS, make_task  # noqa: E402
+from gspo_ops.trainer.tiny import character_tokenizer  # noqa: E402
+
+CLOCKS = {"tokens_per_s", "rollout_s", "old_log_probs_s", "update_s", "step_s"}
+
+
+@pytest.fixture(scope="session")
+def directory(tmp_path_factory):
+    """A model that answers at random, saved as transformers saves."""
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = character_tokenizer()
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, pad_token_id=0,
+        bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def reward_module(tmp_path_factory):
+    """A reward that differs among random answers."""
+    folder = tmp_path_factory.mktemp("rewards")
+    (folder / "first_letter.py").write_text(
+        "def score(response, problem):\n    return (ord(response[0]) % 7) / 7 if response else 0.0\n"
+    )
+    return folder
+
+
+def arguments(directory, out, *more):
+    return [
+        f"model.name={directory}", f"out={out}", "steps=6", "rollout.prompts=4",
+        "rollout.group_size=4", "rollout.max_new_tokens=4", "update.mini_batches=2",
+        "update.learning_rate=1e-3", "task.train_size=20", "task.eval_size=8", "task.examples=0",
+        "task.reward=first_letter:score", "checkpoint.every=1", "device=cpu", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def make(directory, reward_module, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(reward_module))
+
+    def make(*more):
+        return Trainer.of(load_config(None, arguments(directory, tmp_path / "run", *more)))
+
+    return make
+
+
+def rows_of(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows]
+
+
+def assert_same_run(a, b):
+    assert rows_of(a) == rows_of(b)
+    assert (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
+    weights = "model/model.safetensors"
+    assert (a / weights).read_bytes() == (b / weights).read_bytes()
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (a, b)]
+    assert summaries[0] | {"seconds": 0} == summaries[1] | {"seconds": 0}
+
+
+class TestCheckpoint:
+    def test_the_last_ones_are_kept(self, tmp_path):
+        for step in range(1, 6):
+            checkpoint.save(tmp_path, step, {"x": torch.full((3,), step)}, keep=2)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000004", "step-000005"]
+        found = checkpoint.load_last(tmp_path)
+        assert found.step == 5
+        assert torch.equal(found.state["x"], torch.full((3,), 5))
+
+    @pytest.mark.parametrize("damage", ["cut", "bit", "manifest", "gone", "no manifest"])
+    def test_a_damaged_one_is_passed_over(self, tmp_path, damage):
+        for step in (1, 2):
+            checkpoint.save(tmp_path, step, {"x": torch.full((300,), step)}, keep=2)
+        state, manifest = (tmp_path / "step-000002" / n for n in ("state.pt", "manifest.json"))
+        data = bytearray(state.read_bytes())
+        if damage == "cut":
+            state.write_bytes(data[:-1])
+        elif damage == "bit":
+            data[len(data) // 2] ^= 1
+            state.write_bytes(data)
+        elif damage == "gone":
+            state.unlink()
+        elif damage == "no manifest":
+            manifest.unlink()
+        else:
+            manifest.write_text("{")
+        with pytest.warns(UserWarning, match="step-000002 is damaged"):
+            assert checkpoint.load_last(tmp_path).step == 1
+
+    def test_one_half_written_is_not_there(self, tmp_path):
+        checkpoint.save(tmp_path, 1, {"x": 1}, keep=2)
+        (tmp_path / "step-000002.partial").mkdir()
+        assert checkpoint.load_last(tmp_path).step == 1
+        checkpoint.save(tmp_path, 2, {"x": 2}, keep=2)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000001", "step-000002"]
+
+    def test_none(self, tmp_path):
+        assert checkpoint.load_last(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "more", [(), ("objective.kl_coef=0.1",), ("model.lora_rank=2",), ("update.warmup_steps=5",)]
+)
+def test_resumed_is_uninterrupted(make, tmp_path, more, monkeypatch):
+    if any("lora" in key for key in more):
+        pytest.importorskip("peft")
+    make(*more).run()
+    whole = (tmp_path / "run").rename(tmp_path / "whole")
+    first = make(*more)
+    step = first.step
+
+    def fail_at_fourth():
+        if len(rows_of(tmp_path / "run")) == 3:
+            raise KeyboardInterrupt
+        return step()
+
+    monkeypatch.setattr(first, "step", fail_at_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    make(*more).run(resume=True)
+    if (whole / "model/model.safetensors").exists():
+        assert_same_run(whole, tmp_path / "run")
+    else:
+        adapter = "model/adapter_model.safetensors"
+        assert (whole / adapter).read_bytes() == (tmp_path / "run" / adapter).read_bytes()
+        assert rows_of(whole) == rows_of(tmp_path / "run")
+
+
+def test_another_run_is_not_continued(make, tmp_path):
+    make("steps=2").run()
+    with pytest.raises(ValueError, match="update: the run in .* has .*learning_rate"):
+        make("steps=3", "update.learning_rate=1e-4").run(resume=True)
+    make("steps=3").run(resume=True)  # more steps are no other run
+    assert len(rows_of(tmp_path / "run")) == 3
+
+
+def test_an_old_run_is_moved_aside(make, tmp_path):
+    for _ in range(3):
+        make("steps=1").run()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run-1", "run-2"]
+
+
+def start(directory, reward_module, out):
+    code = f"import sys; sys.path.insert(0, {str(reward_module)!r}); from gspo_ops.cli import main"
+    return subprocess.Popen(
+        [
+            sys.executable, "-c", f"{code}; sys.exit(main(sys.argv[1:]))", "train", "--resume",
+            *arguments(directory, out),
+        ],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def kill_at_random_and_resume(directory, reward_module, out, kills, seed):
+    """Half of the kills come while a checkpoint is being written."""
+    chance = random.Random(seed)
+    landed = 0
+    while landed < kills:
+        process = start(directory, reward_module, out)
+        while process.poll() is None and not list(out.glob("checkpoints/*")):
+            time.sleep(0.001)
+        if landed % 2:
+            while process.poll() is None and not list(out.glob("checkpoints/*.partial")):
+                pass
+        else:
+            time.sleep(chance.uniform(0, 0.3))
+        if process.poll() is None:
+            process.kill()
+            landed += process.wait() == -signal.SIGKILL
+        elif landed < kills:  # it came to its end: the rest is killed from the beginning
+            assert process.returncode == 0, process.stderr.read()
+            yield out
+            shutil.rmtree(out)
+    process = start(directory, reward_module, out)
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    yield out
+
+
+def killed_runs_end_like_whole_ones(directory, reward_module, tmp_path, kills):
+    whole = tmp_path / "whole"
+    assert start(directory, reward_module, whole).wait() == 0
+    ended = 0
+    for out in kill_at_random_and_resume(directory, reward_module, tmp_path / "run", kills, 0):
+        assert_same_run(whole, out)
+        ended += 1
+    assert ended
+
+
+def test_killed_and_resumed(directory, reward_module, tmp_path):
+    killed_runs_end_like_whole_ones(directory, reward_module, tmp_path, 2)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_instants(directory, reward_module, tmp_path):
+    killed_runs_end_like_whole_ones(directory, reward_module, tmp_path, 20)
+
+
+def test_stopped_by_a_signal(directory, reward_module, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert start(directory, reward_module, whole).wait() == 0
+    process = start(directory, reward_module, out)
+    while process.poll() is None and not list(out.glob("checkpoints/*")):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    if process.returncode != 0:  # 0: the last step was over before the signal came
+        assert process.returncode == 130
+        assert "--resume goes on" in error
+    assert start(directory, reward_module, out).wait() == 0
+    assert_same_run(whole, out)
+
+
+class TestBadUpdates:
+    def poison(self, trainer, monkeypatch, calls):
+        loss = trainer._loss
+        seen = []
+
+        def poisoned(batch):
+            seen.append(batch)
+            found = loss(batch)
+            return found._replace(loss=found.loss * float("nan")) if len(seen) in calls else found
+
+        monkeypatch.setattr(trainer, "_loss", poisoned)
+
+    def test_one_is_skipped_and_counted(self, make, monkeypatch):
+        trainer = make()
+        self.poison(trainer, monkeypatch, {1, 2})
+        before = [p.clone() for p in trainer.model.parameters()]
+        assert trainer.step()["skipped_updates"] == 2
+        assert all(map(torch.equal, before, trainer.model.parameters()))
+        row = trainer.step()
+        assert row["skipped_updates"] == trainer.bad_updates == 0
+        assert not all(map(torch.equal, before, trainer.model.parameters()))
+
+    def test_many_end_the_run(self, make, monkeypatch, tmp_path, capsys):
+        trainer = make("update.max_bad_updates=3")
+        self.poison(trainer, monkeypatch, set(range(3, 99)))
+        with pytest.raises(Diverged, match="3 updates in a row had a loss or a gradient that is"):
+            trainer.run()
+        assert len(rows_of(tmp_path / "run")) == 2
+        assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_lora_trains_and_saves_what_peft_loads(make, tmp_path):
+    peft = pytest.importorskip("peft")
+    trainer = make("model.lora_rank=2", "steps=2")
+    fresh, _ = load_model(trainer.config.model.name)
+    frozen = [p for p in trainer.model.parameters() if not p.requires_grad]
+    assert trainer.model.get_output_embeddings().weight.requires_grad is False
+    trainer.run()
+    for p, q in zip(frozen, fresh.parameters(), strict=True):
+        assert torch.equal(p, q)
+    tokens = torch.tensor([[5, 6, 7]])
+    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "run" / "model")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, trainer.model(tokens).logits)
+        with loaded.disable_adapter():
+            assert not torch.equal(loaded(tokens).logits, trainer.model(tokens).logits)
+
+
+class TestOldLogProbs:
+    def test_sampling_and_training_agree_in_fp32(self, make):
+        row = make("dtype=float32").step()
+        assert 0 < row["mismatch_token_max"] < 1e-5
+        assert row["mismatch_clip_frac"] == 0
+        assert row["first_ratio_error"] == 0
+
+    def test_bf16_sampling_is_clipped_by_gspo_and_not_by_grpo(self, make):
+        options = ("dtype=float32", "rollout.dtype=bfloat16", "update.old_log_probs=rollout")
+        gspo, grpo = (make(*options, f"objective.name={name}").step() for name in ("gspo", "grpo"))
+        assert gspo["mismatch_token_max"] == grpo["mismatch_token_max"] > 1e-4
+        assert gspo["mismatch_clip_frac"] > 0 == grpo["mismatch_clip_frac"]
+        assert gspo["first_ratio_error"] > 0
+
+    @pytest.mark.parametrize("name", ["gspo", "grpo"])
+    def test_rollout_weights(self, make, name):
+        trainer = make("update.rollout_weight_cap=1.5", f"objective.name={name}")
+        rollout, _ = trainer._sample(list(trainer.task.train[:2]), 3, trainer.generator)
+        lengths = rollout.mask.sum(1)
+        difference = torch.linspace(-2, 2, int(lengths.sum()))
+        weights = trainer._rollout_weights(rollout, difference)
+        of = difference if name == "grpo" else torch.stack(
+            [d.sum() for d in difference.split(lengths.tolist())]
+        )  # fmt: skip
+        torch.testing.assert_close(weights, of.exp().clamp(max=1.5))
+        assert trainer.step()["grad_norm"] > 0
+
+
+def test_refill_replaces_groups_without_a_gradient(make, monkeypatch):
+    """Only one problem in two has rewards that differ."""
+    trainer = make("rollout.refill=3")
+    reward = trainer.task.reward
+    dead = {p.question for p in trainer.task.train[::2]}
+    task = trainer.task.__class__(
+        **{
+            **vars(trainer.task),
+            "reward": lambda r, p: 0.0 if p.question in dead else reward(r, p),
+        }
+    )
+    trainer.task = task
+    problems, rollout, rewards, refilled = trainer._sample_groups()
+    assert refilled >= 1
+    live = [p.question not in dead for p in problems]
+    assert sum(live) == 4
+    assert len(rollout.responses) == len(rewards) == 16
+    asked = [p for p in problems for _ in range(4)]
+    again = [task.reward(a, p) for a, p in zip(trainer._texts(rollout), asked, strict=True)]
+    torch.testing.assert_close(rewards[:, 0], torch.tensor(again))
+    prompts = trainer.tokenizer.batch_decode(
+        [x[m] for x, m in zip(rollout.prompts, rollout.prompt_mask, strict=True)]
+    )
+    assert prompts == [task.prompt(p) for p in problems]
+
+
+class TestTurns:
+    def test_each_turn_has_its_own_advantage(self, make):
+        trainer = make("task.name=two_step", "objective.name=gspo-token", "rollout.group_size=3")
+        problems = list(trainer.task.train[:2])
+        rollout, rewards = trainer._sample(problems, 3, trainer.generator)
+        assert rewards.shape == (6, 2)
+        advantages = torch.arange(12.0).view(6, 2)
+        batch, _ = trainer._prepare(rollout, advantages)
+        start = 0
+        for i, turn in enumerate(rollout.turn):
+            sampled = turn[turn >= 0]
+            assert set(sampled.tolist()) == {0, 1}
+            got = batch.advantages[start : start + len(sampled)]
+            assert torch.equal(got, advantages[i][sampled])
+            start += len(sampled)
+        assert trainer.step()["grad_norm"] > 0
+
+    def test_the_second_question_goes_on_from_the_first_answer(self):
+        made = make_task(load_config(None, ["task.name=two_step", "objective.name=grpo"]).task, 0)
+        for problem in made.train[:10]:
+            expression = problem.entry["metadata"]["expression"]
+            operator, operand = expression.split()[-2:]
+            after_right = made.follow_up(problem, f" {problem.answer}\n")
+            assert after_right.answer == problem.entry["answer"] == str(eval(expression))
+            after_wrong = made.follow_up(problem, " 99\n")
+            assert after_wrong.question == f"99 {operator} {operand} ="
+            assert after_wrong.answer == str(eval(f"99 {operator} {operand}"))
+            assert made.follow_up(problem, "what?").question == after_right.question
+            assert made.follow_up(after_right, " 5\n") is None
+            assert made.reward(f" {after_wrong.answer}\n", after_wrong)
+
+    def test_tokens_of_later_questions_do_not_count(self, make):
+        trainer = make("task.name=two_step", "objective.name=gspo-token")
+        rollout, _ = trainer._sample(list(trainer.task.train[:2]), 2, trainer.generator)
+        asked = rollout.real & ~rollout.mask
+        assert asked.any(1).all()
+        assert (rollout.log_probs[asked] == 0).all()
+        for row, real, mask in zip(rollout.responses, rollout.real, rollout.mask, strict=True):
+            assert real.tolist() == sorted(real.tolist(), reverse=True)
+            text = trainer.tokenizer.decode(row[real & ~mask])
+            assert text.lstrip("\n").endswith("=")
+            assert int(real.sum()) == int(mask.sum()) + len(text)
+
+    def test_shapes(self, make):
+        trainer = make()
+        rollout, _ = trainer._sample(list(trainer.task.train[:2]), 2, trainer.generator)
+        longer = append_turn(rollout, [[7], [8, 9], [7], [7]], rollout, 0)
+        assert (longer.turn == 1).sum() == rollout.mask.sum()
+        both = concatenate([rollout, longer], 0)
+        assert torch.equal(both.select(torch.tensor([2, 3])).targets(), longer.targets())
+        assert torch.equal(both.select(torch.tensor([1, 0, 2, 3])).select(
+            torch.tensor([1, 0])).targets(), rollout.targets())  # fmt: skip
+
+
+class TestSources:
+    def test_json_lines(self, make, tmp_path):
+        path = tmp_path / "problems.jsonl"
+        lines = [json.dumps({"prompt": f"say {i}:", "answer": i}) for i in range(40)]
+        path.write_text("\n\n".join(lines))
+        trainer = make(f"task.name={path}")
+        assert {p.answer for p in trainer.task.train} <= set(map(str, range(40)))
+        assert trainer.step()["grad_norm"] > 0
+        path.write_text("\n".join([*lines, '{"prompt": 3}']))
+        with pytest.raises(ValueError, match=r'line 41 of .* is not \{"prompt"'):
+            make(f"task.name={path}", "task.train_size=99")
+
+    def test_any_dataset_of_reasoning_gym_with_its_own_check(self):
+        config = load_config(
+            None,
+            ["task.name=gcd", "task.options.max_numbers=2", "task.reward=score"],
+        )
+        made = make_task(config.task, 0)
+        assert "gcd" not in TASKS
+        problem = made.train[0]
+        assert made.reward(problem.answer, problem) == 1.0
+        assert made.reward("nothing", problem) < 1.0
+
+
+def test_kl_to_the_model_before_training(make):
+    trainer = make("objective.kl_coef=0.5", "steps=2")
+    first, second = trainer.step(), trainer.step()
+    assert first["ref_kl"] < second["ref_kl"]
+
+
+def test_chat_template(make):
+    trainer = make()
+    trainer.config = load_config(None, ["task.chat=true"])
+    trainer.tokenizer.chat_template = "<{{ messages[0]['content'] }}>"
+    problem = trainer.task.train[0]
+    text = trainer.tokenizer.decode(trainer._prompt_tokens(problem))
+    assert text == f"<{trainer.task.prompt(problem)}>"
+
+
+def test_several_runs_in_one_picture(make, tmp_path, capsys):
+    for _ in range(2):
+        make("steps=2").run()
+    runs = [str(tmp_path / name) for name in ("run", "run-1")]
+    picture = tmp_path / "new" / "both.png"
+    assert COMMANDS["plot"]([*runs, "--out", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert COMMANDS["plot"]([str(tmp_path)]) == 2
+    assert "no run in" in capsys.readouterr().err
+
+
+def test_tensorboard(make, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    make("steps=2", "logging.tensorboard=true").run()
+    found = events.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [e.step for e in found.Scalars("reward")] == [1, 2]
