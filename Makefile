@@ -7,7 +7,7 @@ ifneq ($(PY),$(VENV)/bin/python)
 READY :=
 endif
 
-.PHONY: demo test bench report lint verify clean
+.PHONY: demo test bench gpu static report lint verify clean
 
 demo: $(READY)
 	$(PY) -m gspo_ops.cli train --preset demo
@@ -19,6 +19,12 @@ test: $(READY)
 # All that the bench extra brings; where an environment is given (PY=), the peers that it has.
 bench: $(READY) $(READY:.ready=.peers)
 	$(PY) -m gspo_ops.cli bench --out runs/bench/results.json --plot runs/bench/results.png
+
+gpu: $(READY)
+	$(PY) -m gspo_ops.benchmarks.gpu
+
+static: $(READY) $(READY:.ready=.peers)
+	$(PY) -m gspo_ops.benchmarks.static --out runs/static.json
 
 report: $(READY)
 	$(PY) -m gspo_ops.benchmarks.report
