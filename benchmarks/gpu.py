@@ -2,8 +2,8 @@
 
     python -m gspo_ops.benchmarks.gpu [--limit SECONDS] [--out NAME.json]
 
-Each step has a process and a time limit of its own: one that fails or hangs is written down, and the
-next begins. The results file is whole after every step.
+Each step has a process and a time limit of its own: one that fails or hangs is written down, and
+the next begins. The results file is whole after every step.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def plan(folder: Path) -> list[Step]:
         ),
         Step("verify", [python, "-m", "gspo_ops.cli", "verify"], 60),
         timed(
-            "logits-bf16", 60, "--path", "logits", "--shape", "8192,151936", "--f", "1", "0.5", "0.1"
+            "logits-bf16", 60, "--path", "logits", "--shape", "8192,151936",
+            "--f", "1", "0.5", "0.1",
         ),
         timed(
             "hidden-bf16", 90, "--path", "hidden", "--shape", "8192,151936,4096", "--f", "1", "0.5",

@@ -1,4 +1,4 @@
-"""Where the noise between an engine's log-probs and the trainer's comes from, against the clip range.
+"""Where the noise between an engine's log-probs and the trainer's comes from, and how wide it is.
 
     python -m gspo_ops.benchmarks.mismatch --out NAME.json
 

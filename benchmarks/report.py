@@ -129,9 +129,9 @@ def static_table(report: dict) -> list[str]:
     targets = list(dict.fromkeys(row["target"] for row in report["ours"]))
     given = report["given"]
     lines = [
-        f"For {', '.join(targets)}: registers / spills / shared memory in KB; for kernels on logits "
-        f"bits of a load and instructions per logit, for products matrix instructions. Compiled, not "
-        f"run.",
+        f"For {', '.join(targets)}: registers / spills / shared memory in KB; for kernels on "
+        f"logits bits of a load and instructions per logit, for products matrix instructions. "
+        f"Compiled, not run.",
         "",
         f"| | kernel | {' | '.join(targets)} |",
         f"|{'---|' * (2 + len(targets))}",

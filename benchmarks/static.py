@@ -345,7 +345,9 @@ def compiling(target: str) -> Iterator[list[tuple[str, Any]]]:
 @cache
 def compile_variant(name: str, target: str) -> Compiled:
     """One of ours."""
-    launch, options = ALL[name]
+    launch: Callable[..., None]
+    options: dict[str, Any]
+    launch, options = ALL[name]  # type: ignore[assignment]
     with compiling(target) as binaries:
         launch(**options)
     ((_, binary),) = binaries
@@ -365,7 +367,7 @@ def read_binary(binary: Any, target: str) -> Compiled:
 
 def measure(body, load, store, width, barrier):
     """A loop from its instructions and the patterns of its machine."""
-    accesses = {"load": [], "store": []}
+    accesses: dict[str, list[int]] = {"load": [], "store": []}
     for line in body:
         for kind, pattern in (("load", load), ("store", store)):
             if found := re.search(pattern, line):
@@ -381,10 +383,14 @@ def read_cubin(asm):
         file.write(asm["cubin"])
         file.flush()
         usage, sass = (
-            subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
+            subprocess.run(
+                [*map(str, command), file.name], capture_output=True, text=True, check=True
+            ).stdout
             for command in ([tools / "cuobjdump", "-res-usage"], [tools / "nvdisasm", "-c"])
         )
-    code, labels, ends = [], {}, {}
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    ends: dict[int, int] = {}
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label.group(1)] = len(code)
@@ -417,7 +423,8 @@ def sass_width(suffix):
 def read_amdgcn(asm):
     """Registers, spills, loops, which the compiler marks in comments, and text."""
     text = asm["amdgcn"]
-    bodies, loop = {}, None
+    bodies: dict[str, list[str]] = {}
+    loop = None
     for line in text.splitlines():
         if block := re.match(r"\.L(BB\w+):|; %bb", line):
             inside = re.search(r"in Loop: Header=(BB\w+)", line)
@@ -434,7 +441,7 @@ def read_amdgcn(asm):
         for h in headers
     ]
     names = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
-    used = {name: int(re.search(rf"\.{name}:\s+(\d+)", text).group(1)) for name in names}
+    used = {name: int(re.findall(rf"\.{name}:\s+(\d+)", text)[0]) for name in names}
     registers = used.pop("vgpr_count")
     return registers, used, loops, text
 
@@ -486,7 +493,7 @@ def _trl_chunked() -> None:
 
     operands = empty(N, H, dtype=BF16), empty(HEAD_V, H, dtype=BF16)
     hidden, weight = (x.requires_grad_() for x in operands)
-    with mock.patch.object(chunked_logprob, "_use_triton", lambda device: True):
+    with mock.patch.object(chunked_logprob, "_use_triton", return_value=True):
         out = chunked_logprob.ChunkedLogProbFunction.apply(
             hidden, weight, None, empty(N, dtype=torch.int64), 1.0, 8192, None, 1.0, ()
         )
@@ -580,9 +587,7 @@ def predictions(bandwidth: float, matmul: float, fractions: tuple[float, ...]) -
     rows = []
     for f in fractions:
         for op, nbytes in of_bytes.items():
-            rows.append(
-                {"op": op, "f": f, "bytes": nbytes(f), "ms": 1e3 * nbytes(f) / bandwidth}
-            )
+            rows.append({"op": op, "f": f, "bytes": nbytes(f), "ms": 1e3 * nbytes(f) / bandwidth})
         for op, flops in of_flops.items():
             rows.append({"op": op, "f": f, "flops": flops(f), "ms": 1e3 * flops(f) / matmul})
     return rows

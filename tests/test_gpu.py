@@ -116,7 +116,7 @@ def test_repeats_are_bitwise_equal(way):
 
 @pytest.mark.parametrize("way", ["logits", "hidden triton keep"])
 def test_a_row_does_not_depend_on_the_batch(way):
-    case, options = make(way)
+    case, _ = make(way)
     hidden = len(case.operands) == 2
     op = gspo_ops.log_probs_from_hidden if hidden else gspo_ops.log_probs_from_logits
     rows = case.operands[0].detach().flatten(0, 1)

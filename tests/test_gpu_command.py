@@ -35,7 +35,8 @@ def test_without_a_gpu_it_ends_at_once():
 
 
 def test_a_step_that_fails_or_hangs_is_written_down_and_the_next_runs():
-    child = f"import subprocess, time; subprocess.run([{PYTHON!r}, '-c', 'import time; time.sleep(60)'])"
+    nap = "import time; time.sleep(60)"
+    child = f"import subprocess; subprocess.run([{PYTHON!r}, '-c', {nap!r}])"
     found = run(
         [
             python("good", "print('fine')"),

@@ -11,8 +11,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 pytest.importorskip("triton")
 
-from gspo_ops.benchmarks import static  # noqa: E402
-from gspo_ops.benchmarks.static import (  # noqa: E402
+from gspo_ops.benchmarks import static
+from gspo_ops.benchmarks.static import (
     BWD,
     COMBINATIONS,
     EPILOGUES,

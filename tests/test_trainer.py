@@ -277,7 +277,7 @@ class TestTasks:
             make_task(TaskConfig(train_size=300, eval_size=10), 0)
 
     def test_unknown_name(self):
-        with pytest.raises(ValueError, match="task.name: expected a task, a dataset"):
+        with pytest.raises(ValueError, match=r"task\.name: expected a task, a dataset"):
             make_task(small_task("poetry"), 0)
 
 
@@ -342,7 +342,9 @@ class TestLossFromHidden:
             raise AssertionError("the head was called")
 
         for loss_from in ("hidden", "logits"):
-            trainer = Trainer(config(tmp_path, update__loss_from=loss_from), model, tokenizer, task())
+            trainer = Trainer(
+                config(tmp_path, update__loss_from=loss_from), model, tokenizer, task()
+            )
             batch = off_policy_batch(trainer)
             with model.get_output_embeddings().register_forward_pre_hook(fail):
                 if loss_from == "hidden":

@@ -48,7 +48,8 @@ def reward_module(tmp_path_factory):
     """A reward that differs among random answers."""
     folder = tmp_path_factory.mktemp("rewards")
     (folder / "first_letter.py").write_text(
-        "def score(response, problem):\n    return (ord(response[0]) % 7) / 7 if response else 0.0\n"
+        "def score(response, problem):\n"
+        "    return (ord(response[0]) % 7) / 7 if response else 0.0\n"
     )
     return folder
 
@@ -156,7 +157,7 @@ def test_resumed_is_uninterrupted(make, tmp_path, more, monkeypatch):
 
 def test_another_run_is_not_continued(make, tmp_path):
     make("steps=2").run()
-    with pytest.raises(ValueError, match="update: the run in .* has .*learning_rate"):
+    with pytest.raises(ValueError, match=r"update: the run in .* has .*learning_rate"):
         make("steps=3", "update.learning_rate=1e-4").run(resume=True)
     make("steps=3").run(resume=True)  # more steps are no other run
     assert len(rows_of(tmp_path / "run")) == 3

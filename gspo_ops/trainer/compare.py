@@ -47,8 +47,11 @@ class Run:
         ]  # fmt: skip
 
     def folder(self, out: Path) -> Path:
-        return out / self.model / self.arm.lower().replace(", ", "-").replace(" ", "-") / (
-            f"seed-{self.seed}"
+        return (
+            out
+            / self.model
+            / self.arm.lower().replace(", ", "-").replace(" ", "-")
+            / (f"seed-{self.seed}")
         )
 
 
@@ -193,9 +196,10 @@ def expert_churn_table(common: TrainConfig) -> list[dict[str, float]]:
         model = replace(common.model, name="tiny-moe")
         trainer = Trainer.of(replace(common, update=update, model=model))
         rollout, advantages = _rollout(trainer)
-        chunk = rollout.split(common.update.mini_batches)[0], advantages.chunk(
-            common.update.mini_batches
-        )[0]
+        chunk = (
+            rollout.split(common.update.mini_batches)[0],
+            advantages.chunk(common.update.mini_batches)[0],
+        )
 
         def routing(part: Any = chunk[0], trainer: Any = trainer) -> RoutingReplay:
             recorded = RoutingReplay()
@@ -286,10 +290,10 @@ def draw(results: dict, path: Path) -> None:
     gains = axes[1, 2]
     names = [(model, arm) for model, arms in MODELS.items() for arm in arms]
     for place, (model, arm) in enumerate(names):
-        values = _gains(results, model, arm)
-        gains.plot([place] * len(values), values, "o", color=_COLORS[arm], mfc="none")
+        of_arm = _gains(results, model, arm)
+        gains.plot([place] * len(of_arm), of_arm, "o", color=_COLORS[arm], mfc="none")
         gains.errorbar(
-            [place + 0.2], [mean(values)], [_mean_and_error(values)[1]], fmt="s",
+            [place + 0.2], [mean(of_arm)], [_mean_and_error(of_arm)[1]], fmt="s",
             color=_COLORS[arm], capsize=3,
         )  # fmt: skip
     gains.axhline(0, color="grey", lw=0.8)
@@ -302,9 +306,7 @@ def draw(results: dict, path: Path) -> None:
 
 
 def _gains(results: dict, model: str, arm: str) -> list[float]:
-    return [
-        r["summary"]["gain"] for r in results["runs"] if (r["model"], r["arm"]) == (model, arm)
-    ]
+    return [r["summary"]["gain"] for r in results["runs"] if (r["model"], r["arm"]) == (model, arm)]
 
 
 def report(results: dict) -> list[str]:
@@ -371,6 +373,6 @@ def _findings(results: dict) -> list[str]:
     lines.append(
         f"- Weights in one batch: GRPO's reach from {low:.3g} to {high:.3g} and differ within a "
         f"response, GSPO's from {s_low:.6g} to {s_high:.6g}, one per response; clipped to 0: "
-        f"{sum(not x for x in grpo) / len(grpo):.1%} and {sum(not x for x in gspo) / len(gspo):.1%}."
+        f"{grpo.count(0.0) / len(grpo):.1%} and {gspo.count(0.0) / len(gspo):.1%}."
     )
     return lines

@@ -238,7 +238,7 @@ class CheckpointConfig(_Section):
     """What `--resume` continues from.
 
     Attributes:
-        every: steps between checkpoints; 0 for one at the end, or when the run is interrupted.
+        every: steps between checkpoints; 0 for one only if the run is interrupted.
         keep: so many of the last ones stay.
         save_model: leave the trained model (or adapter) in `out/model`.
     """

@@ -14,7 +14,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,6 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import (
-    PolicyLoss,
     group_advantages,
     log_probs_from_hidden,
     log_probs_from_logits,
@@ -61,7 +60,7 @@ _LOG_PROBS: dict[str, Callable[..., Tensor]] = {
     "logits": log_probs_from_logits,
     "eager": reference.log_probs_from_logits,
 }
-_POLICY_LOSS: dict[str, Callable[..., PolicyLoss]] = {
+_POLICY_LOSS: dict[str, Callable[..., tuple[Tensor, dict[str, Tensor]]]] = {
     "hidden": policy_loss_from_hidden,
     "logits": policy_loss_from_logits,
     "eager": reference.policy_loss_from_logits,
@@ -199,8 +198,9 @@ class Trainer:
                 progress.train_seconds = time.monotonic() - train_start
                 bar.update()
                 bar.set_postfix_str(_progress(row))
-                is_due = config.checkpoint.every and progress.step % config.checkpoint.every == 0
-                if is_due or stopped() or progress.step == config.steps:
+                every = config.checkpoint.every
+                is_last = progress.step == config.steps
+                if stopped() or (every and (is_last or progress.step % every == 0)):
                     self._save(files, progress)
                 if stopped():
                     bar.close()
@@ -312,9 +312,7 @@ class Trainer:
         answers = self._texts(rollout)
         rewards = [[self.task.reward(a, p) for a, p in zip(answers, asked, strict=True)]]
         for _ in range(self.task.turns - 1):
-            following = [
-                self.task.follow_up(p, a) for p, a in zip(asked, answers, strict=True)
-            ]
+            following = [self.task.follow_up(p, a) for p, a in zip(asked, answers, strict=True)]
             asked = [problem for problem in following if problem is not None]
             texts = [
                 problem.question if answer.endswith("\n") else "\n" + problem.question
@@ -424,6 +422,7 @@ class Trainer:
             return None
         if self.reference is not None:
             return self._log_probs(self.reference, rollout)
+        assert self.adapter is not None
         with self.adapter.disable_adapter():
             return self._log_probs(self.model, rollout)
 
@@ -470,7 +469,7 @@ class Trainer:
         self.optimizer.zero_grad()
         return stats | {"loss": loss.detach(), "grad_norm": norm}
 
-    def _loss(self, batch: Batch) -> PolicyLoss:
+    def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         inputs, options = self._distributions(self.model, batch.rollout)
         return _POLICY_LOSS[self.config.update.loss_from](
             *inputs, batch.rollout.targets(), batch.old_log_probs, batch.advantages,
@@ -530,9 +529,7 @@ class Trainer:
         self.generator.set_state(state["generator"])
         self.deck.load_state_dict(state["deck"])
         self.bad_updates = state["bad_updates"]
-        progress = Progress(
-            found.step, state["before"], state["train_seconds"], state["seconds"]
-        )
+        progress = Progress(found.step, state["before"], state["train_seconds"], state["seconds"])
         print(f"resumed after step {found.step}")
         return RunFiles.reopen(self.config, state["files"]), progress
 
@@ -624,17 +621,15 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         signal.signal(number, before[number])
         print("\nstopping after this step; once more to stop at once")
 
-    before = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        try:
+    before: dict[int, Any] = {}
+    with suppress(ValueError):  # of another than the main thread, which is told instead
+        for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, stop)
-        except ValueError:  # not in the main thread, which is told instead
-            pass
     try:
         yield lambda: came
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def _is_mixed(rewards: Tensor, group_size: int) -> Tensor:

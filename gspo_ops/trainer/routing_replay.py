@@ -6,13 +6,14 @@
     with routing.replay(model):
         loss(...).backward()           # the same tokens; the backward inside, for checkpointing
 
-Only the indices are replayed. A router of transformers computes scores, takes the top k of them, and
-makes weights of their values. Here its own code runs with `topk` giving the recorded indices and the
-live values at them: weights are those of the live router, its gradients too, and replaying the
-native routing changes nothing. Any model whose routers choose with one `topk` can be used: Qwen3-MoE,
-Qwen2-MoE, Mixtral, OLMoE, gpt-oss, Granite-MoE, MiniMax and others of that form.
+Only the indices are replayed. A router of transformers computes scores, takes the top k of them,
+and makes weights of their values. Here its own code runs with `topk` giving the recorded indices
+and the live values at them: weights are those of the live router, its gradients too, and replaying
+the native routing changes nothing. Any model whose routers choose with one `topk` can be used:
+Qwen3-MoE, Qwen2-MoE, Mixtral, OLMoE, gpt-oss, Granite-MoE, MiniMax and others of that form.
 
-The GSPO paper (arXiv 2507.18071, section 5.3) has it as what GRPO needs on MoE models, and GSPO not.
+The GSPO paper (arXiv 2507.18071, section 5.3) has it as what GRPO needs on MoE models, and GSPO
+not.
 """
 
 from __future__ import annotations

@@ -126,9 +126,7 @@ def teach(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int)
         optimizer.zero_grad()
 
 
-def _examples(
-    problems: list[Problem], tokenizer: PreTrainedTokenizerFast
-) -> tuple[Tensor, Tensor]:
+def _examples(problems: list[Problem], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
     """(n, S) questions with their answers, padded on the right, and where the answers are."""
     asked = [tokenizer(p.question)["input_ids"] for p in problems]
     answered = [tokenizer(f" {p.answer}\n")["input_ids"] for p in problems]
