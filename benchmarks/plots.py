@@ -151,7 +151,8 @@ def mismatch(report: dict, path: Path) -> None:
             lengths = [int(n) for n in points]
             errors = [of["rms"] or float("nan") for of in points.values()]
             style = _MARKERS[place] + "-"
-            axis.plot(lengths, errors, style, color=f"C{place}", mfc="none", label=name)
+            label = name if max(of["rms"] for of in points.values()) else f"{name}: 0"
+            axis.plot(lengths, errors, style, color=f"C{place}", mfc="none", label=label)
         axis.axhline(GSPO().clip_low, color="black", ls="--", label="clip range, lower side")
         axis.set(
             title=f"body in {dtype}", xscale="log", yscale="log",

@@ -147,3 +147,28 @@ def test_epilogues(name, target):
 @pytest.mark.parametrize("name", COMBINATIONS | PRODUCT_COMBINATIONS)
 def test_optional_arguments_compile(name):
     assert not list(common_problems(compile_variant(name, "sm_90")))
+
+
+def test_a_peer_that_fails_says_why(monkeypatch):
+    def launch():
+        static.launch_bwd(static.BF16)
+        raise ValueError("no such shape\nand more")
+
+    monkeypatch.setitem(static.PEERS, "some", ("torch", launch))
+    monkeypatch.setitem(static.PEERS, "absent", ("no_such_package", launch))
+    kernels, why = static.compile_peer("some", "sm_90")
+    assert why == "ValueError: no such shape"
+    assert list(kernels) == ["log_probs_bwd_kernel"]  # what compiled before is shown
+    assert kernels["log_probs_bwd_kernel"] == compile_variant("bwd bf16", "sm_90")
+    assert static.compile_peer("absent", "sm_90") == ({}, "not installed")
+
+
+def test_predictions():
+    rows = {(row["op"], row["f"]): row for row in static.predictions(3e12, 790e12, (1, 0.5))}
+    logits, unit = 8192 * 151936, 8192 * 151936 * 4096
+    ours = rows["gspo_ops from logits", 1]
+    assert ours["bytes"] == 6 * logits
+    assert ours["ms"] == pytest.approx(2.49, abs=0.005)
+    assert rows["gspo_ops from logits", 0.5]["bytes"] == 5 * logits
+    assert rows["gspo_ops from hidden, keep or chunk", 0.5]["flops"] == 4 * unit
+    assert rows["gspo_ops from hidden, recompute", 1]["ms"] == pytest.approx(51.6, abs=0.1)
