@@ -214,6 +214,26 @@ def trainer_table(report: dict) -> list[str]:
                 f"| {case} | {loss} | {at['update_s']:.2f} | {at['old_log_probs_s']:.2f} "
                 f"| {at['peak_bytes'] / 2**20:.0f} | {rewards} |"
             )
+    lines += [
+        "",
+        "Sampling in bf16, training in fp32, medians over 3 steps. Absolute difference of the two "
+        "log-probs of a token, and of a response's mean; tokens that the difference alone clips; "
+        "tokens clipped in all updates; largest error of a ratio before the first update.",
+        "",
+        "| objective | old log-probs from | token, mean | token, max | response, mean "
+        "| response, max | clipped by it | clipped | first ratios |",
+        f"|{'---|' * 9}",
+    ]
+    for row in report["engine"]:
+        differences = " | ".join(
+            f"{row[f'mismatch_{key}']:.1e}"
+            for key in ("token_mean", "token_max", "sequence_mean", "sequence_max")
+        )
+        lines.append(
+            f"| {row['objective']} | {row['old_log_probs']} | {differences} "
+            f"| {row['mismatch_clip_frac']:.1%} | {row['clip_frac_tokens']:.1%} "
+            f"| {row['first_ratio_error']:.1e} |"
+        )
     return lines
 
 

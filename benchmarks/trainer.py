@@ -1,4 +1,4 @@
-"""The fused loss against eager PyTorch inside the reference trainer: curves, time, memory.
+"""The reference trainer with the fused loss and with eager PyTorch, and with an engine's log-probs.
 
     python -m gspo_ops.benchmarks.trainer --out NAME.json
 
@@ -27,6 +27,14 @@ CASES = {
         "evaluation.samples=1", "checkpoint.save_model=false",
     ],
 }  # fmt: skip
+ENGINE = [
+    "--preset", "demo", "steps=3", "evaluation.samples=1", "dtype=float32",
+    "rollout.dtype=bfloat16",
+]  # fmt: skip
+SEEN = (
+    "mismatch_token_mean", "mismatch_token_max", "mismatch_sequence_mean", "mismatch_sequence_max",
+    "mismatch_clip_frac", "clip_frac_tokens", "first_ratio_error",
+)  # fmt: skip
 
 
 def train(arguments: list[str]) -> dict:
@@ -40,11 +48,20 @@ def train(arguments: list[str]) -> dict:
     rows = read_metrics(Path(out))
     return {
         "reward": [row["reward"] for row in rows],
-        "clip_frac": [row["clip_frac_tokens"] for row in rows],
+        "seen": {key: median(row[key] for row in rows) for key in SEEN},
         "update_s": median(row["update_s"] for row in rows[1:]),
         "old_log_probs_s": median(row["old_log_probs_s"] for row in rows[1:]),
         "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
+
+
+def in_a_process(arguments: list[str]) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [sys.executable, "-m", __spec__.name, "--run", *arguments, f"out={folder}/run"],
+            stdout=subprocess.PIPE, text=True, check=True,
+        )  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
@@ -55,25 +72,23 @@ def main() -> None:
     if args.run is not None:
         print("\n" + json.dumps(train(args.run)))
         return
-    report: dict = {"benchmark": "trainer", **provenance(), "results": {}}
+    report: dict = {"benchmark": "trainer", **provenance(), "results": {}, "engine": []}
     for case, arguments in CASES.items():
         of = report["results"][case] = {}
         for loss in LOSSES:
-            with tempfile.TemporaryDirectory() as folder:
-                done = subprocess.run(
-                    [
-                        sys.executable, "-m", __spec__.name, "--run", *arguments,
-                        f"out={folder}/run", f"update.loss_from={loss}",
-                    ],
-                    stdout=subprocess.PIPE, text=True, check=True,
-                )  # fmt: skip
-            of[loss] = json.loads(done.stdout.splitlines()[-1])
+            of[loss] = in_a_process([*arguments, f"update.loss_from={loss}"])
             print(
                 f"{case:28} {loss:8} update {of[loss]['update_s']:.2f} s, old log-probs "
                 f"{of[loss]['old_log_probs_s']:.2f} s, peak {of[loss]['peak_bytes'] / 2**20:.0f} "
                 f"MiB, last reward {of[loss]['reward'][-1]:.3f}",
                 flush=True,
             )
+    for objective in ("gspo", "grpo"):
+        for old in ("recompute", "rollout"):
+            options = [f"objective.name={objective}", f"update.old_log_probs={old}"]
+            seen = in_a_process([*ENGINE, *options])["seen"]
+            report["engine"].append({"objective": objective, "old_log_probs": old, **seen})
+            print(report["engine"][-1], flush=True)
     if args.out:
         write(args.out, report)
 
