@@ -97,7 +97,8 @@ def test_reference_defines_every_op(name):
 LAYERS = [
     {"cli"},
     {"benchmarks"},
-    {"trainer", "integrations"},
+    {"trainer"},
+    {"integrations"},
     {"testing", "environment"},
     {"gspo_ops"},  # the package itself
     {"linear_policy_loss", "linear_log_probs", "plan"},

@@ -18,6 +18,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("reasoning_gym")
 pytest.importorskip("matplotlib")
 
+from gspo_ops.integrations.transformers import output_head  # noqa: E402
 from gspo_ops.trainer.config import TaskConfig  # noqa: E402
 from gspo_ops.trainer.loop import Batch, Trainer  # noqa: E402
 from gspo_ops.trainer.model import load_model  # noqa: E402
@@ -25,7 +26,6 @@ from gspo_ops.trainer.report import Summary  # noqa: E402
 from gspo_ops.trainer.rollout import (  # noqa: E402
     Vocabulary,
     generate,
-    head_logits,
     response_hidden,
 )
 from gspo_ops.trainer.tasks import (  # noqa: E402
@@ -190,7 +190,7 @@ class TestRollout:
         prompts, rollout = sample(group_size=5, max_new_tokens=6, temperature=2.0)
         with torch.no_grad():
             hidden = response_hidden(model, rollout, nullcontext)
-            packed = head_logits(model, hidden)
+            packed = output_head(model).logits(hidden)
         assert hidden.shape == (int(rollout.mask.sum()), model.config.hidden_size)
         assert packed.dtype == torch.float32
         for i, logits in enumerate(packed.split(rollout.mask.sum(1).tolist())):
@@ -205,7 +205,7 @@ class TestRollout:
         tokens = torch.tensor([tokenizer("10 - 4 - 3 =")["input_ids"]], device=device)
         with torch.no_grad():
             hidden = model.base_model(tokens).last_hidden_state
-            capped, plain = head_logits(model, hidden), model(tokens).logits
+            capped, plain = output_head(model).logits(hidden), model(tokens).logits
             uncapped = model.lm_head(hidden)
         assert uncapped.abs().max() > 2.0 > capped.abs().max()
         torch.testing.assert_close(capped, plain, atol=1e-5, rtol=1e-5)
@@ -341,18 +341,13 @@ class TestLossFromHidden:
         def fail(*_):
             raise AssertionError("the head was called")
 
-        for loss_from in ("hidden", "logits"):
-            trainer = Trainer(
-                config(tmp_path, update__loss_from=loss_from), model, tokenizer, task()
-            )
-            batch = off_policy_batch(trainer)
-            with model.get_output_embeddings().register_forward_pre_hook(fail):
-                if loss_from == "hidden":
-                    trainer._log_probs(trainer.model, batch.rollout)
-                    assert trainer._update(batch)["grad_norm"] > 0
-                else:  # the hook would have noticed
-                    with pytest.raises(AssertionError, match="the head was called"):
-                        trainer._update(batch)
+        trainer = Trainer(config(tmp_path), model, tokenizer, task())
+        batch = off_policy_batch(trainer)
+        with model.get_output_embeddings().register_forward_pre_hook(fail):
+            trainer._log_probs(trainer.model, batch.rollout)
+            assert trainer._update(batch)["grad_norm"] > 0
+            with pytest.raises(AssertionError, match="the head was called"):
+                model(batch.rollout.prompts)  # the hook would have noticed
 
     @pytest.mark.parametrize("head", ["plain", "tied", "bias", "softcap"])
     def test_gradients_are_those_from_logits(self, model, tokenizer, device, tmp_path, head):
@@ -432,10 +427,10 @@ def test_local_model_directory(model, tmp_path):
         assert torch.equal(a.cpu(), b)
 
 
-def test_a_head_that_is_not_linear_is_refused(model, tmp_path):
-    model.config.logit_scale = 0.25
+def test_a_head_that_the_ops_can_t_apply_is_refused(model, tmp_path):
+    model.config.logit_scale, model.config.final_logit_softcapping = 0.25, 2.0
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="logit_scale"):
+    with pytest.raises(ValueError, match="both a scale of its logits and a soft cap"):
         load_model(str(tmp_path))
 
 

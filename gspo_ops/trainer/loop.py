@@ -33,6 +33,7 @@ from .. import (
     policy_loss_from_logits,
     reference,
 )
+from ..integrations.transformers import output_head
 from . import checkpoint
 from .config import TrainConfig, from_tables, to_tables
 from .model import add_lora, load_model
@@ -44,8 +45,6 @@ from .rollout import (
     append_turn,
     concatenate,
     generate,
-    head_logits,
-    logit_softcap,
     response_hidden,
 )
 from .routing_replay import RoutingReplay, find_routers
@@ -494,11 +493,10 @@ class Trainer:
         """What the ops make log-probs from: hidden states and head, or logits; and options."""
         temperature = self.config.rollout.temperature
         hidden = response_hidden(model, rollout, self._autocast(self.config.dtype))
+        head = output_head(model)
         if self.config.update.loss_from != "hidden":
-            return (head_logits(model, hidden),), {"temperature": temperature}
-        head, softcap = model.get_output_embeddings(), logit_softcap(model)
-        options = {"bias": head.bias, "softcap": softcap, "temperature": temperature}
-        return (hidden, head.weight), options
+            return (head.logits(hidden),), {"temperature": temperature}
+        return (hidden, head.weight), head.options(temperature)
 
     def _autocast(self, dtype: str) -> Autocast:
         return lambda: torch.autocast(

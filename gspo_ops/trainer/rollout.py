@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import log_probs_from_logits
+from ..integrations.transformers import output_head
 
 Autocast = Callable[[], AbstractContextManager]
 
@@ -200,7 +201,7 @@ def generate(
     turn = torch.full_like(responses, -1)
     log_probs = responses.new_zeros(responses.shape, dtype=torch.float32)
     for t in range(max_new_tokens):
-        logits = head_logits(model, last)
+        logits = output_head(model).logits(last)
         chosen = _choose(logits, vocabulary.pad_id, temperature, generator)
         responses[rows, t] = chosen
         turn[rows, t] = 0
@@ -268,29 +269,6 @@ def _tree_mask(real: Tensor, response: Tensor) -> Tensor:
     # Padding attends to itself: attending to nothing is NaN in some attention kernels.
     itself = torch.eye(len(response), dtype=torch.bool, device=real.device)
     return ((causal & lineage & real[:, None, :]) | itself)[:, None]
-
-
-def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Apply the output head, and the model's softcap, in fp32.
-
-    A bf16 head would round the logits, which alone moves a sequence's ratio by as much as GSPO's
-    clip range is wide.
-
-    Args:
-        model: a causal language model.
-        hidden: (N, H) last hidden states.
-
-    Returns:
-        (N, V) fp32 logits.
-    """
-    logits = model.get_output_embeddings()(hidden.float())
-    softcap = logit_softcap(model)
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
-def logit_softcap(model: PreTrainedModel) -> float | None:
-    """The c of models that replace their logits by c * tanh(logits / c); None for the others."""
-    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
 
 def _choose(

@@ -1,0 +1,157 @@
+"""Policy losses of a causal language model of transformers, from its body's hidden states.
+
+The head is never called, so that logits never exist. Written for transformers 5; nothing of it is
+imported, and any model with `base_model` and `get_output_embeddings` will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from .. import PolicyLoss, log_probs_from_hidden, policy_loss_from_hidden
+
+
+class OutputHead(NamedTuple):
+    """logits = softcap(scale * (hidden @ weight^T + bias)).
+
+    Attributes:
+        weight: (V, H), also where it is tied to the embeddings.
+        bias: (V,) or None.
+        scale: of the logits, as in Cohere and Granite; 1 for most.
+        softcap: of the logits, as in Gemma; None for most.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+
+    def options(self, temperature: float) -> dict[str, Any]:
+        """Of the ops from hidden states. A scale divides the temperature."""
+        return {
+            "bias": self.bias, "softcap": self.softcap, "temperature": temperature / self.scale
+        }  # fmt: skip
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., V) in fp32.
+
+        A bf16 head would round them, which alone moves a sequence's ratio by as much as GSPO's clip
+        range is wide.
+        """
+        bias = None if self.bias is None else self.bias.float()
+        logits = nn.functional.linear(hidden.float(), self.weight.float(), bias) * self.scale
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
+
+
+def output_head(model: Any) -> OutputHead:
+    """The head of a causal language model, wrapped by peft or DDP or not.
+
+    Raises:
+        ValueError: the model has no head, or one that the ops can't apply.
+    """
+    model = _unwrapped(model)
+    last = getattr(model, "get_output_embeddings", lambda: None)()
+    if last is None or getattr(last, "weight", None) is None:
+        raise ValueError(f"{type(model).__name__} has no output embeddings: is it a causal model?")
+    config = model.config.get_text_config()
+    # Cohere multiplies its logits, Granite divides them
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    if softcap is not None and scale != 1.0:
+        raise ValueError(
+            f"{type(model).__name__} has both a scale of its logits and a soft cap: which comes "
+            "first is not known here"
+        )
+    return OutputHead(last.weight, getattr(last, "bias", None), scale, softcap)
+
+
+def log_probs_from_model(
+    model: Any,
+    batch: Mapping[str, Tensor],
+    count: int,
+    *,
+    temperature: float = 1.0,
+    **options: Any,
+) -> Tensor:
+    """Log-probs of each row's last `count` tokens, as `loss_from_model` sees them.
+
+    Args:
+        model: a causal language model of transformers, wrapped by peft or DDP or not.
+        batch: arguments of its forward: `input_ids` (B, S), `attention_mask` and so on.
+        count: T, tokens at the end of each row: the responses, padded on the right or not.
+        temperature: sampling temperature, > 0.
+        options: further ones of `log_probs_from_hidden`.
+
+    Returns:
+        (B, T) float32.
+
+    Raises:
+        ValueError: `batch` or `count` does not fit, or the model's head is unknown.
+    """
+    head = output_head(model)
+    hidden, targets = _last_hidden(model, batch, count)
+    return log_probs_from_hidden(
+        hidden, head.weight, targets, **head.options(temperature), **options
+    )
+
+
+def loss_from_model(
+    model: Any,
+    batch: Mapping[str, Tensor],
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    *,
+    mask: Tensor,
+    temperature: float = 1.0,
+    **options: Any,
+) -> PolicyLoss:
+    """The policy loss of the last T tokens of each row; see `policy_loss_from_hidden`.
+
+    Args:
+        model: a causal language model of transformers, wrapped by peft or DDP or not.
+        batch: arguments of its forward: `input_ids` (B, S), `attention_mask` and so on.
+        old_log_probs: (B, T) float32 of the policy that sampled, or None for on-policy.
+        advantages: (B,), or (B, T) with an objective that takes one per token.
+        mask: (B, T) non-zero at response tokens; T is taken from it.
+        temperature: sampling temperature, > 0.
+        options: further ones of `policy_loss_from_hidden`: `objective`, `denominator`, ...
+
+    Returns:
+        PolicyLoss(loss, stats).
+
+    Raises:
+        ValueError: an argument does not fit, or the model's head is unknown.
+    """
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"mask must have shape (B, T), one per response token, got {got}")
+    head = output_head(model)
+    hidden, targets = _last_hidden(model, batch, mask.shape[1])
+    return policy_loss_from_hidden(
+        hidden, head.weight, targets, old_log_probs, advantages, mask=mask,
+        **head.options(temperature), **options,
+    )  # fmt: skip
+
+
+def _last_hidden(model: Any, batch: Mapping[str, Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """Hidden states (B, T, H) that predict the last T tokens, and these."""
+    if "input_ids" not in batch:
+        raise ValueError(f"batch must have input_ids, got {sorted(batch)}")
+    ids = batch["input_ids"]
+    if ids.ndim != 2 or not 0 < count < ids.shape[1]:
+        raise ValueError(
+            f"batch['input_ids'] must have shape (B, S) with S > T={count} response tokens, got "
+            f"{tuple(ids.shape)}"
+        )
+    body = _unwrapped(model).base_model
+    hidden = body(**{"use_cache": False, **batch}).last_hidden_state
+    return hidden[:, -count - 1 : -1], ids[:, -count:]
+
+
+def _unwrapped(model: Any) -> Any:
+    model = getattr(model, "module", model)  # DistributedDataParallel
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # peft
