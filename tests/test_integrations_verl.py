@@ -90,7 +90,7 @@ def test_padding_may_hold_anything():
 
 def test_wrong_uses_are_refused():
     old, new, advantages, _, mask = make_batch(torch.float32, False)
-    with pytest.raises(ValueError, match="loss_agg_mode must be one of 'token-mean'.*got 'mean'"):
+    with pytest.raises(ValueError, match=r"loss_agg_mode must be one of 'token-mean'.*got 'mean'"):
         ours.policy_loss(old, new, advantages, mask, "mean", make_config({}))
     with pytest.raises(ValueError, match="config must be verl's ActorConfig"):
         ours.policy_loss(old, new, advantages, mask)

@@ -174,29 +174,34 @@ def start(directory, reward_module, out):
     return subprocess.Popen(
         [
             sys.executable, "-c", f"{code}; sys.exit(main(sys.argv[1:]))", "train", "--resume",
-            *arguments(directory, out),
+            *arguments(directory, out, "steps=20"),
         ],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
-def kill_at_random_and_resume(directory, reward_module, out, kills, seed):
-    """Half of the kills come while a checkpoint is being written."""
+def checkpoints(out, pattern="*"):
+    return {path.name for path in out.glob(f"checkpoints/{pattern}")}
+
+
+def kill_and_resume(directory, reward_module, out, kills, seed):
+    """Kill at random instants of the training, half of them while a checkpoint is written."""
     chance = random.Random(seed)
     landed = 0
     while landed < kills:
+        before = checkpoints(out, "step-??????")
         process = start(directory, reward_module, out)
-        while process.poll() is None and not list(out.glob("checkpoints/*")):
+        while process.poll() is None and checkpoints(out, "step-??????") <= before:
             time.sleep(0.001)
         if landed % 2:
-            while process.poll() is None and not list(out.glob("checkpoints/*.partial")):
+            while process.poll() is None and not checkpoints(out, "*.partial"):
                 pass
         else:
-            time.sleep(chance.uniform(0, 0.3))
-        if process.poll() is None:
-            process.kill()
-            landed += process.wait() == -signal.SIGKILL
-        elif landed < kills:  # it came to its end: the rest is killed from the beginning
+            time.sleep(chance.uniform(0, 0.2))
+        process.kill()
+        if process.wait() == -signal.SIGKILL:
+            landed += 1
+        else:  # it was over before: the rest is killed from the beginning
             assert process.returncode == 0, process.stderr.read()
             yield out
             shutil.rmtree(out)
@@ -210,7 +215,7 @@ def killed_runs_end_like_whole_ones(directory, reward_module, tmp_path, kills):
     whole = tmp_path / "whole"
     assert start(directory, reward_module, whole).wait() == 0
     ended = 0
-    for out in kill_at_random_and_resume(directory, reward_module, tmp_path / "run", kills, 0):
+    for out in kill_and_resume(directory, reward_module, tmp_path / "run", kills, 0):
         assert_same_run(whole, out)
         ended += 1
     assert ended

@@ -1,8 +1,8 @@
 """GSPO for verl, as one of its policy losses: `register()`, then `loss_mode: gspo_ops`.
 
 Written for verl 0.9. Log-probs are gathered already when verl calls a policy loss, so that what is
-fused here is the loss: ratio, clipping, aggregation and gradient in one kernel, with ratios that stay
-finite and padding that may hold anything.
+fused here is the loss: ratio, clipping, aggregation and gradient in one kernel, with ratios that
+stay finite and padding that may hold anything.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import Any
 from torch import Tensor
 
 from .. import GSPOToken, policy_loss_from_log_probs
+from ..objective import Aggregation
 
 LOSS_MODE = "gspo_ops"
 _WIDE = 0.01  # a clip range that GSPO's ratios never leave
 
 # verl's aggregation: ours, and which count of the global batch divides
-_AGGREGATIONS = {
+_AGGREGATIONS: dict[str, tuple[Aggregation, str | None]] = {
     "token-mean": ("token-mean", "batch_num_tokens"),
     "token-sum": ("token-sum", None),
     "seq-mean-token-sum": ("seq-mean-token-sum", "global_batch_size"),
@@ -56,7 +57,8 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Any]]:
     """GSPO with verl's signature; the counterpart of its own `"gspo"`.
 
-        s_it = stop_grad(s_i) * pi_t / stop_grad(pi_t),  loss = -agg(min(s_it A_it, clip(s_it) A_it))
+        s_it = stop_grad(s_i) * pi_t / stop_grad(pi_t)
+        loss = -agg(min(s_it A_it, clip(s_it) A_it))
 
     Args:
         old_log_prob: (B, T) float32 of the policy that sampled.

@@ -1,0 +1,145 @@
+"""GSPOTrainer: TRL's GRPOTrainer with the loss of its config fused, from hidden states.
+
+Written for TRL 1.16 to 1.x. Same config, same rollouts, rewards and logs; only the loss step is
+ours: logits never exist, log-probs are exact to fp32, and responses without a gradient cost nothing
+in the backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import trl
+from packaging.version import Version
+from torch import Tensor
+from trl import GRPOTrainer
+
+from .. import Objective, PolicyLoss
+from ..objective import Aggregation
+from .transformers import loss_from_model
+
+if not Version("1.16") <= Version(trl.__version__) < Version("2"):
+    raise ImportError(f"gspo_ops.integrations.trl is for TRL 1.16 to 1.x, got {trl.__version__}")
+
+# TRL's `loss_type`: the aggregation of the tokens' terms, before a denominator
+_AGGREGATIONS: dict[str, Aggregation] = {
+    "grpo": "seq-mean-token-mean",
+    "bnpo": "token-sum",
+    "dr_grpo": "token-sum",
+    "dapo": "token-sum",
+    "luspo": "seq-mean-token-sum",
+}
+_OURS = ("ratio_mean", "ratio_min", "ratio_max", "effective_sample_size", "active_token_frac")
+
+
+class GSPOTrainer(GRPOTrainer):
+    """GRPOTrainer whose loss comes from `gspo_ops`.
+
+    For GSPO as in the paper: `importance_sampling_level="sequence"`, `loss_type="grpo"`,
+    `epsilon=3e-4`, `epsilon_high=4e-4`. All other settings of `GRPOConfig` that change the loss
+    either do the same as in TRL or are refused. TRL's metrics are kept, but for
+    `clip_ratio/low_min` and `clip_ratio/high_max` of ratios per token; ours are logged as
+    `gspo_ops/...`.
+
+    Raises:
+        ValueError: a setting is not supported; the message names it.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Args:
+        args, kwargs: those of GRPOTrainer.
+        """
+        super().__init__(*args, **kwargs)
+        config = self.args
+        refused = {
+            "loss_type": self.loss_type not in _AGGREGATIONS,
+            "top_entropy_quantile": self.top_entropy_quantile < 1.0,
+            "off_policy_mask_threshold": self.off_policy_mask_threshold is not None,
+            "delta": config.delta is not None,
+            "use_bias_correction_kl": self.beta != 0.0 and config.use_bias_correction_kl,
+            "entropy_coef": self._entropy_bonus_enabled,
+            "router_aux_loss_coef": self.aux_loss_enabled,
+        }
+        for name in (name for name, is_refused in refused.items() if is_refused):
+            raise ValueError(
+                f"{name}={getattr(config, name, None)!r} is not supported by GSPOTrainer: "
+                "use GRPOTrainer for it"
+            )
+        if self.accelerator.num_processes > 1:
+            raise ValueError(
+                f"GSPOTrainer runs in one process, got {self.accelerator.num_processes}: it calls "
+                "the model's body, around the wrapper that would reduce gradients"
+            )
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        if inputs.get("pixel_values") is not None:
+            raise ValueError("GSPOTrainer is for text: pixel_values are not supported")
+        mask = inputs["completion_mask"]
+        if "tool_mask" in inputs:
+            mask = mask * inputs["tool_mask"]
+        found = self._fused_loss(model, inputs, mask)
+        self._log_stats(found.stats, inputs, mask)
+        return found.loss
+
+    def _fused_loss(self, model: Any, inputs: dict[str, Any], mask: Tensor) -> PolicyLoss:
+        advantages = inputs["advantages"]
+        level = self.importance_sampling_level
+        if level == "sequence" and advantages.ndim == 2:
+            level = "sequence_token"  # whose gradient is right for an advantage per token
+        batch = {
+            key: torch.cat([inputs[f"prompt_{of}"], inputs[f"completion_{of}"]], dim=1)
+            for key, of in (("input_ids", "ids"), ("attention_mask", "mask"))
+        }
+        weights = None
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            weights = inputs["importance_sampling_ratio"].float()
+            weights = weights.squeeze(1) if weights.shape[1] == 1 else weights
+        with self.accelerator.autocast():
+            return loss_from_model(
+                model, batch, inputs.get("old_per_token_logps"), advantages.float(), mask=mask,
+                temperature=self.temperature, objective=self._objective(level),
+                ref_log_probs=inputs["ref_per_token_logps"] if self.beta != 0.0 else None,
+                rollout_weights=weights, denominator=self._denominator(inputs, mask),
+                return_entropy=True,
+            )  # fmt: skip
+
+    def _objective(self, level: Any) -> Objective:
+        aggregation = _AGGREGATIONS[self.loss_type]
+        return Objective(
+            ratio_level=level, clip_low=self.epsilon_low, clip_high=self.epsilon_high,
+            aggregation=aggregation, kl_coef=self.beta,
+        )  # fmt: skip
+
+    def _denominator(self, inputs: dict[str, Any], mask: Tensor) -> float | Tensor:
+        """What TRL divides by, accumulation included; it counts empty responses as well."""
+        is_training = self.model.training
+        steps = self.current_gradient_accumulation_steps if is_training else 1
+        if self.loss_type == "bnpo":
+            return mask.sum().clamp(min=1.0) * float(steps)
+        if self.loss_type == "dr_grpo":
+            return float(len(mask) * self.max_completion_length * steps)
+        if self.loss_type == "dapo":
+            items = inputs["num_items_in_batch"].clamp(min=1.0).float()
+            return items * (steps / self.args.steps_per_generation) if is_training else items
+        return float(len(mask) * steps)
+
+    def _log_stats(self, stats: dict[str, Tensor], inputs: dict[str, Any], mask: Tensor) -> None:
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        if self.beta != 0.0:
+            metrics["kl"].append(stats["ref_kl"].item())
+        metrics["entropy"].append(stats["entropy"].item())
+        low, high = stats["clip_frac_low"], stats["clip_frac_high"]
+        if self.importance_sampling_level == "sequence" and inputs["advantages"].ndim == 1:
+            # of sequences, each counting once, as TRL has it
+            ratio = stats["log_ratio"].exp()
+            is_low = (ratio < 1 - self.epsilon_low) & (inputs["advantages"] < 0)
+            is_high = (ratio > 1 + self.epsilon_high) & (inputs["advantages"] > 0)
+            low, high = is_low.float().mean(), is_high.float().mean()
+            metrics["clip_ratio/low_min"].append(is_low.float().min().item())
+            metrics["clip_ratio/high_max"].append(is_high.float().max().item())
+        metrics["clip_ratio/low_mean"].append(low.item())
+        metrics["clip_ratio/high_mean"].append(high.item())
+        metrics["clip_ratio/region_mean"].append((low + high).item())
+        for name in _OURS:
+            metrics[f"gspo_ops/{name}"].append(stats[name].item())

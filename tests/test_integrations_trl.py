@@ -1,0 +1,196 @@
+"""GSPOTrainer's loss step beside that of GRPOTrainer, on the same inputs and in a real run."""
+
+import importlib.util
+from functools import partial
+
+import pytest
+import torch
+
+if importlib.util.find_spec("trl") is None:
+    pytest.skip("needs trl: pip install 'gspo-ops[bench]'", allow_module_level=True)
+import transformers
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+
+from gspo_ops.integrations.trl import GSPOTrainer
+from gspo_ops.trainer.tiny import character_tokenizer
+
+LEVELS = {
+    "GSPO": {"importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4},
+    "GRPO": {"importance_sampling_level": "token", "epsilon": 0.2, "epsilon_high": 0.27},
+}
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+levels = pytest.mark.parametrize("level", LEVELS)
+
+
+@pytest.fixture(scope="session")
+def directory(tmp_path_factory):
+    """TRL loads the reference model from where the model came from."""
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(character_tokenizer()), hidden_size=32, intermediate_size=64,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
+        pad_token_id=0, bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    character_tokenizer().save_pretrained(path)
+    return path
+
+
+def reward(completions, **_):
+    return [float(len(set(completion)) % 3) for completion in completions]
+
+
+@pytest.fixture
+def make_trainer(directory, tmp_path):
+    return partial(trainer_of, str(directory), tmp_path)
+
+
+def trainer_of(model, out, kind, **options):
+    settings = {
+        "output_dir": str(out), "per_device_train_batch_size": 4, "num_generations": 4,
+        "max_completion_length": 6, "use_cpu": True, "bf16": False, "report_to": "none",
+        "learning_rate": 1e-2, "max_steps": 3, "logging_steps": 1, "save_strategy": "no",
+        "seed": 0, "disable_dropout": True, "model_init_kwargs": {"dtype": "float32"},
+        "gradient_checkpointing": False,
+    }  # fmt: skip
+    return kind(
+        model=model,
+        reward_funcs=reward,
+        args=GRPOConfig(**settings | options),
+        train_dataset=Dataset.from_list([{"prompt": f"{i} + {i} ="} for i in range(40)]),
+        processing_class=character_tokenizer(),
+    )  # fmt: skip
+
+
+def make_inputs(trainer, on_policy=False):
+    """Ratios on both sides of the clip range; padding on both sides, a tool's tokens, and a
+    response without a token."""
+    generator = torch.Generator().manual_seed(0)
+    completion = torch.randint(5, 90, (6, 6), generator=generator)
+    mask = torch.ones(6, 6, dtype=torch.long)
+    mask[1, 4:] = 0
+    tool = torch.ones_like(mask)
+    tool[3, 1:3] = 0
+    tool[5] = 0
+    prompt_mask = torch.ones(6, 4, dtype=torch.long)
+    prompt_mask[2, :2] = 0
+    inputs = {
+        "prompt_ids": torch.randint(5, 90, (6, 4), generator=generator),
+        "prompt_mask": prompt_mask, "completion_ids": completion, "completion_mask": mask,
+        "tool_mask": tool, "advantages": torch.tensor([1.0, -1.0, 0.5, -0.5, 0.0, 1.0]),
+        "num_items_in_batch": torch.tensor(31),
+    }  # fmt: skip
+    with torch.no_grad():
+        new = trainer._get_per_token_logps_and_entropies(
+            trainer.model,
+            torch.cat([inputs["prompt_ids"], completion], 1), torch.cat([prompt_mask, mask], 1), 6,
+        )[0]  # fmt: skip
+    shift = torch.tensor([1e-4, -2e-4, 5e-2, -5e-2, 0.1, 0.0])[:, None]
+    if trainer.importance_sampling_level == "token":
+        shift = shift * 8
+    noise = 1e-5 * torch.randn(new.shape, generator=generator)
+    if not on_policy:
+        inputs["old_per_token_logps"] = new - shift - noise
+    inputs["ref_per_token_logps"] = new + 0.1 * torch.randn(new.shape, generator=generator)
+    return inputs
+
+
+def loss_and_grads(trainer, compute, inputs):
+    trainer.model.zero_grad()
+    trainer._metrics["train"].clear()
+    loss = compute(trainer, trainer.model, inputs)
+    loss.backward()
+    grads = {n: p.grad.clone() for n, p in trainer.model.named_parameters()}
+    return loss.detach(), grads, {k: v[0] for k, v in trainer._metrics["train"].items()}
+
+
+def assert_same(trainer, inputs):
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 2
+    expected, grads, metrics = loss_and_grads(trainer, GRPOTrainer._compute_loss, inputs)
+    loss, ours, our_metrics = loss_and_grads(trainer, GSPOTrainer._compute_loss, inputs)
+    torch.testing.assert_close(loss, expected, atol=1e-7, rtol=1e-5)
+    for name, grad in ours.items():
+        torch.testing.assert_close(
+            grad, grads[name], atol=1e-6 * grads[name].abs().max().item(), rtol=1e-3, msg=name
+        )
+    skipped = set(metrics) - set(our_metrics)
+    assert skipped <= {"clip_ratio/low_min", "clip_ratio/high_max"}
+    for name in set(metrics) - skipped:
+        assert our_metrics[name] == pytest.approx(metrics[name], abs=1e-5), name
+    return our_metrics
+
+
+@pytest.mark.filterwarnings("ignore:aggregation")
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@levels
+def test_loss_gradient_and_metrics_are_trl_s(make_trainer, level, loss_type, beta):
+    trainer = make_trainer(
+        GSPOTrainer,
+        loss_type=loss_type,
+        beta=beta,
+        temperature=0.9,
+        use_bias_correction_kl=False,
+        **LEVELS[level],
+    )
+    metrics = assert_same(trainer, make_inputs(trainer))
+    assert metrics["clip_ratio/region_mean"] > 0
+    assert (metrics["gspo_ops/active_token_frac"] < 1) == (beta == 0)
+
+
+@levels
+def test_on_policy(make_trainer, level):
+    trainer = make_trainer(GSPOTrainer, loss_type="grpo", **LEVELS[level])
+    metrics = assert_same(trainer, make_inputs(trainer, on_policy=True))
+    assert metrics["gspo_ops/ratio_max"] == metrics["gspo_ops/ratio_min"] == 1.0
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@levels
+def test_importance_sampling_correction(make_trainer, level, per_token):
+    """The weights that TRL makes of vLLM's log-probs."""
+    trainer = make_trainer(GSPOTrainer, loss_type="grpo", beta=0.05, use_bias_correction_kl=False,
+        **LEVELS[level],
+    )  # fmt: skip
+    trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
+    inputs = make_inputs(trainer)
+    generator = torch.Generator().manual_seed(1)
+    shape = (6, 6) if per_token else (6, 1)
+    inputs["importance_sampling_ratio"] = 0.5 + torch.rand(shape, generator=generator)
+    assert_same(trainer, inputs)
+
+
+@levels
+def test_a_real_run_goes_the_same_way(make_trainer, level):
+    """Several updates per rollout, from one seed."""
+    options = {"num_iterations": 2, "max_steps": 4, "loss_type": "grpo", **LEVELS[level]}
+    logs, weights = [], []
+    for kind in (GRPOTrainer, GSPOTrainer):
+        trainer = make_trainer(kind, **options)
+        trainer.train()
+        logs.append([row for row in trainer.state.log_history if "loss" in row])
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    assert len(logs[0]) == len(logs[1]) == 4
+    assert "reward" in logs[0][0]
+    for theirs, ours in zip(*logs, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-4)
+        assert ours.get("reward") == theirs.get("reward")  # logged where responses are sampled
+        assert "gspo_ops/ratio_max" in ours
+    torch.testing.assert_close(*weights, atol=2e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": "cispo"}, {"loss_type": "sapo"}, {"top_entropy_quantile": 0.5},
+        {"use_bias_correction_kl": True, "beta": 0.1}, {"delta": 2.0},
+        {"off_policy_mask_threshold": 0.5}, {"entropy_coef": 0.1},
+    ],
+    ids=lambda options: next(iter(options)),
+)  # fmt: skip
+def test_what_is_not_supported_is_refused(make_trainer, options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}=.* is not supported"):
+        make_trainer(GSPOTrainer, **options)
