@@ -311,9 +311,11 @@ class TestTraining:
         assert row["reward"] == row["active_token_frac"] == row["mixed_groups"] == 0.0
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
-    def test_run_leaves_metrics_and_picture(self, model, tokenizer, tmp_path):
+    @pytest.mark.parametrize("loss_from", ["hidden", "logits", "eager"])
+    def test_run_leaves_metrics_and_picture(self, model, tokenizer, tmp_path, loss_from):
         out = tmp_path / "new" / "run"
-        summary = Trainer(config(out), model, tokenizer, task()).run()
+        settings = config(out, update__loss_from=loss_from)
+        summary = Trainer(settings, model, tokenizer, task()).run()
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == [1, 2]
         assert all(math.isfinite(value) for row in rows for value in row.values())

@@ -194,7 +194,7 @@ def plot(runs: Mapping[str, Sequence[Row]], path: Path, *, title: str = "") -> N
         steps = [row["step"] for row in rows]
         for number, (axis, (key, *_)) in enumerate(panels.items()):
             color = f"C{place}" if several else f"C{number}"
-            values = [row[key] for row in rows]
+            values = [row.get(key, math.nan) for row in rows]  # eager has fewer statistics
             _points_and_mean(axis, steps, values, color, name if several else None)
         low, high, mean = ([r[f"ratio_{k}"] for r in rows] for k in ("min", "max", "mean"))
         color = f"C{place}" if several else "C3"
