@@ -216,7 +216,7 @@ def trainer_table(report: dict) -> list[str]:
             )
     lines += [
         "",
-        "Sampling in bf16, training in fp32, medians over 3 steps. Absolute difference of the two "
+        "Sampling in bf16, training in fp32, medians over 2 steps. Absolute difference of the two "
         "log-probs of a token, and of a response's mean; tokens that the difference alone clips; "
         "tokens clipped in all updates; largest error of a ratio before the first update.",
         "",
