@@ -1,7 +1,12 @@
+import contextlib
 import os
 
 import pytest
 import torch
+
+with contextlib.suppress(ImportError):
+    # Inductor imports it, and it refuses once something else has imported Python's own distutils.
+    import setuptools  # noqa: F401
 
 from gspo_ops import testing
 
