@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,33 +49,40 @@ class Sampled(NamedTuple):
 
 
 @torch.no_grad()
-def sample(name: str, sequences: int, length: int, device: torch.device) -> Sampled:
-    """Responses at temperature 1, which no token ends."""
+def sample_tokens(
+    name: str, sequences: int, length: int, generator: torch.Generator
+) -> tuple[Any, Tensor, int]:
+    """A model, (S, P + T) tokens of its responses at temperature 1, which no token ends, and P."""
     from gspo_ops.trainer.model import load_model
     from gspo_ops.trainer.rollout import Vocabulary, generate
 
     model, tokenizer = load_model(name)
+    device = generator.device
     model = model.to(device)
     never_stop = Vocabulary(tokenizer.eos_token_id, torch.tensor([], device=device).long())
     prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
     shortest = min(map(len, prompts))
-    generator = torch.Generator(device).manual_seed(0)
     rollout = generate(
         model, [prompt[:shortest] for prompt in prompts], never_stop,
         group_size=-(-sequences // len(prompts)), max_new_tokens=length, temperature=1.0,
         autocast=nullcontext, generator=generator,
     )  # fmt: skip
-    group = len(rollout.responses) // len(prompts)
-    tokens = torch.cat([rollout.prompts.repeat_interleave(group, 0), rollout.responses], 1)
+    prompts_of = rollout.prompts.repeat_interleave(rollout.group_size, 0)
+    return model, torch.cat([prompts_of, rollout.responses], 1)[:sequences], shortest
+
+
+@torch.no_grad()
+def sample(name: str, sequences: int, length: int, device: torch.device) -> Sampled:
+    """Its hidden states, one sequence at a time, and a head before and after a small update."""
+    generator = torch.Generator(device).manual_seed(0)
+    model, tokens, prompt = sample_tokens(name, sequences, length, generator)
     hidden = torch.cat([
-        model.base_model(row[None, :-1]).last_hidden_state[:, shortest - 1 :].bfloat16()
-        for row in tokens[:sequences]
+        model.base_model(row[None, :-1]).last_hidden_state[:, prompt - 1 :].bfloat16()
+        for row in tokens
     ])  # fmt: skip
     old = model.get_output_embeddings().weight.detach()
     step = torch.randn(old.shape, generator=generator, device=device).sign()
-    return Sampled(
-        hidden, rollout.responses[:sequences], (old + UPDATE * step).bfloat16(), old.bfloat16()
-    )
+    return Sampled(hidden, tokens[:, prompt:], (old + UPDATE * step).bfloat16(), old.bfloat16())
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gspo_ops import GRPO, GSPO, log_probs_from_hidden
 
-from .clip_error import PROMPTS, flipped, log_ratios
+from .clip_error import flipped, log_ratios, sample_tokens
 from .measure import default_device, provenance, write
 from .providers import METHODS
 
@@ -45,25 +45,6 @@ class Sampled(NamedTuple):
 def body(dtype: str, device: torch.device) -> AbstractContextManager:
     enabled = dtype == "bfloat16"
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
-
-
-def sample(name: str, sequences: int, length: int, device: torch.device) -> Sampled:
-    """Responses at temperature 1, which no token ends, to prompts of one length."""
-    from gspo_ops.trainer.model import load_model
-    from gspo_ops.trainer.rollout import Vocabulary, generate
-
-    model, tokenizer = load_model(name)
-    model = model.to(device)
-    never_stop = Vocabulary(tokenizer.eos_token_id, torch.tensor([], device=device).long())
-    prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
-    shortest = min(map(len, prompts))
-    rollout = generate(
-        model, [prompt[:shortest] for prompt in prompts], never_stop,
-        group_size=sequences // len(prompts), max_new_tokens=length, temperature=1.0,
-        autocast=nullcontext, generator=torch.Generator(device).manual_seed(0),
-    )  # fmt: skip
-    rows = rollout.prompts.repeat_interleave(rollout.group_size, 0)
-    return Sampled(model, torch.cat([rows, rollout.responses], 1), shortest)
 
 
 # Hidden states that predict the responses, (S, T, H)
@@ -175,9 +156,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens sampled per sequence")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
-    of = sample(args.model, args.sequences, args.length, default_device())
+    made = provenance()  # of the start: the commit may change meanwhile
+    generator = torch.Generator(default_device()).manual_seed(0)
+    of = Sampled(*sample_tokens(args.model, args.sequences, args.length, generator))
     report = {
-        "benchmark": "mismatch", **provenance(), "model": args.model,
+        "benchmark": "mismatch", **made, "model": args.model,
         "sequences": len(of.tokens), "length": args.length, "padding": PADDING,
         "bodies": {
             dtype: {name: summary(d) for name, d in sources.items()}

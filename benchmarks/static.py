@@ -476,7 +476,6 @@ def _liger() -> None:
         "grpo", T, True, "sequence",
     )  # fmt: skip
     (ctx.saved_tensors,) = (call.args for call in ctx.save_for_backward.call_args_list[-1:])
-    ctx.infos = ctx.infos
     GrpoLossFunction.backward(ctx, empty(), empty(), empty())
 
 

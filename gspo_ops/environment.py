@@ -34,9 +34,9 @@ def environment() -> str:
 
 
 def provenance() -> dict:
-    """Where, when and from which commit, as every results file carries it."""
+    """Where, when and from which commit, as every results file carries it; "-dirty" if changed."""
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True
     ).stdout.strip()
     return {
         "environment": environment().splitlines(), "threads": torch.get_num_threads(),

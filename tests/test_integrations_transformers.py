@@ -86,7 +86,7 @@ def test_equals_the_loss_of_the_model_s_logits(family, objective):
     )
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
     assert 0 < stats["active_token_frac"] <= 1
-    ours, theirs = grads(model, loss), None
+    ours = grads(model, loss)
     theirs = grads(
         model,
         reference.policy_loss_from_logits(

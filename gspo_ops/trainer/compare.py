@@ -91,7 +91,7 @@ def compare(
         common: settings of all arms.
         overrides: the `key=value` that they were made with.
         seeds: of the runs of each arm.
-        out: directory; runs that are finished there are not done again.
+        out: directory; runs that this commit has finished there are not done again.
         jobs: runs at a time.
 
     Returns:
@@ -100,13 +100,14 @@ def compare(
     from ..environment import provenance
     from .model import load_model
 
+    made = provenance()
     for model in MODELS:
         load_model(model)  # makes it, once
     runs = [Run(m, arm, seed) for m, arms in MODELS.items() for arm in arms for seed in seeds]
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda run: _train(run, out, overrides, jobs), runs))
+        list(pool.map(lambda run: _train(run, out, overrides, jobs, made["commit"]), runs))
     results = {
-        "benchmark": "compare", **provenance(),
+        "benchmark": "compare", **made,
         "config": to_tables(common), "seeds": list(seeds),
         "runs": [_read(run, out) for run in runs],
         "weights": token_weights(common), "churn": expert_churn_table(common),
@@ -118,22 +119,25 @@ def compare(
     return results
 
 
-def _train(run: Run, out: Path, overrides: Sequence[str], jobs: int) -> None:
+def _train(run: Run, out: Path, overrides: Sequence[str], jobs: int, commit: str) -> None:
     """In a process of its own, with its share of the cores."""
     folder, settings = run.folder(out), run.overrides(out, overrides)
     if (folder / "summary.json").is_file():
         config = to_tables(load_config(None, settings, preset="compare"))
-        if json.loads((folder / "config.json").read_text()) == json.loads(json.dumps(config)):
+        same = json.loads((folder / "config.json").read_text()) == json.loads(json.dumps(config))
+        made_by = folder / "commit.txt"
+        if same and made_by.is_file() and made_by.read_text() == commit:
             print(f"{folder}: done before", flush=True)
             return
     threads = str(max((os.cpu_count() or 1) // jobs, 1))
-    command = [sys.executable, "-m", "gspo_ops.cli", "train", "--preset", "compare", "--resume"]
+    command = [sys.executable, "-m", "gspo_ops.cli", "train", "--preset", "compare"]
     done = subprocess.run(
         [*command, *settings], capture_output=True, text=True,
         env=os.environ | {"OMP_NUM_THREADS": threads, "TQDM_DISABLE": "1"},
     )  # fmt: skip
     if done.returncode:
         raise ValueError(f"{folder} failed: {done.stderr.strip().splitlines()[-1]}")
+    (folder / "commit.txt").write_text(commit)
     print(f"{folder}: {done.stdout.strip().splitlines()[-2]}", flush=True)
 
 
