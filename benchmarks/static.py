@@ -32,6 +32,7 @@ from triton.runtime.jit import JITFunction
 from gspo_ops import head, log_probs, logit_tiles, policy_loss
 from gspo_ops.layout import resolve_layout
 from gspo_ops.objective import GRPO, GSPO, GSPOToken
+from gspo_ops.parallel import VocabShard
 
 from .measure import provenance, write
 from .providers import versions
@@ -59,21 +60,28 @@ def make_logits(dtype, V, row_stride=None):
     return empty(B, T, row_stride or V, dtype=dtype)[:, :, :V]
 
 
-def launch_fwd(dtype, V=V, row_stride=None, softcap=None, entropy=False, mask=True):
+def make_shard(V, part):
+    return VocabShard("ranks" if part else None, 0, V)
+
+
+def launch_fwd(dtype, V=V, row_stride=None, softcap=None, entropy=False, mask=True, part=False):
     logits, targets = make_logits(dtype, V, row_stride), rows(torch.int64)
     mask = rows(torch.uint8) if mask else None
-    out = log_probs.RowStats(rows(), rows(), rows(), rows())
-    log_probs._triton_fwd(logits, targets, mask, 1.0, softcap, entropy, out)
+    out = log_probs.RowStats(*(rows() for _ in range(5)))
+    log_probs._triton_fwd(logits, targets, mask, 1.0, softcap, entropy, make_shard(V, part), out)
 
 
-def launch_bwd(dtype, V=V, softcap=None, entropy=False, recompute=False, mask=True, loss=True):
+def launch_bwd(
+    dtype, V=V, softcap=None, entropy=False, recompute=False, mask=True, loss=True, part=False
+):
     targets, mask = rows(torch.int64), rows(torch.uint8) if mask else None
     row_max, row_sum = (None, None) if recompute else (rows(), rows())
     entropy, grad_entropy = (rows(), rows()) if entropy else (None, None)
     grad_loss, inv_denominator = (empty(), empty()) if loss else (None, None)
     log_probs._triton_bwd(
-        make_logits(dtype, V), targets, mask, row_max, row_sum, entropy, rows(), grad_entropy,
-        grad_loss, inv_denominator, 1.0, softcap, empty(B, T, V, dtype=dtype),
+        make_logits(dtype, V), targets, mask, row_max, row_sum, entropy,
+        rows() if part else None, rows(), grad_entropy,
+        grad_loss, inv_denominator, 1.0, softcap, make_shard(V, part), empty(B, T, V, dtype=dtype),
     )  # fmt: skip
 
 
@@ -88,6 +96,7 @@ def launch_loss(
         layout, FP32, objective, empty(*shape) if old else None,
         empty(*shape) if per_token else empty(B), empty(*shape) if ref else None,
         {"token": empty(*shape), "sequence": empty(B), None: None}[weights], None,
+        None,
     )  # fmt: skip
     policy_loss._triton_policy_loss(rows() if old or ref else None, inputs)
 
@@ -103,8 +112,11 @@ VARIANTS = {
     "fwd bf16 V odd": (FWD, {"dtype": BF16, "V": V + 1}),
     "fwd bf16 entropy": (FWD, {"dtype": BF16, "entropy": True}),
     "fwd bf16 softcap": (FWD, {"dtype": BF16, "softcap": 30.0}),
+    "fwd bf16 part": (FWD, {"dtype": BF16, "part": True}),  # of the vocabulary
+    "fwd bf16 part entropy": (FWD, {"dtype": BF16, "part": True, "entropy": True}),
     "bwd bf16": (BWD, {"dtype": BF16}),
     "bwd fp32": (BWD, {"dtype": FP32}),
+    "bwd bf16 part": (BWD, {"dtype": BF16, "part": True}),
     "bwd bf16 V%8": (BWD, {"dtype": BF16, "V": V + 8}),
     "bwd bf16 V odd": (BWD, {"dtype": BF16, "V": V + 1}),
     "bwd bf16 recompute": (BWD, {"dtype": BF16, "recompute": True}),
@@ -169,7 +181,7 @@ def make_tiles(dtype, products="triton", bias=False, softcap=None, entropy=False
     )  # fmt: skip
     count = empty(dtype=torch.int32) if products == "triton" else None
     rows = logit_tiles.Rows(None, count, empty(N, dtype=torch.bool) if live else None)
-    options = logit_tiles.Options(1.0, softcap, entropy, products, False)
+    options = logit_tiles.Options(1.0, softcap, entropy, products, False, None, 0, HEAD_V)
     with mock.patch.object(head, "use_triton", return_value=True):
         return logit_tiles.make_tiles(operands, empty(N, dtype=torch.int64), rows, options)
 

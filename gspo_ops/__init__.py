@@ -7,6 +7,7 @@ from .linear_log_probs import log_probs_from_hidden
 from .linear_policy_loss import policy_loss_from_hidden
 from .log_probs import log_probs_from_logits
 from .objective import GRPO, GSPO, GSPOToken, Objective
+from .parallel import global_denominator
 from .plan import Plan, plan_from_hidden
 from .policy_loss import PolicyLoss, policy_loss_from_log_probs, policy_loss_from_logits
 
@@ -20,6 +21,7 @@ __all__ = [
     "Objective",
     "Plan",
     "PolicyLoss",
+    "global_denominator",
     "group_advantages",
     "log_probs_from_hidden",
     "log_probs_from_logits",

@@ -47,18 +47,26 @@ class Layout:
         return self.flat(name, x).to(dtype)
 
     def per_sequence_or_token(
-        self, name: str, x: Tensor, dtype: torch.dtype
+        self, name: str, x: Tensor, dtype: torch.dtype, *, is_part: bool = False
     ) -> tuple[Tensor, bool]:
-        """An argument of shape (B,) or per token, flat, and whether it is per token."""
+        """An argument of shape (B,) or per token, flat, and whether it is per token.
+
+        Of packed sequences whose other tokens are elsewhere (`is_part`), N may be B by chance: per
+        token is then (1, N) only, on all ranks alike.
+        """
         check_tensor(name, x, self.device)
         check_constant(name, x)
         if x.shape == (self.batch,):
             return x.contiguous().to(dtype), False
-        if x.shape == self.shape:
+        is_packed = len(self.shape) == 1
+        shapes = [tuple(self.shape)] if not (is_packed and is_part) else []
+        if is_packed:
+            shapes.append((1, *self.shape))
+        if x.shape in shapes:
             return x.reshape(-1).contiguous().to(dtype), True
         raise ValueError(
-            f"{name} must have shape {(self.batch,)} (one per sequence) or {tuple(self.shape)} "
-            f"(one per token), got {tuple(x.shape)}"
+            f"{name} must have shape {(self.batch,)} (one per sequence) or "
+            f"{' or '.join(map(str, shapes))} (one per token), got {tuple(x.shape)}"
         )
 
 

@@ -12,7 +12,7 @@ dweight = P^T diag(s) hidden, with a factor s per row that is known only then.
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -32,6 +32,10 @@ from .head import (
 )
 from .log_probs import IGNORED, check_softmax_options
 from .logit_tiles import Head, HeadGrads, Kept, Options, RowStats, backward, forward
+from .parallel import VOCAB_SHARD, VocabShard, local_part, replicated, vocab_shard
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @overload
@@ -49,6 +53,7 @@ def log_probs_from_hidden(
     products: Products = ...,
     allow_sync: bool = ...,
     main_grad: Tensor | None = ...,
+    vocab_group: ProcessGroup | None = ...,
     return_entropy: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -66,6 +71,7 @@ def log_probs_from_hidden(
     products: Products = ...,
     allow_sync: bool = ...,
     main_grad: Tensor | None = ...,
+    vocab_group: ProcessGroup | None = ...,
     return_entropy: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def log_probs_from_hidden(
@@ -82,6 +88,7 @@ def log_probs_from_hidden(
     products: Products = "auto",
     allow_sync: bool = False,
     main_grad: Tensor | None = None,
+    vocab_group: ProcessGroup | None = None,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each row's target, from hidden states and the output head.
@@ -117,6 +124,11 @@ def log_probs_from_hidden(
             and one in the backward, and leave the others out.
         main_grad: (V, H) float32 buffer that d loss / d weight is added to; `weight.grad` then
             stays as it is.
+        vocab_group: ranks that share the vocabulary: each passes the same hidden states and
+            targets, and its own rows of weight, bias and lora.b, equally many on all and in the
+            order of the ranks, or a DTensor with Shard(0). Exchanged are 3 numbers per row (4 with
+            the entropy) in the forward, and dhidden in the backward, in float32. The results are
+            the same on all ranks, dweight is that of each rank's rows.
         return_entropy: also return the entropy in nats, differentiable (the backward then always
             recomputes logits).
 
@@ -128,6 +140,7 @@ def log_probs_from_hidden(
         TypeError, ValueError: an argument does not fit; the message names it.
         IndexError: a target outside [0, V), on CPU. On GPU its log_prob is NaN.
     """
+    hidden, weight, bias, lora, shard = local_head(hidden, weight, bias, lora, vocab_group)
     check_head(hidden, weight, targets, bias, lora, main_grad)
     check_softmax_options(temperature, softcap, return_entropy)
     check_plan(plan, memory_budget, products, allow_sync, lora)
@@ -140,16 +153,35 @@ def log_probs_from_hidden(
     head = make_head(hidden, weight, bias, lora, mask)
     has_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
     _, kept_columns, _ = choose_plan(
-        targets.numel(), weight.shape[0], weight.shape[1],
+        targets.numel(), shard.widest(weight.shape[0]), weight.shape[1],
         grad_product_dtype(hidden, weight).itemsize,
         plan="recompute" if return_entropy else plan, memory_budget=memory_budget,
         has_gradient=has_gradient, can_chunk=False, grad_weight=weight.requires_grad,
     )  # fmt: skip
     log_probs, entropy = _LinearLogProbs.apply(
-        *head, main_grad, targets, mask, kept_columns,
+        *head, main_grad, targets, mask, min(kept_columns, weight.shape[0]),
         temperature, softcap, return_entropy, resolve_products(products, hidden), allow_sync,
+        *shard,
     )  # fmt: skip
     return (log_probs, entropy) if return_entropy else log_probs
+
+
+def local_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora: LoRA | None,
+    group: ProcessGroup | None,
+) -> tuple[Tensor, Tensor, Tensor | None, LoRA | None, VocabShard]:
+    """The operands as this rank holds them, and which part of the vocabulary they are."""
+    weight, shard = vocab_shard("weight", weight, 0, group)
+    if bias is not None:
+        bias = local_part("bias", bias, shard, group)
+    if isinstance(lora, LoRA):
+        lora = lora._replace(
+            a=replicated("lora.a", lora.a), b=local_part("lora.b", lora.b, shard, group)
+        )
+    return replicated("hidden", hidden), weight, bias, lora, shard
 
 
 def make_head(
@@ -199,7 +231,7 @@ class _LinearLogProbs(torch.autograd.Function):
             grad_log_probs, grad_entropy if Options(*ctx.options).return_entropy else None,
             None, None, *ctx.options,
         )  # fmt: skip
-        return (*grads, *(None for _ in range(9)))
+        return (*grads, *(None for _ in range(12)))
 
 
 def head_gradients(needs_input_grad, main_grad: Tensor | None, *arguments) -> list[Tensor | None]:
@@ -223,10 +255,10 @@ def _stats_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 def _fwd_fake(
     hidden, weight, bias, lora_x, lora_b, targets, mask, grad_mask, kept_columns,
-    temperature, softcap, return_entropy, products, allow_sync,
+    *options,
 ):  # fmt: skip
     rows = targets.new_empty(targets.numel(), dtype=_stats_dtype(hidden, weight))
-    entropy = torch.empty_like(rows) if return_entropy else rows.new_empty(0)
+    entropy = torch.empty_like(rows) if Options(*options).return_entropy else rows.new_empty(0)
     stats = (rows, *(torch.empty_like(rows) for _ in range(3)), entropy)
     return (*stats, empty_kept(hidden, weight, targets.numel(), kept_columns))
 
@@ -240,7 +272,10 @@ def empty_kept(hidden: Tensor, weight: Tensor, rows: int, kept_columns: int) -> 
 
 
 HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_x, Tensor? lora_b"
-OPTIONS = "float temperature, float? softcap, bool return_entropy, str products, bool allow_sync"
+OPTIONS = (
+    "float temperature, float? softcap, bool return_entropy, str products, bool allow_sync, "
+    + VOCAB_SHARD
+)
 
 
 @operator(
@@ -249,15 +284,13 @@ OPTIONS = "float temperature, float? softcap, bool return_entropy, str products,
     _fwd_fake,
 )
 def linear_log_probs_fwd(
-    hidden, weight, bias, lora_x, lora_b, targets, mask, grad_mask, kept_columns,
-    temperature, softcap, return_entropy, products, allow_sync,
+    hidden, weight, bias, lora_x, lora_b, targets, mask, grad_mask, kept_columns, *options,
 ):  # fmt: skip
     """RowStats of the rows where mask is non-zero, and their exponentials where grad_mask is."""
     kept = empty_kept(hidden, weight, targets.numel(), kept_columns)
     log_probs, stats = forward(
         Head(hidden, weight, bias, lora_x, lora_b), targets, mask, grad_mask,
-        Options(temperature, softcap, return_entropy, products, allow_sync),
-        Kept(kept, kept_columns),
+        Options(*options), Kept(kept, kept_columns),
     )  # fmt: skip
     return (log_probs, *stats, kept)
 
@@ -310,17 +343,16 @@ def linear_log_probs_bwd_into(main_grad, *arguments):
 def _backward_op(
     hidden, weight, bias, lora_x, lora_b, targets, mask, target_logit, shift, row_sum, entropy,
     kept, kept_columns, grad_log_probs, grad_entropy, grad_loss, inv_denominator,
-    temperature, softcap, return_entropy, products, allow_sync, *wanted, main_grad=None,
+    *options_and_wanted, main_grad=None,
 ):  # fmt: skip
     head = Head(hidden, weight, bias, lora_x, lora_b)
-    wanted = Wanted(*wanted)
+    options, wanted = Options(*options_and_wanted[:-5]), Wanted(*options_and_wanted[-5:])
     grads = _empty_grads(head, wanted if main_grad is None else wanted._replace(weight=False))
     out = HeadGrads(*(x if want else None for x, want in zip(grads, wanted, strict=True)))
     g = grad_log_probs.reshape(-1).to(row_sum.dtype)
     if grad_loss is not None:
         g = g * (grad_loss * inv_denominator)
     h = None if grad_entropy is None else grad_entropy.reshape(-1).to(row_sum.dtype)
-    options = Options(temperature, softcap, return_entropy, products, allow_sync)
     if main_grad is not None:
         out = out._replace(weight=main_grad)
     backward(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from .linear_log_probs import (
     empty_kept,
     head_gradients,
     linear_log_probs_fwd,
+    local_head,
     log_probs_from_hidden,
     make_head,
     resolve_products,
@@ -54,8 +55,12 @@ from .policy_loss import (
     policy_inputs,
     policy_loss_fake,
     policy_loss_fwd,
+    token_mean,
     valid_tokens,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def policy_loss_from_hidden(
@@ -71,6 +76,7 @@ def policy_loss_from_hidden(
     ref_log_probs: Tensor | None = None,
     rollout_weights: Tensor | None = None,
     denominator: float | Tensor | None = None,
+    context_group: ProcessGroup | None = None,
     bias: Tensor | None = None,
     lora: LoRA | None = None,
     temperature: float = 1.0,
@@ -80,6 +86,7 @@ def policy_loss_from_hidden(
     products: Products = "auto",
     allow_sync: bool = False,
     main_grad: Tensor | None = None,
+    vocab_group: ProcessGroup | None = None,
     return_entropy: bool = False,
 ) -> PolicyLoss:
     """Clipped policy-gradient loss straight from hidden states and the output head.
@@ -98,16 +105,16 @@ def policy_loss_from_hidden(
         bias, lora, temperature, softcap: of the head, as in `log_probs_from_hidden`.
         plan: `"keep"` the exponentials of all logits from forward to backward; `"chunk"`: whole
             sequences at a time, gradients made in the forward (packed on a GPU, the borders of the
-            sequences are read back, one host synchronisation); `"recompute"` the logits in the
-            backward; `"auto"` what costs the fewest FLOPs within the budget and without
-            synchronisation. `plan_from_hidden` tells what each costs.
+            sequences are read back, one host synchronisation; not with context_group);
+            `"recompute"` the logits in the backward; `"auto"` what costs the fewest FLOPs within
+            the budget and without synchronisation. `plan_from_hidden` tells what each costs.
         memory_budget: bytes for exponentials and sums of gradients that are kept; by default a
             sixth of what eager PyTorch takes (2.1 per logit from bfloat16, 1.5 otherwise), between
             64 MiB and 4 GiB.
-        products, allow_sync, main_grad: as in `log_probs_from_hidden`.
+        products, allow_sync, main_grad, vocab_group: as in `log_probs_from_hidden`.
         return_entropy: adds `entropy`, the mean over valid tokens in nats, to the stats.
         old_log_probs, advantages, mask, cu_seqlens, objective, ref_log_probs, rollout_weights,
-            denominator: as in `policy_loss_from_log_probs`.
+            denominator, context_group: as in `policy_loss_from_log_probs`.
 
     Returns:
         PolicyLoss(loss, stats).
@@ -118,37 +125,48 @@ def policy_loss_from_hidden(
 
     Source: arXiv 2507.18071.
     """
+    arguments = hidden, weight, bias, lora
+    hidden, weight, bias, lora, shard = local_head(*arguments, vocab_group)
     check_head(hidden, weight, targets, bias, lora, main_grad)
     check_softmax_options(temperature, softcap, return_entropy)
     check_plan(plan, memory_budget, products, allow_sync, lora)
+    if plan == "chunk" and context_group is not None:
+        raise ValueError(
+            "plan='chunk' needs whole sequences, which context_group spreads over ranks: plan must "
+            "be 'auto', 'keep' or 'recompute'"
+        )
     layout = check_layout(targets.shape, hidden.device, "hidden", mask, cu_seqlens)
     if not isinstance(objective, Objective):
         if return_entropy:
             raise ValueError("return_entropy is not available with a function as objective")
         ignored = targets if layout.mask is None else ignore_masked(targets, layout.mask)
+        hidden, weight, bias, lora = arguments
         log_probs = log_probs_from_hidden(
             hidden, weight, ignored, bias=bias, lora=lora, temperature=temperature,
             softcap=softcap, plan=plan, memory_budget=memory_budget, products=products,
-            allow_sync=allow_sync, main_grad=main_grad,
+            allow_sync=allow_sync, main_grad=main_grad, vocab_group=vocab_group,
         )  # fmt: skip
         return custom_loss(
             layout, objective, log_probs, old_log_probs, advantages, ref_log_probs,
-            rollout_weights, denominator,
+            rollout_weights, denominator, context_group,
         )  # fmt: skip
     inputs = policy_inputs(
         layout, compute_dtype(product_dtype(hidden, weight)), objective, old_log_probs, advantages,
-        ref_log_probs, rollout_weights, denominator,
+        ref_log_probs, rollout_weights, denominator, context_group,
     )  # fmt: skip
     head = make_head(hidden, weight, bias, lora, mask)
     has_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
     name, kept_columns, chunk_rows = choose_plan(
-        targets.numel(), weight.shape[0], weight.shape[1],
+        targets.numel(), shard.widest(weight.shape[0]), weight.shape[1],
         grad_product_dtype(hidden, weight).itemsize,
         plan=plan, memory_budget=memory_budget, has_gradient=has_gradient,
-        can_chunk=cu_seqlens is None or not hidden.is_cuda, grad_weight=weight.requires_grad,
+        can_chunk=context_group is None and (cu_seqlens is None or not hidden.is_cuda),
+        grad_weight=weight.requires_grad,
     )  # fmt: skip
+    kept_columns = min(kept_columns, weight.shape[0])
     options = (
         temperature, softcap, return_entropy, resolve_products(products, hidden), allow_sync,
+        *shard,
     )  # fmt: skip
     if name == "chunk":
         loss, stats, log_ratio, entropy = _PolicyLossInChunks.apply(
@@ -185,7 +203,7 @@ class _PolicyLossFromHidden(torch.autograd.Function):
         log_probs, *saved, kept = linear_log_probs_fwd(
             *head, targets, mask, grad_mask, kept_columns, *options
         )
-        entropy = saved[-1].sum() / valid_tokens(policy)
+        entropy = token_mean(saved[-1], policy.mask, policy.rows, policy.context_group)
         loss, stats, log_ratio, g, inv_denominator = policy_loss_fwd(
             log_probs if needs_log_probs else None, *inputs
         )
@@ -300,15 +318,20 @@ def add_scaled_gradient(out, unit, grad_loss, inv_denominator):
 
 
 def _chunks_fake(
-    hidden, weight, bias, lora_x, lora_b, targets, chunk_rows,
-    temperature, softcap, return_entropy, products, allow_sync,
-    *wanted_and_inputs,
+    hidden, weight, bias, lora_x, lora_b, targets, chunk_rows, *options_and_wanted_and_inputs,
 ):  # fmt: skip
-    wanted, inputs = Wanted(*wanted_and_inputs[:5]), wanted_and_inputs[5:]
+    _, wanted, inputs = _split(options_and_wanted_and_inputs)
     head = Head(hidden, weight, bias, lora_x, lora_b)
     loss, stats, log_ratio, _, inv_denominator = policy_loss_fake(None, *inputs)
     grads = _empty_sums(head, wanted)
     return loss, stats, log_ratio, torch.empty_like(loss), inv_denominator, *grads
+
+
+def _split(arguments: tuple) -> tuple[Options, Wanted, tuple]:
+    """Options, Wanted and the fields of PolicyInputs that follow each other."""
+    wanted = len(Options._fields)
+    inputs = wanted + len(Wanted._fields)
+    return Options(*arguments[:wanted]), Wanted(*arguments[wanted:inputs]), arguments[inputs:]
 
 
 def _empty_sums(head: Head, wanted: Wanted) -> ChunkGrads:
@@ -330,14 +353,11 @@ def _empty_sums(head: Head, wanted: Wanted) -> ChunkGrads:
     _chunks_fake,
 )
 def linear_policy_loss_chunks(
-    hidden, weight, bias, lora_x, lora_b, targets, chunk_rows,
-    temperature, softcap, return_entropy, products, allow_sync,
-    *wanted_and_inputs,
+    hidden, weight, bias, lora_x, lora_b, targets, chunk_rows, *options_and_wanted_and_inputs,
 ):  # fmt: skip
     """loss, stats, log_ratio, mean entropy, 1 / D, and the gradients of loss * D."""
-    wanted, inputs = Wanted(*wanted_and_inputs[:5]), wanted_and_inputs[5:]
+    options, wanted, inputs = _split(options_and_wanted_and_inputs)
     head = Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias, lora_x, lora_b)
-    options = Options(temperature, softcap, return_entropy, products, allow_sync)
     policy = PolicyInputs(*inputs)
     mask, grad_mask, needs_log_probs = _row_masks(policy, options)
     targets = targets.reshape(-1)
@@ -378,7 +398,7 @@ def linear_policy_loss_chunks(
         loss,
         stats,
         log_ratio,
-        entropy / valid_tokens(policy),
+        entropy / valid_tokens(policy.mask, policy.rows),
         inv_denominator,
         *(
             sums.hidden.view(hidden.shape) if wanted.hidden else sums.hidden,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +15,10 @@ from torch import Tensor
 from .backend import compute_dtype, device_guard, operator, use_triton, with_huge_pages
 from .layout import check_tensor
 from .objective import check_number
+from .parallel import VOCAB_SHARD, VocabShard, gathered_rows, sum_in_order, vocab_shard
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 IGNORED = -100
 THREADS = 128  # per program: with 8 columns each they read 1024, and keep columns to themselves
@@ -28,6 +32,7 @@ def log_probs_from_logits(
     *,
     temperature: float = ...,
     softcap: float | None = ...,
+    vocab_group: ProcessGroup | None = ...,
     return_entropy: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -37,6 +42,7 @@ def log_probs_from_logits(
     *,
     temperature: float = ...,
     softcap: float | None = ...,
+    vocab_group: ProcessGroup | None = ...,
     return_entropy: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 def log_probs_from_logits(
@@ -45,6 +51,7 @@ def log_probs_from_logits(
     *,
     temperature: float = 1.0,
     softcap: float | None = None,
+    vocab_group: ProcessGroup | None = None,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each row's target.
@@ -62,6 +69,10 @@ def log_probs_from_logits(
             -100 marks a row that is left out: its results and its gradient are 0.
         temperature: sampling temperature, > 0.
         softcap: soft cap of the logits, > 0, as in Gemma; None for none.
+        vocab_group: ranks that share the vocabulary: each passes the same targets and its own part
+            of the logits, equally large on all and in the order of the ranks, or a DTensor. The
+            results are the same on all; 3 numbers per row (4 with the entropy) are exchanged, and
+            nothing in the backward.
         return_entropy: also return the entropy in nats, differentiable.
 
     Returns:
@@ -72,10 +83,11 @@ def log_probs_from_logits(
         TypeError, ValueError: an argument does not fit; the message names it.
         IndexError: a target outside [0, V), on CPU. On GPU its log_prob is NaN.
     """
+    logits, shard = vocab_shard("logits", logits, -1, vocab_group)
     check_logits(logits, targets)
     check_softmax_options(temperature, softcap, return_entropy)
     log_probs, entropy = _LogProbs.apply(
-        logits, targets, targets != IGNORED, temperature, softcap, return_entropy
+        logits, targets, targets != IGNORED, temperature, softcap, return_entropy, *shard
     )
     return (log_probs, entropy) if return_entropy else log_probs
 
@@ -86,19 +98,20 @@ class RowStats(NamedTuple):
     log_probs: Tensor
     row_max: Tensor
     row_sum: Tensor
-    entropy: Tensor
+    entropy: Tensor  # (0,) unless asked for
+    target_logit: Tensor  # (0,) unless the vocabulary is shared
 
 
 class _LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx, logits, targets, mask, temperature, softcap, return_entropy
+        ctx, logits, targets, mask, temperature, softcap, return_entropy, *shard
     ):
         stats = RowStats(
-            *log_probs_fwd(logits, targets, mask, temperature, softcap, return_entropy)
+            *log_probs_fwd(logits, targets, mask, temperature, softcap, return_entropy, *shard)
         )
         ctx.save_for_backward(logits, targets, mask, *stats[1:])
-        ctx.options = temperature, softcap, return_entropy
+        ctx.options, ctx.shard = (temperature, softcap, return_entropy), shard
         if not return_entropy:
             ctx.mark_non_differentiable(stats.entropy)
             return stats.log_probs.view(targets.shape), stats.entropy
@@ -106,15 +119,15 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_log_probs, grad_entropy):  # type: ignore[override]
-        logits, targets, mask, row_max, row_sum, entropy = ctx.saved_tensors
+        logits, targets, mask, row_max, row_sum, entropy, target_logit = ctx.saved_tensors
         temperature, softcap, return_entropy = ctx.options
         grad_logits = log_probs_bwd(
             logits, targets, mask, row_max, row_sum,
-            entropy if return_entropy else None,
+            entropy if return_entropy else None, target_logit,
             grad_log_probs, grad_entropy if return_entropy else None,
-            None, None, temperature, softcap,
+            None, None, temperature, softcap, *ctx.shard,
         )  # fmt: skip
-        return grad_logits, None, None, None, None, None
+        return (grad_logits, *(None for _ in range(8)))
 
 
 def check_logits(logits: Tensor, targets: Tensor) -> None:
@@ -154,58 +167,111 @@ def check_softmax_options(temperature: float, softcap: float | None, return_entr
 # Operators
 
 
-def _fwd_fake(logits, targets, mask, temperature, softcap, return_entropy):
+def _fwd_fake(logits, targets, mask, temperature, softcap, return_entropy, *shard):
     rows = targets.new_empty(targets.numel(), dtype=compute_dtype(logits.dtype))
-    entropy = torch.empty_like(rows) if return_entropy else rows.new_empty(0)
-    return rows, torch.empty_like(rows), torch.empty_like(rows), entropy
+
+    def rows_if(condition: bool) -> Tensor:
+        return torch.empty_like(rows) if condition else rows.new_empty(0)
+
+    return (
+        rows, torch.empty_like(rows), torch.empty_like(rows), rows_if(return_entropy),
+        rows_if(VocabShard(*shard).group is not None),
+    )  # fmt: skip
 
 
 @operator(
     "log_probs_fwd(Tensor logits, Tensor targets, Tensor? mask, float temperature, float? softcap, "
-    "bool return_entropy) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"bool return_entropy, {VOCAB_SHARD}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fwd_fake,
 )
-def log_probs_fwd(logits, targets, mask, temperature, softcap, return_entropy):
+def log_probs_fwd(logits, targets, mask, temperature, softcap, return_entropy, *shard):
     """RowStats of every row where mask is non-zero; 0 elsewhere."""
     forward = _triton_fwd if use_triton(logits) else _torch_fwd
-    out = RowStats(*_fwd_fake(logits, targets, mask, temperature, softcap, return_entropy))
+    out = RowStats(*_fwd_fake(logits, targets, mask, temperature, softcap, return_entropy, *shard))
+    shard = VocabShard(*shard)
     targets = targets.reshape(-1).contiguous()
     mask = None if mask is None else loadable(mask.reshape(-1))
     if targets.numel():
-        forward(logits, targets, mask, temperature, softcap, return_entropy, out)
+        forward(logits, targets, mask, temperature, softcap, return_entropy, shard, out)
+        if shard.group is not None:
+            out = _combined(out, shard, logits.shape[-1], targets, mask, temperature)
     return tuple(out)
 
 
+def _combined(
+    part: RowStats, shard: VocabShard, columns: int, targets: Tensor, mask: Tensor | None,
+    temperature: float,
+) -> RowStats:  # fmt: skip
+    """RowStats of whole rows, from those of every part of the vocabulary.
+
+    Of a part, `entropy` holds the sum of e * log2(e).
+    """
+    own = torch.stack([part.row_max, part.row_sum, part.target_logit])
+    if return_entropy := part.entropy.numel() > 0:
+        own = torch.cat([own, part.entropy[None]])
+    row_max, row_sum, target_logit, *log_sum = gathered_rows(own, shard, columns).unbind(1)
+    top = torch.where(row_sum == 0, -math.inf, row_max).amax(0)
+    top = top.masked_fill(top == -math.inf, 0.0)
+    step = torch.where(row_sum == 0, 0.0, (row_max - top) / temperature)
+    shrink = step.exp()
+    total = sum_in_order(row_sum * shrink)
+    # one part has the target's logit, the others 0
+    x_target = torch.where(shard.contains(targets), sum_in_order(target_logit), math.nan)
+    d, error = _log_odds(top, total, x_target, temperature)
+    log_prob = minus_softplus(d, error)
+    entropy = part.entropy
+    if return_entropy:
+        logs = sum_in_order(shrink * (log_sum[0] + row_sum * (step * math.log2(math.e))))
+        entropy = entropy_of(d, log_prob, total, logs, error)
+    if mask is not None:
+        log_prob = torch.where(mask != 0, log_prob, 0.0)
+        entropy = torch.where(mask != 0, entropy, 0.0) if return_entropy else entropy
+    return RowStats(log_prob, top, total, entropy, x_target)
+
+
+def entropy_of(
+    d: Tensor, log_p: Tensor, row_sum: Tensor, log_sum: Tensor, error: Tensor | None = None
+) -> Tensor:
+    """Entropy from log-odds d + error against the target, and the others' sum of e * log2(e)."""
+    log_q = minus_softplus(-d, None if error is None else -error)
+    others = row_sum.log() - log_sum / row_sum * math.log(2.0) - log_q
+    return times_exp(log_q, others) - times_exp(log_p, log_p)
+
+
 def _bwd_fake(
-    logits, targets, mask, row_max, row_sum, entropy, grad_log_probs, grad_entropy,
-    grad_loss, inv_denominator, temperature, softcap,
+    logits, targets, mask, row_max, row_sum, entropy, target_logit, grad_log_probs, grad_entropy,
+    grad_loss, inv_denominator, temperature, softcap, *shard,
 ):  # fmt: skip
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 @operator(
     "log_probs_bwd(Tensor logits, Tensor targets, Tensor? mask, Tensor? row_max, Tensor? row_sum, "
-    "Tensor? entropy, Tensor grad_log_probs, Tensor? grad_entropy, Tensor? grad_loss, "
-    "Tensor? inv_denominator, float temperature, float? softcap) -> Tensor",
+    "Tensor? entropy, Tensor? target_logit, Tensor grad_log_probs, Tensor? grad_entropy, "
+    "Tensor? grad_loss, Tensor? inv_denominator, float temperature, float? softcap, "
+    f"{VOCAB_SHARD}) -> Tensor",
     _bwd_fake,
 )
 def log_probs_bwd(
-    logits, targets, mask, row_max, row_sum, entropy, grad_log_probs, grad_entropy,
-    grad_loss, inv_denominator, temperature, softcap,
+    logits, targets, mask, row_max, row_sum, entropy, target_logit, grad_log_probs, grad_entropy,
+    grad_loss, inv_denominator, temperature, softcap, *shard,
 ):  # fmt: skip
     """dlogits for d loss / d log_prob = grad_log_probs * grad_loss * inv_denominator.
 
-    Without row_max and row_sum they are computed on the way, for the rows that need them.
+    Without row_max and row_sum they are computed on the way, for the rows that need them. The
+    target's logit is read from `target_logit` where the vocabulary is shared.
     """
     grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if grad_logits.numel():
         backward = _triton_bwd if use_triton(logits) else _torch_bwd
+        shard = VocabShard(*shard)
         backward(
             logits, targets.reshape(-1).contiguous(),
             None if mask is None else loadable(mask.reshape(-1)),
-            row_max, row_sum, entropy, grad_log_probs.reshape(-1).contiguous(),
+            row_max, row_sum, entropy, None if shard.group is None else target_logit,
+            grad_log_probs.reshape(-1).contiguous(),
             None if grad_entropy is None else grad_entropy.reshape(-1).contiguous(),
-            grad_loss, inv_denominator, temperature, softcap, grad_logits,
+            grad_loss, inv_denominator, temperature, softcap, shard, grad_logits,
         )  # fmt: skip
     return grad_logits
 
@@ -239,15 +305,16 @@ def block_shape(V: int, rows: int) -> dict[str, int]:
     return {"ROWS": rows, "COLS": cols, "num_warps": THREADS // warp}
 
 
-def _triton_fwd(logits, targets, mask, temperature, softcap, return_entropy, out: RowStats):
+def _triton_fwd(logits, targets, mask, temperature, softcap, return_entropy, shard, out: RowStats):
     from .kernels.log_probs import log_probs_fwd_kernel
 
     V = logits.shape[-1]
     T, stride_b, stride_t, align = row_strides(logits)
     with device_guard(logits):
         log_probs_fwd_kernel[(targets.numel(),)](
-            logits, targets, mask,
+            logits, shard.local(targets, V), mask,
             out.log_probs, out.row_max, out.row_sum, out.entropy if return_entropy else None,
+            None if shard.group is None else out.target_logit,
             T, V, stride_b, stride_t,
             temperature, math.log2(math.e) / temperature, softcap,
             ALIGN=align, **block_shape(V, rows=8 if softcap is None else 4),
@@ -255,8 +322,8 @@ def _triton_fwd(logits, targets, mask, temperature, softcap, return_entropy, out
 
 
 def _triton_bwd(
-    logits, targets, mask, row_max, row_sum, entropy, grad_log_probs, grad_entropy,
-    grad_loss, inv_denominator, temperature, softcap, grad_logits,
+    logits, targets, mask, row_max, row_sum, entropy, target_logit, grad_log_probs, grad_entropy,
+    grad_loss, inv_denominator, temperature, softcap, shard, grad_logits,
 ):  # fmt: skip
     from .kernels.log_probs import log_probs_bwd_kernel
 
@@ -266,7 +333,7 @@ def _triton_bwd(
     rows = 2 if grad_entropy is not None and softcap is not None else 4
     with device_guard(logits):
         log_probs_bwd_kernel[(targets.numel(),)](
-            logits, targets, mask, row_max, row_sum, entropy,
+            logits, shard.local(targets, V), mask, row_max, row_sum, entropy, target_logit,
             grad_log_probs, grad_entropy, grad_loss, inv_denominator,
             grad_logits,
             T, V, stride_b, stride_t,
@@ -334,8 +401,19 @@ def _others(p: Tensor, y: Tensor, buffer: Tensor) -> Tensor:
     A reduction over a single row may be split among threads, over several never: so that a row's
     result does not depend on how many stand beside it, two are summed at least.
     """
-    p.scatter_(1, y[:, None], 0.0)
+    _put(p, y, torch.zeros_like(p[:, 0]))
     return buffer[: max(len(p), 2)].sum(1)[: len(p)]
+
+
+def _put(x: Tensor, y: Tensor, value: Tensor) -> None:
+    """x[i, y[i]] = value[i], but for a negative y."""
+    at = y.clamp(min=0)[:, None]
+    x.scatter_(1, at, torch.where(y[:, None] < 0, x.gather(1, at), value[:, None]))
+
+
+def _target_logits(z: Tensor, y: Tensor) -> Tensor:
+    """z[i, y[i]]; 0 for a negative y."""
+    return torch.where(y < 0, 0.0, z.gather(1, y.clamp(min=0)[:, None]).squeeze(1))
 
 
 def _times_log(p: Tensor, log_e: Tensor) -> Tensor:
@@ -379,9 +457,10 @@ def _all_or(mask: Tensor | None, like: Tensor) -> Tensor:
     return torch.ones_like(like, dtype=torch.bool) if mask is None else mask != 0
 
 
-def _torch_fwd(logits, targets, mask, temperature, softcap, return_entropy, out: RowStats):
+def _torch_fwd(logits, targets, mask, temperature, softcap, return_entropy, shard, out: RowStats):
     live = _all_or(mask, targets)
-    targets = checked_targets(torch.where(live, targets, 0), logits.shape[-1])
+    targets = checked_targets(torch.where(live, targets, 0), shard.size)
+    targets = shard.local(targets, logits.shape[-1])
     for x in out:
         x.zero_()
     buffer = _buffer(logits)
@@ -389,11 +468,15 @@ def _torch_fwd(logits, targets, mask, temperature, softcap, return_entropy, out:
         y = targets[index]
         z = _load(rows, softcap, buffer)
         row_max = z.amax(1)
-        x_target = z.gather(1, y[:, None]).squeeze(1)
+        x_target = _target_logits(z, y)
         log_e = _shift(z, row_max, temperature) if return_entropy else None
         p, total = _softmax(z, row_max, temperature, buffer[: len(y)])
         others = _others(p, y, buffer)
         row_sum = others * total
+        if shard.group is not None:
+            log_sum = None if log_e is None else total * _times_log(p, log_e).sum(1) / math.log(2.0)
+            _put_part(out, index, row_max, row_sum, x_target, log_sum)
+            continue
         d, error = _log_odds(row_max, row_sum, x_target, temperature)
         log_prob = minus_softplus(d, error)
         out.log_probs[index] = log_prob
@@ -405,9 +488,19 @@ def _torch_fwd(logits, targets, mask, temperature, softcap, return_entropy, out:
             out.entropy[index] = times_exp(log_q, rest) - times_exp(log_prob, log_prob)
 
 
+def _put_part(out: RowStats, index, row_max, row_sum, x_target, log_sum) -> None:
+    """What a part of the vocabulary contributes to rows. It may hold nothing but -inf."""
+    empty = row_max == -math.inf
+    out.row_max[index] = row_max.masked_fill(empty, 0.0)
+    out.row_sum[index] = row_sum.masked_fill(empty, 0.0)
+    out.target_logit[index] = x_target
+    if log_sum is not None:
+        out.entropy[index] = log_sum.masked_fill(empty, 0.0)
+
+
 def _torch_bwd(
-    logits, targets, mask, row_max, row_sum, entropy, grad_log_probs, grad_entropy,
-    grad_loss, inv_denominator, temperature, softcap, grad_logits,
+    logits, targets, mask, row_max, row_sum, entropy, target_logit, grad_log_probs, grad_entropy,
+    grad_loss, inv_denominator, temperature, softcap, shard, grad_logits,
 ):  # fmt: skip
     g = grad_log_probs.to(compute_dtype(logits.dtype))
     live = g != 0
@@ -417,7 +510,8 @@ def _torch_bwd(
     if grad_entropy is not None:
         live |= grad_entropy != 0
     live &= _all_or(mask, targets)
-    targets = checked_targets(torch.where(live, targets, 0), logits.shape[-1])
+    targets = checked_targets(torch.where(live, targets, 0), shard.size)
+    targets = shard.local(targets, logits.shape[-1])
     out = with_huge_pages(grad_logits).view(-1, grad_logits.shape[-1])
     buffer = _buffer(logits)
     done = 0
@@ -430,6 +524,7 @@ def _torch_bwd(
         grad = _chunk_grad(
             _load(rows, softcap, buffer), targets[index],
             None if row_max is None else (row_max[index], row_sum[index]),
+            None if target_logit is None else target_logit[index],
             g[index],
             None if grad_entropy is None else (entropy[index], grad_entropy[index]),
             temperature, softcap, buffer,
@@ -444,10 +539,19 @@ def _torch_bwd(
     out[done:] = 0
 
 
-def _chunk_grad(z, y, known, g, with_entropy, temperature, softcap, buffer, out):
-    """dlogits of a chunk of loaded rows z, written to out. `known`: (row_max, row_sum) or None."""
+def _chunk_grad(z, y, known, x_target, g, with_entropy, temperature, softcap, buffer, out):
+    """dlogits of a chunk of loaded rows z, written to out. `known`: (row_max, row_sum) or None.
+
+    x_target is given for a part of the vocabulary, whose own maximum may be less than row_max.
+    """
     derivative = None if softcap is None else 1.0 - (z / softcap).square()
-    x_target = z.gather(1, y[:, None]).squeeze(1)
+    is_part = x_target is not None
+    if is_part:
+        own_max = z.amax(1)
+        empty = own_max == -math.inf
+        z = z.masked_fill(empty[:, None], 0.0) if empty.any() else z
+    else:
+        x_target = _target_logits(z, y)
     row_max = z.amax(1) if known is None else known[0]
     log_e = _shift(z, row_max, temperature) if with_entropy is not None else None
     if known is None:
@@ -456,6 +560,8 @@ def _chunk_grad(z, y, known, g, with_entropy, temperature, softcap, buffer, out)
     else:
         p, total = _softmax(z, row_max, temperature, out)
         row_sum = known[1]
+        if is_part:
+            total = total * ((own_max - row_max) / temperature).exp()
     d, error = _log_odds(row_max, row_sum, x_target, temperature)
     q = torch.sigmoid(d)
     coef = torch.where(row_sum == 0, 0.0, q * total / row_sum)
@@ -470,7 +576,7 @@ def _chunk_grad(z, y, known, g, with_entropy, temperature, softcap, buffer, out)
         log_coef = torch.where(coef > 0, minus_softplus(-d, -error) - row_sum.log(), 0.0)
         factor = log_e.add_((log_coef + entropy)[:, None]).mul_(h[:, None]).add_(g[:, None])
         grad = torch.mul(_times_log(p, factor), -coef[:, None], out=out)
-    grad.scatter_(1, y[:, None], at_target[:, None])
+    _put(grad, y, at_target)
     if temperature != 1.0:
         grad.div_(temperature)
     return grad if derivative is None else grad.mul_(derivative)

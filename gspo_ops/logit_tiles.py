@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .backend import compute_dtype, device_guard, exact_matmul, matmul_fp32
 from .head import Wanted, grad_product_dtype, product_dtype
-from .log_probs import checked_targets, loadable, minus_softplus, times_exp
+from .log_probs import checked_targets, entropy_of, loadable, minus_softplus, times_exp
+from .parallel import VocabShard, gathered_rows, summed
 
 SHIFT_LIMIT = 64.0  # exponents beyond it, in powers of two, are shifted; as in the kernels
 LN_2 = math.log(2.0)
@@ -50,6 +51,13 @@ class Options(NamedTuple):
     return_entropy: bool
     products: str  # torch, mm or triton
     allow_sync: bool
+    vocab_group: str | None  # these as in VocabShard
+    vocab_start: int
+    vocab_size: int
+
+    @property
+    def shard(self) -> VocabShard:
+        return VocabShard(self.vocab_group, self.vocab_start, self.vocab_size)
 
     @property
     def scale(self) -> float:
@@ -130,14 +138,24 @@ class Sums(NamedTuple):
     total: Tensor
     log: Tensor | None  # sum of e * log2(e), for the entropy
 
-    def reduced(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """shift, total and log of the rows, and by how much each tile's exponentials shrink."""
+    def reduced(self) -> Sums:
+        """Those of the rows, (n,) each."""
         shift = self.shift.amax(0)
-        shrink = torch.exp2(self.shift - shift)
+        shrink = self.shrink(shift)
         log = None
         if self.log is not None:
             log = _pairwise_sum(shrink * (self.log + self.total * (self.shift - shift)))
-        return shift, _pairwise_sum(shrink * self.total), log, shrink
+        return Sums(shift, _pairwise_sum(shrink * self.total), log)
+
+    def shrink(self, shift: Tensor) -> Tensor:
+        """By how much each tile's exponentials shrink when they are shifted so much."""
+        return torch.exp2(self.shift - shift)
+
+    def over_vocabulary(self, shard: VocabShard, columns: int) -> Sums:
+        """Those of whole rows, (n,) each, from those of each part of the vocabulary."""
+        own = torch.stack([x for x in self if x is not None])
+        parts = gathered_rows(own, shard, columns).unbind(1)
+        return Sums(parts[0], parts[1], None if self.log is None else parts[2]).reduced()
 
 
 class Exponentials(NamedTuple):
@@ -203,15 +221,18 @@ def forward(
         target_logit = tiles.target_logits()
         base = _finite_or_zero(target_logit)
         sums = tiles.exponentials(base, kept, keep)
-        shift, row_sum, log, shrink = sums.reduced()
+        row_sums = sums.reduced()
+        if options.vocab_group is not None and tiles.n:
+            row_sums = row_sums.over_vocabulary(options.shard, tiles.V)
+        shift, row_sum, log = row_sums
         entropy = row_sum.new_empty(0)
         found = RowStats(target_logit, shift, row_sum, entropy)
         d = found.log_odds(options.scale)
         log_prob = minus_softplus(d)
         if log is not None:
-            entropy = _entropy(d, log_prob, row_sum, log)
+            entropy = entropy_of(d, log_prob, row_sum, log)
         if kept.columns:
-            tiles.finish(kept, keep, shrink, target_logit, row_sum)
+            tiles.finish(kept, keep, sums.shrink(shift), target_logit, row_sum)
 
         def full(x: Tensor) -> Tensor:
             if x.shape != row_sum.shape:
@@ -221,12 +242,6 @@ def forward(
             return out
 
         return full(log_prob), RowStats(*map(full, found._replace(entropy=entropy)))
-
-
-def _entropy(d: Tensor, log_p: Tensor, row_sum: Tensor, log: Tensor) -> Tensor:
-    log_q = minus_softplus(-d)
-    others = row_sum.log() - log / row_sum * LN_2 - log_q
-    return times_exp(log_q, others) - times_exp(log_p, log_p)
 
 
 def backward(
@@ -311,7 +326,9 @@ class TorchTiles:
         self.lora = None  # (n, r) and (V, r)
         if head.lora_x is not None and head.lora_b is not None:
             self.lora = rows.take(head.lora_x), head.lora_b
-        self.targets = self._targets(rows.take(targets), rows.index)  # (n,)
+        targets = self._targets(rows.take(targets), rows.index)
+        self.is_known = options.shard.contains(targets)
+        self.targets = options.shard.local(targets, self.V)  # (n,)
         self.live = rows.live
         self.count = rows.count
         self.buffer = torch.empty(0, dtype=self.stats_dtype, device=self.x.device)
@@ -321,20 +338,30 @@ class TorchTiles:
         return len(self.targets)
 
     def _targets(self, targets: Tensor, places: Tensor | None) -> Tensor:
-        return checked_targets(targets, self.V, places)
+        return checked_targets(targets, self.options.vocab_size, places)
 
     # Forward
 
     def target_logits(self) -> Tensor:
-        """(n,) after the soft cap."""
+        """(n,) after the soft cap; exchanged where the vocabulary is shared."""
+        z = self._target_logits()
+        if self.options.vocab_group is None or not self.n:
+            return z
+        # one part has the target's logit, the others add 0
+        z = summed(torch.where(self.targets >= 0, z, 0.0), self.options.vocab_group)
+        return torch.where(self.is_known, z, math.nan)
+
+    def _target_logits(self) -> Tensor:
+        """The same where the target is among this rank's columns."""
         out = self.x.new_empty(self.n, dtype=self.stats_dtype)
+        y = self.targets.clamp(min=0)
         for r in slices(self.n, self.ROWS):
-            w = self.weight.index_select(0, self.targets[r]).to(self.dtype)
+            w = self.weight.index_select(0, y[r]).to(self.dtype)
             out[r] = _row_sum(self.x[r].to(self.dtype) * w)
         if self.bias is not None:
-            out += self.bias[self.targets]
+            out += self.bias[y]
         if self.lora is not None:
-            out += (self.lora[0] * self.lora[1][self.targets]).sum(1)
+            out += (self.lora[0] * self.lora[1][y]).sum(1)
         softcap = self.options.softcap
         return out if softcap is None else softcap * torch.tanh(out / softcap)
 
@@ -492,6 +519,8 @@ class TorchTiles:
                 self._add_to_columns(to[c].view(len(to[c]), -1), tile, x, adds)
             del tile  # before the next one is made
         for to, total, *_ in to_rows:
+            if self.options.vocab_group is not None:
+                summed(total, self.options.vocab_group)  # in fp32, then rounded once
             total.mul_(factor[:, None])
             if self.live is not None:
                 total.masked_fill_((factor == 0)[:, None], 0.0)
@@ -612,7 +641,7 @@ class MatMulTiles(TorchTiles):
     def _targets(self, targets: Tensor, places: Tensor | None) -> Tensor:
         return targets.contiguous()  # one outside [0, V) gives NaN: to refuse it, one has to look
 
-    def target_logits(self) -> Tensor:
+    def _target_logits(self) -> Tensor:
         from .kernels.linear_log_probs import target_logits_kernel
 
         out = self.x.new_empty(self.n, dtype=self.stats_dtype)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from torch import Tensor
 from .backend import compute_dtype, device_guard, operator, use_triton
 from .layout import Layout, check_constant, check_tensor, resolve_layout, segment_sum, sequence_ids
 from .log_probs import (
-    RowStats,
     check_logits,
     check_softmax_options,
     loadable,
@@ -32,6 +31,10 @@ from .objective import (
     RatioLevel,
     check_number,
 )
+from .parallel import context_group_name, gathered, vocab_shard
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 TokenLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -77,6 +80,7 @@ def policy_loss_from_log_probs(
     ref_log_probs: Tensor | None = None,
     rollout_weights: Tensor | None = None,
     denominator: float | Tensor | None = None,
+    context_group: ProcessGroup | None = None,
 ) -> PolicyLoss:
     """Clipped policy-gradient loss of log-probs that are already there.
 
@@ -90,7 +94,7 @@ def policy_loss_from_log_probs(
         old_log_probs: same shape, of the policy that sampled; None means on-policy: every ratio is
             exactly 1, and the gradient flows.
         advantages: (B,), or per token unless the ratio is the sequence's. Packed, with N == B,
-            they are read as (B,).
+            they are read as (B,), unless they are given as (1, N).
         mask: padded (B, T) or packed (N,); non-zero where a token counts. Nothing at other places
             is used, whatever it holds.
         cu_seqlens: (B + 1,) int32 first rows of packed sequences, and N.
@@ -103,6 +107,12 @@ def policy_loss_from_log_probs(
             the loss terms (not the KL term).
         denominator: D, a positive number or 0-dim tensor; by default the number of non-empty
             sequences (of tokens for `"token-mean"`, 1 for `"token-sum"`).
+        context_group: ranks over which the tokens of the sequences are spread, in any order: each
+            passes the same B sequences, with the tokens that it has, none at all included; packed,
+            what is per token or per sequence is per token as (1, N) and per sequence as (B,). Sums
+            per sequence are exchanged, never log-probs. Loss and statistics are the same on all;
+            the gradient is that of each rank's tokens, so gradients of parameters are to be added
+            up over the ranks.
 
     Returns:
         PolicyLoss(loss, stats).
@@ -118,11 +128,11 @@ def policy_loss_from_log_probs(
     if not isinstance(objective, Objective):
         return custom_loss(
             layout, objective, log_probs, old_log_probs, advantages, ref_log_probs,
-            rollout_weights, denominator,
+            rollout_weights, denominator, context_group,
         )  # fmt: skip
     inputs = policy_inputs(
         layout, dtype, objective, old_log_probs, advantages, ref_log_probs, rollout_weights,
-        denominator,
+        denominator, context_group,
     )  # fmt: skip
     flat = log_probs.reshape(-1).contiguous()
     loss, stats, log_ratio = _PolicyLossFromLogProbs.apply(flat, *inputs)
@@ -141,8 +151,10 @@ def policy_loss_from_logits(
     ref_log_probs: Tensor | None = None,
     rollout_weights: Tensor | None = None,
     denominator: float | Tensor | None = None,
+    context_group: ProcessGroup | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
+    vocab_group: ProcessGroup | None = None,
     return_entropy: bool = False,
 ) -> PolicyLoss:
     """Clipped policy-gradient loss straight from logits, without an N x V intermediate.
@@ -151,7 +163,7 @@ def policy_loss_from_logits(
     autograd node whose backward writes dlogits in one pass and leaves out every row with zero
     gradient: masked, clipped, or with zero advantage.
 
-    With `old_log_probs=None`, and neither reference nor entropy asked for, the gradient by the
+    With `old_log_probs=None`, and without reference, entropy and vocab_group, the gradient by the
     log-probs is known beforehand: the forward does not read the logits at all, and the backward
     only the rows with non-zero advantage (NaN in the logits, and a target out of range, then show
     in the backward, not in the loss).
@@ -161,10 +173,10 @@ def policy_loss_from_logits(
             the vocabulary is contiguous.
         targets: (B, T) or (N,) int32 or int64: the token that each row predicts (already shifted);
             anything where the mask is zero.
-        temperature, softcap: of the logits, as in `log_probs_from_logits`.
+        temperature, softcap, vocab_group: of the logits, as in `log_probs_from_logits`.
         return_entropy: adds `entropy`, the mean over valid tokens in nats, to the stats.
         old_log_probs, advantages, mask, cu_seqlens, objective, ref_log_probs, rollout_weights,
-            denominator: as in `policy_loss_from_log_probs`.
+            denominator, context_group: as in `policy_loss_from_log_probs`.
 
     Returns:
         PolicyLoss(loss, stats).
@@ -175,6 +187,8 @@ def policy_loss_from_logits(
 
     Source: arXiv 2507.18071.
     """
+    given = logits
+    logits, shard = vocab_shard("logits", logits, -1, vocab_group)
     check_logits(logits, targets)
     check_softmax_options(temperature, softcap, return_entropy)
     layout = check_layout(targets.shape, logits.device, "logits", mask, cu_seqlens)
@@ -182,17 +196,19 @@ def policy_loss_from_logits(
         if return_entropy:
             raise ValueError("return_entropy is not available with a function as objective")
         ignored = targets if layout.mask is None else ignore_masked(targets, layout.mask)
-        log_probs = log_probs_from_logits(logits, ignored, temperature=temperature, softcap=softcap)
+        log_probs = log_probs_from_logits(
+            given, ignored, temperature=temperature, softcap=softcap, vocab_group=vocab_group
+        )
         return custom_loss(
             layout, objective, log_probs, old_log_probs, advantages, ref_log_probs,
-            rollout_weights, denominator,
+            rollout_weights, denominator, context_group,
         )  # fmt: skip
     inputs = policy_inputs(
         layout, compute_dtype(logits.dtype), objective, old_log_probs, advantages, ref_log_probs,
-        rollout_weights, denominator,
+        rollout_weights, denominator, context_group,
     )  # fmt: skip
     loss, stats, log_ratio, entropy = _PolicyLossFromLogits.apply(
-        logits, targets, temperature, softcap, return_entropy, *inputs
+        logits, targets, temperature, softcap, return_entropy, shard, *inputs
     )
     named = named_stats(stats, log_ratio, inputs)
     if return_entropy:
@@ -220,6 +236,7 @@ class PolicyInputs(NamedTuple):
     clip_low: float
     clip_high: float
     kl_coef: float
+    context_group: str | None
 
 
 class _PolicyLossFromLogProbs(torch.autograd.Function):
@@ -239,38 +256,58 @@ class _PolicyLossFromLogProbs(torch.autograd.Function):
 class _PolicyLossFromLogits(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx, logits, targets, temperature, softcap, return_entropy, *inputs
+        ctx, logits, targets, temperature, softcap, return_entropy, shard, *inputs
     ):
         policy = PolicyInputs(*inputs)
-        log_probs = row_max = row_sum = None
+        log_probs = row_max = row_sum = target_logit = None
         entropy = targets.new_empty(0, dtype=compute_dtype(logits.dtype))
-        if return_entropy or policy.old_log_probs is not None or policy.ref_log_probs is not None:
-            rows = RowStats(
-                *log_probs_fwd(logits, targets, policy.mask, temperature, softcap, return_entropy)
+        if (
+            return_entropy
+            or policy.old_log_probs is not None
+            or policy.ref_log_probs is not None
+            or shard.group is not None
+        ):
+            log_probs, row_max, row_sum, rows_entropy, target_logit = log_probs_fwd(
+                logits, targets, policy.mask, temperature, softcap, return_entropy, *shard
             )
-            log_probs, row_max, row_sum = rows.log_probs, rows.row_max, rows.row_sum
             if return_entropy:
-                entropy = rows.entropy.sum() / valid_tokens(policy)
+                entropy = token_mean(rows_entropy, policy.mask, policy.rows, policy.context_group)
         loss, stats, log_ratio, g, inv_denominator = policy_loss_fwd(log_probs, *inputs)
-        ctx.save_for_backward(logits, targets, policy.mask, row_max, row_sum, g, inv_denominator)
-        ctx.options = temperature, softcap
+        ctx.save_for_backward(
+            logits, targets, policy.mask, row_max, row_sum, target_logit, g, inv_denominator
+        )
+        ctx.options = temperature, softcap, *shard
         ctx.mark_non_differentiable(stats, log_ratio, entropy)
         return loss, stats, log_ratio, entropy
 
     @staticmethod
     def backward(ctx, grad_loss, *_):  # type: ignore[override]
-        logits, targets, mask, row_max, row_sum, g, inv_denominator = ctx.saved_tensors
+        logits, targets, mask, row_max, row_sum, target_logit, g, inv_denominator = (
+            ctx.saved_tensors
+        )
         grad_logits = log_probs_bwd(
-            logits, targets, mask, row_max, row_sum, None, g, None,
+            logits, targets, mask, row_max, row_sum, None, target_logit, g, None,
             grad_loss, inv_denominator, *ctx.options,
         )  # fmt: skip
-        return (grad_logits, None, None, None, None, *(None for _ in PolicyInputs._fields))
+        return (grad_logits, *(None for _ in range(5)), *(None for _ in PolicyInputs._fields))
 
 
-def valid_tokens(policy: PolicyInputs) -> Tensor | int:
-    if policy.mask is None:
-        return max(policy.rows, 1)
-    return (policy.mask != 0).sum().clamp(min=1)
+def valid_tokens(mask: Tensor | None, rows: int) -> Tensor | int:
+    return max(rows, 1) if mask is None else (mask != 0).sum().clamp(min=1)
+
+
+@operator(
+    "token_mean(Tensor x, Tensor? mask, SymInt rows, str? context_group) -> Tensor",
+    lambda x, *_: x.new_empty(()),
+)
+def token_mean(x, mask, rows, context_group):
+    """Mean over valid tokens, on whatever rank, of what is 0 elsewhere."""
+    total, count = x.sum(), valid_tokens(mask, rows)
+    if context_group is None:
+        return total / count
+    count = x.new_full((), rows) if mask is None else (mask != 0).sum().to(x.dtype)
+    total, count = gathered(torch.stack([total, count]), context_group).sum(0).unbind()
+    return total / count.clamp(min=1)
 
 
 def ignore_masked(targets: Tensor, mask: Tensor) -> Tensor:
@@ -320,24 +357,29 @@ def policy_inputs(
     ref_log_probs: Tensor | None,
     rollout_weights: Tensor | None,
     denominator: float | Tensor | None,
+    context_group: ProcessGroup | None,
 ) -> PolicyInputs:
     """Checked and flattened arguments."""
     old, ref = _flat_old_and_ref(layout, dtype, old_log_probs, ref_log_probs)
     if objective.kl_coef > 0 and ref is None:
         raise ValueError(f"ref_log_probs is needed for kl_coef={objective.kl_coef:g}")
-    advantages, per_token = layout.per_sequence_or_token("advantages", advantages, dtype)
+    is_part = context_group is not None
+    advantages, per_token = layout.per_sequence_or_token(
+        "advantages", advantages, dtype, is_part=is_part
+    )
     if per_token and objective.ratio_level == "sequence":
         raise ValueError(
             f"advantages must have shape {(layout.batch,)} for ratio_level='sequence', got one per "
             "token: GSPOToken is the objective that takes them"
         )
-    weights, weight_per_token = _flat_rollout_weights(layout, dtype, rollout_weights)
+    weights, weight_per_token = _flat_rollout_weights(layout, dtype, rollout_weights, is_part)
     return PolicyInputs(
         old, advantages, layout.mask, layout.cu_seqlens, ref, weights,
         _denominator_tensor(layout, dtype, denominator),
         layout.rows, layout.batch, per_token, weight_per_token,
         objective.ratio_level, objective.aggregation, objective.kl_estimator,
         objective.clip_low, objective.clip_high, objective.kl_coef,
+        context_group_name(context_group),
     )  # fmt: skip
 
 
@@ -354,11 +396,11 @@ def _flat_old_and_ref(
 
 
 def _flat_rollout_weights(
-    layout: Layout, dtype: torch.dtype, weights: Tensor | None
+    layout: Layout, dtype: torch.dtype, weights: Tensor | None, is_part: bool
 ) -> tuple[Tensor | None, bool]:
     if weights is None:
         return None, False
-    return layout.per_sequence_or_token("rollout_weights", weights, dtype)
+    return layout.per_sequence_or_token("rollout_weights", weights, dtype, is_part=is_part)
 
 
 def _denominator_tensor(
@@ -396,7 +438,8 @@ POLICY_INPUTS = (
     "Tensor? old_log_probs, Tensor advantages, Tensor? mask, Tensor? cu_seqlens, "
     "Tensor? ref_log_probs, Tensor? rollout_weights, Tensor? denominator, SymInt rows, "
     "SymInt batch, bool advantage_per_token, bool rollout_weight_per_token, str ratio_level, "
-    "str aggregation, str kl_estimator, float clip_low, float clip_high, float kl_coef"
+    "str aggregation, str kl_estimator, float clip_low, float clip_high, float kl_coef, "
+    "str? context_group"
 )
 
 
@@ -412,7 +455,8 @@ def policy_loss_fwd(log_probs, *inputs):
     not read when there is neither old nor ref.
     """
     policy = PolicyInputs(*inputs)
-    if use_triton(policy.advantages) and policy.batch:
+    # what ranks have to exchange in between does not fit into one launch
+    if use_triton(policy.advantages) and policy.batch and policy.context_group is None:
         return _triton_policy_loss(log_probs, policy)
     return _torch_policy_loss(log_probs, policy)
 
@@ -465,20 +509,22 @@ def _log_clip_range(policy: PolicyInputs) -> tuple[float, float]:
     return low, math.log1p(policy.clip_high)
 
 
-# CPU path (also float64 on any device): N numbers, in float64
+# CPU path (also float64, and context_group, on any device): N numbers, in float64
 
 
 def _torch_policy_loss(log_probs, policy: PolicyInputs):
     valid = _checked_mask(policy)
     ids = sequence_ids(policy.batch, policy.rows, policy.cu_seqlens, valid.device)
     new_minus_old = _difference(log_probs, policy.old_log_probs, valid)
+    weights = _rollout_weights(policy, ids, valid)
 
     def per_sequence(x: Tensor) -> Tensor:
         return segment_sum(x, policy.batch, policy.cu_seqlens)
 
-    n = per_sequence(valid.double())
+    sums = torch.stack([per_sequence(x) for x in (valid.double(), new_minus_old, weights)])
+    n, log_ratio_sum, weight_sum = _over_context(sums, policy)
     n_or_1 = n.clamp(min=1)
-    log_ratio = per_sequence(new_minus_old) / n_or_1
+    log_ratio = log_ratio_sum / n_or_1
     is_token_level = policy.ratio_level == "token"
     token_log_ratio = new_minus_old if is_token_level else log_ratio[ids]
     ratio = _capped_exp(token_log_ratio)
@@ -486,7 +532,6 @@ def _torch_policy_loss(log_probs, policy: PolicyInputs):
     if not policy.advantage_per_token:
         advantages = advantages[ids]
     advantages = torch.where(valid, advantages, 0.0)
-    weights = _rollout_weights(policy, ids, valid)
 
     log_low, log_high = _log_clip_range(policy)
     is_high = (advantages > 0) & (token_log_ratio > log_high)
@@ -496,7 +541,7 @@ def _torch_policy_loss(log_probs, policy: PolicyInputs):
     loss_terms = -torch.where(is_clipped, bound, ratio) * advantages * weights
     if policy.ratio_level == "sequence":
         # every token's rollout weight reaches every token through the sequence's one ratio
-        weights = (per_sequence(weights) / n_or_1)[ids]
+        weights = (weight_sum / n_or_1)[ids]
     g = torch.where(is_clipped, 0.0, -ratio * advantages * weights)
     delta = _difference(log_probs, policy.ref_log_probs, valid)
     ref_kl, ref_kl_grad = _kl(policy.kl_estimator, delta)
@@ -507,49 +552,85 @@ def _torch_policy_loss(log_probs, policy: PolicyInputs):
         g = g / n_or_1[ids]
     g = torch.where(valid, g, 0.0)
 
-    denominator = policy.denominator
-    if denominator is None:
-        denominator = {"token-mean": n.sum(), "token-sum": n.new_ones(())}.get(
-            policy.aggregation, (n > 0).sum()
-        ).clamp(min=1)
-    elif not denominator > 0:
-        raise ValueError(f"denominator must be > 0, got {denominator.item():g}")
-    loss = torch.where(valid, loss_terms, 0.0).sum() / denominator
-    ratios = (
-        torch.where(valid, ratio, 0.0)[valid] if is_token_level else _capped_exp(log_ratio)[n > 0]
-    )
-    clipped_in = per_sequence(is_clipped.double())
-    some = len(ratios) > 0
-    ess_ratios = ratios.clamp(max=ESS_RATIO_CAP)
-    ess = (
-        ess_ratios.sum() / ess_ratios.square().sum() * ess_ratios.mean() if some else n.new_ones(())
-    )
-    one = n.new_ones(())
+    of_tokens = (loss_terms, is_low, is_high, _k3(new_minus_old), g != 0, ref_kl)
+    totals = torch.stack([torch.where(valid, x, 0.0).sum() for x in of_tokens])
+    parts = totals, per_sequence(is_clipped.double()), *_ratio_parts(ratio, valid)
+    (loss, low, high, k3, active, kl), clipped_in, *ratio_parts = _parts_over_context(parts, policy)
+    if not is_token_level:  # one ratio per sequence, which every rank knows
+        ratio_parts = [*_ratio_parts(_capped_exp(log_ratio), n > 0)]
+    denominator = _denominator(policy, n)
     tokens = n.sum().clamp(min=1)
     stats = torch.stack(
         [
-            ratios.mean() if some else one,
-            ratios.min() if some else one,
-            ratios.max() if some else one,
+            *_ratio_mean_min_max(*ratio_parts),
             (clipped_in > 0).sum() / (n > 0).sum().clamp(min=1),
-            is_clipped.sum() / tokens,
-            is_low.sum() / tokens,
-            is_high.sum() / tokens,
-            -new_minus_old.sum() / tokens,
-            _k3(new_minus_old).sum() / tokens,
-            ess,
-            (g != 0).sum() / tokens,
-            torch.where(valid, ref_kl, 0.0).sum() / tokens,
+            *(x / tokens for x in (low + high, low, high, -log_ratio_sum.sum(), k3)),
+            _effective_sample_size(ratio_parts[0]),
+            active / tokens,
+            kl / tokens,
         ]
     )
     dtype = policy.advantages.dtype
-    return tuple(x.to(dtype) for x in (loss, stats, log_ratio, g, 1.0 / denominator.double()))
+    loss = loss / denominator
+    return tuple(x.to(dtype) for x in (loss, stats, log_ratio, g, 1.0 / denominator))
+
+
+def _over_context(sums: Tensor, policy: PolicyInputs) -> Tensor:
+    """Added up over the ranks that hold tokens of the same sequences."""
+    if policy.context_group is None:
+        return sums
+    return gathered(sums, policy.context_group).sum(0)
+
+
+def _parts_over_context(parts: tuple[Tensor, ...], policy: PolicyInputs) -> tuple[Tensor, ...]:
+    """The same for several, of which the last holds maxima, in one exchange."""
+    if policy.context_group is None:
+        return parts
+    everyone = gathered(torch.cat(parts), policy.context_group)
+    *sums, maxima = everyone.split([len(x) for x in parts], dim=1)
+    return *(x.sum(0) for x in sums), maxima.amax(0)
+
+
+def _ratio_parts(ratio: Tensor, some: Tensor) -> tuple[Tensor, Tensor]:
+    """Count and sums of ratios, of capped ones and of their squares; maxima of -ratio and ratio."""
+    capped = ratio.clamp(max=ESS_RATIO_CAP)
+    values = torch.ones_like(ratio), ratio, capped, capped.square()
+    sums = torch.stack([torch.where(some, x, 0.0).sum() for x in values])
+    extremes = torch.stack([-ratio, ratio]).masked_fill(~some, -math.inf)
+    return sums, torch.nn.functional.pad(extremes, (0, 1), value=-math.inf).amax(1)
+
+
+def _ratio_mean_min_max(sums: Tensor, maxima: Tensor) -> tuple[Tensor, ...]:
+    """1 for an empty batch, as for an on-policy one."""
+    values = sums[1] / sums[0].clamp(min=1), -maxima[0], maxima[1]
+    return tuple(torch.where(sums[0] > 0, x, 1.0) for x in values)
+
+
+def _effective_sample_size(sums: Tensor) -> Tensor:
+    count, _, total, squares = sums
+    return torch.where(count > 0, total / squares * (total / count.clamp(min=1)), 1.0)
+
+
+def _denominator(policy: PolicyInputs, n: Tensor) -> Tensor:
+    """D, from the lengths of the sequences unless it is given."""
+    D = policy.denominator
+    if D is None:
+        return (
+            {"token-mean": n.sum(), "token-sum": n.new_ones(())}.get(
+                policy.aggregation, (n > 0).sum()
+            )
+            .clamp(min=1)
+            .double()
+        )
+    if D.device.type == "cpu" and not D > 0:
+        raise ValueError(f"denominator must be > 0, got {D.item():g}")
+    return torch.where(D > 0, D, math.nan).double()
 
 
 def _checked_mask(policy: PolicyInputs) -> Tensor:
-    """(N,) bool; values that only a device sync can check are checked here."""
+    """(N,) bool. Values are checked on a CPU: on a GPU that takes a synchronisation."""
     device = policy.advantages.device
-    cu = policy.cu_seqlens
+    cu = policy.cu_seqlens if device.type == "cpu" else None
     if cu is not None and (
         int(cu[0]) != 0 or int(cu[-1]) != policy.rows or bool((cu.diff() < 0).any())
     ):
@@ -559,7 +640,7 @@ def _checked_mask(policy: PolicyInputs) -> Tensor:
     if policy.mask is None:
         return torch.ones(policy.rows, dtype=torch.bool, device=device)
     valid = policy.mask != 0
-    if bool((valid & (policy.mask != 1)).any()):
+    if device.type == "cpu" and bool((valid & (policy.mask != 1)).any()):
         raise ValueError(
             "mask must hold 0 and 1 only; weights belong into advantages or rollout_weights"
         )
@@ -610,6 +691,7 @@ def custom_loss(
     ref_log_probs: Tensor | None,
     rollout_weights: Tensor | None,
     denominator: float | Tensor | None,
+    context_group: ProcessGroup | None,
 ) -> PolicyLoss:
     """Loss of a function from flat (N,) tensors to loss terms; its stats come from the ratios."""
     if not callable(objective) or isinstance(objective, type):
@@ -618,6 +700,8 @@ def custom_loss(
             "objective must be an Objective, as in GSPO(), or a function of (log_probs, "
             f"old_log_probs, advantages, sequence_ids), got {got}"
         )
+    if context_group is not None:
+        raise ValueError("context_group is not available with a function as objective")
     if ref_log_probs is not None:
         raise ValueError("ref_log_probs is not used with a function as objective: close over it")
     ids = sequence_ids(layout.batch, layout.rows, layout.cu_seqlens, layout.device)
@@ -634,7 +718,7 @@ def custom_loss(
         aggregation=getattr(objective, "aggregation", "seq-mean-token-mean"),
     )
     inputs = policy_inputs(
-        layout, log_probs.dtype, generic, old_log_probs, advantages, None, None, denominator
+        layout, log_probs.dtype, generic, old_log_probs, advantages, None, None, denominator, None
     )
     flat = log_probs.reshape(-1)
     valid = None if layout.mask is None else layout.mask != 0
@@ -650,7 +734,9 @@ def custom_loss(
         raise ValueError(
             f"objective must return one loss term per token, shape {tuple(flat.shape)}, got {got}"
         )
-    weights, weight_per_token = _flat_rollout_weights(layout, log_probs.dtype, rollout_weights)
+    weights, weight_per_token = _flat_rollout_weights(
+        layout, log_probs.dtype, rollout_weights, False
+    )
     if weights is not None:
         terms = terms * (weights if weight_per_token else weights[ids])
     # ratio 1, advantage -1: the loss of this linear problem is the average of the terms

@@ -7,7 +7,8 @@ A row is split into its target y and the others. With z = softcap(x) / temperatu
     log_prob = -softplus(d),   q = 1 - p_y = sigmoid(d),   p_v = exp(z_v - m) * q / S
 
 so that log_prob and 1 - p_y keep their relative accuracy when p_y is close to 1, where
-log_softmax and softmax lose it. The kernels hold m before the division by the temperature.
+log_softmax and softmax lose it. The kernels hold m before the division by the temperature. Where
+the vocabulary is shared among ranks, m and S are first those of a part, which need not hold y.
 """
 
 import triton
@@ -122,8 +123,8 @@ def minus_softplus(d, error, w):
 def log_probs_fwd_kernel(
     # inputs
     logits_ptr, targets_ptr, mask_ptr,
-    # outputs [N]; entropy is None unless asked for
-    log_probs_ptr, row_max_ptr, row_sum_ptr, entropy_ptr,
+    # outputs [N]; entropy is None unless asked for, target_logits but for a part of the vocabulary
+    log_probs_ptr, row_max_ptr, row_sum_ptr, entropy_ptr, target_logits_ptr,
     # shapes and strides: row n = b * T + t starts at b * stride_b + t * stride_t
     T, V, stride_b, stride_t,
     # options
@@ -135,6 +136,7 @@ def log_probs_fwd_kernel(
     if mask_ptr is not None:
         live = tl.load(mask_ptr + row) != 0
     log_prob = 0.0
+    target_logit = 0.0
     row_max = 0.0
     row_sum = 0.0
     entropy = 0.0
@@ -147,7 +149,11 @@ def log_probs_fwd_kernel(
         )
         d, error, w = log_odds(row_max, row_sum, x_target, temperature)
         log_prob = minus_softplus(d, error, w)
-        if entropy_ptr is not None:
+        if target_logits_ptr is not None:
+            # a part: the log-prob and the entropy are made when all parts are known
+            target_logit = tl.where(target >= 0, x_target, 0.0)
+            entropy = t
+        elif entropy_ptr is not None:
             log_q = minus_softplus(-d, -error, w)
             q = tl.where(d >= 0, 1.0, w) / (1.0 + w)
             p = tl.where(d >= 0, w, 1.0) / (1.0 + w)
@@ -159,6 +165,8 @@ def log_probs_fwd_kernel(
     tl.store(row_sum_ptr + row, row_sum)
     if entropy_ptr is not None:
         tl.store(entropy_ptr + row, entropy)
+    if target_logits_ptr is not None:
+        tl.store(target_logits_ptr + row, target_logit)
 
 
 @triton.jit
@@ -186,8 +194,9 @@ def logits_grad(
 
 @triton.jit
 def log_probs_bwd_kernel(
-    # inputs [N]; row_max and row_sum are None when the forward has not read the logits
-    logits_ptr, targets_ptr, mask_ptr, row_max_ptr, row_sum_ptr, entropy_ptr,
+    # inputs [N]; row_max and row_sum are None when the forward has not read the logits,
+    # target_logits when they are among the logits
+    logits_ptr, targets_ptr, mask_ptr, row_max_ptr, row_sum_ptr, entropy_ptr, target_logits_ptr,
     # upstream: d loss / d log_prob [N], d loss / d entropy [N] or None, two scalars or None
     grad_log_probs_ptr, grad_entropy_ptr, grad_loss_ptr, inv_denominator_ptr,
     # output [N, V], contiguous
@@ -220,7 +229,10 @@ def log_probs_bwd_kernel(
     if live:
         x_ptr = logits_ptr + row_offset(row, T, stride_b, stride_t, ALIGN)
         target = load_target_id(targets_ptr + row, V)
-        x_target = load_target(x_ptr, target, softcap)
+        if target_logits_ptr is None:
+            x_target = load_target(x_ptr, target, softcap)
+        else:
+            x_target = tl.load(target_logits_ptr + row)
         if row_max_ptr is None:
             row_max, row_sum, _ = sum_over_others(
                 x_ptr, target, V, scale, softcap, False, ROWS, COLS

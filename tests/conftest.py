@@ -1,5 +1,13 @@
 import contextlib
 import os
+import pickle
+import runpy
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,3 +27,79 @@ if INTERPRETED:
 def device() -> torch.device:
     """The GPU where there is one, so that the same tests run the compiled kernels."""
     return torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+
+
+# Several ranks
+
+
+class Ranks:
+    """Processes of one gloo group, which call functions of test modules: all of them, in turn."""
+
+    PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); import conftest; conftest.serve()"
+
+    def __init__(self, size: int, folder: Path) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size)}
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", self.PROGRAM, str(Path(__file__).parent)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                env=environment | {"RANK": str(rank), "STORE": str(folder / f"store{size}")},
+            )
+            for rank in range(size)
+        ]  # fmt: skip
+
+    def __call__(self, function: Callable, *arguments: object) -> list:
+        """What function(*arguments) returns on each rank. Its module is loaded there by path."""
+        path = function.__globals__["__file__"]
+        for process in self.processes:
+            pickle.dump((path, function.__name__, arguments), process.stdin)
+            process.stdin.flush()
+        answers = [pickle.load(process.stdout) for process in self.processes]
+        failed = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(answers) if error]
+        assert not failed, "\n".join(failed)
+        return [value for value, _ in answers]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.stdin.close()
+        for process in self.processes:
+            process.wait()
+
+
+def serve() -> None:
+    """A rank's life: call what comes in, and answer with a value or the text of an error."""
+    requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what is printed must not get between the answers
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{os.environ['STORE']}",
+        rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timedelta(seconds=60),
+    )  # fmt: skip
+    modules: dict[str, dict] = {}
+    while request := requests.peek(1):
+        path, name, arguments = pickle.load(requests)
+        if path not in modules:
+            modules[path] = runpy.run_path(path)
+        try:
+            answer = modules[path][name](*arguments), None
+        except Exception:
+            answer = None, traceback.format_exc()
+        pickle.dump(answer, answers)
+        answers.flush()
+    del request
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory) -> Iterator[Callable[[int], Ranks]]:
+    """`ranks(G)` are G processes that stay for the session."""
+    groups: dict[int, Ranks] = {}
+
+    def of_size(size: int) -> Ranks:
+        if size not in groups:
+            groups[size] = Ranks(size, tmp_path_factory.mktemp("ranks"))
+        return groups[size]
+
+    yield of_size
+    for group in groups.values():
+        group.close()

@@ -1,17 +1,21 @@
 """loss_from_model on small random models of each family of heads, against their own logits."""
 
+import copy
 import subprocess
 import sys
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from gspo_ops import GRPO, GSPO, reference
+from gspo_ops import GRPO, GSPO, global_denominator, reference
 from gspo_ops.integrations.transformers import (
     log_probs_from_model,
     loss_from_model,
     output_head,
 )
+from gspo_ops.testing import relative
 
 transformers = pytest.importorskip("transformers")
 
@@ -154,3 +158,85 @@ def test_transformers_is_not_imported():
         "assert not {'transformers', 'trl', 'verl', 'peft'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Wrapped models, over ranks
+
+WRAPPERS = {
+    "ddp": "Llama",
+    "fsdp": "Qwen3",
+    "fsdp, tied": "Llama, tied",
+    "fsdp, the head by itself": "Qwen2",
+    "fsdp, checkpointed": "Gemma2, soft cap",
+    "fsdp, bf16": "Llama",
+}
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_wrapped_models_over_ranks(ranks, wrapper, size):
+    ranks(size)(on_rank_wrapped, wrapper)
+
+
+def wrap(model, wrapper):
+    if wrapper == "ddp":
+        return torch.nn.parallel.DistributedDataParallel(model)
+    low = torch.bfloat16 if wrapper.endswith("bf16") else None
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
+    if wrapper.endswith("checkpointed"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    parts = [*model.base_model.layers]
+    if wrapper.endswith("by itself"):
+        parts.append(model.get_output_embeddings())
+    for part in [*parts, model]:
+        fully_shard(part, mp_policy=policy)
+    return model
+
+
+def on_rank_wrapped(wrapper):
+    """Each rank its rows of the batch; together the gradient of one process with all of them."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    model, (batch, mask) = make(WRAPPERS[wrapper]), make_batch()
+    if wrapper.endswith("bf16"):
+        of_one = copy.deepcopy(model).bfloat16()
+        bound = 0.02
+    else:
+        of_one = copy.deepcopy(model)
+        bound = 1e-5
+    old = log_probs_from_model(of_one, batch, T).detach()
+    old += torch.tensor([[1e-4], [-2e-4], [1e-2], [-1e-2]])
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])
+    whole = loss_from_model(of_one, batch, old, advantages, mask=mask)
+    expected = {n: g.float() for n, g in grads(of_one, whole.loss).items()}
+
+    bounds = [0, 1, 4] if size == 2 else range(5)
+    own = slice(bounds[rank], bounds[rank + 1])
+    mine = {name: x[own] for name, x in batch.items()}
+    denominator = global_denominator([{"mask": mask[own]}], group=dist.group.WORLD)
+    wrapped = wrap(model, wrapper)
+    for _ in range(2):  # whatever hooks there are, they fire every time
+        wrapped.zero_grad()
+        loss = loss_from_model(
+            wrapped, mine, old[own], advantages[own], mask=mask[own], denominator=denominator
+        ).loss
+        loss.backward()
+        total = loss.detach() / size
+        dist.all_reduce(total)
+        torch.testing.assert_close(total, whole.loss.detach(), rtol=1e-4, atol=1e-4)
+        found = {}
+        for name, p in wrapped.named_parameters():
+            if p.grad is not None:
+                found[name.removeprefix("module.")] = (
+                    p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+                )
+        assert found.keys() == expected.keys()
+        for name, grad in found.items():
+            assert grad.dtype == torch.float32
+            assert relative(grad, expected[name]) <= bound, name
+    with torch.no_grad():
+        got = log_probs_from_model(wrapped, mine, T)
+        torch.testing.assert_close(
+            got, log_probs_from_model(of_one, mine, T), atol=0.05 if bound > 0.01 else 1e-5, rtol=0
+        )
+    assert "forward" not in vars(model)

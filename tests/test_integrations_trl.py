@@ -7,7 +7,7 @@ import pytest
 import torch
 
 if importlib.util.find_spec("trl") is None:
-    pytest.skip("needs trl: pip install 'gspo-ops[bench]'", allow_module_level=True)
+    pytest.skip("needs trl: pip install 'gspo-ops[trl]'", allow_module_level=True)
 import transformers
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer

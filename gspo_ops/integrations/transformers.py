@@ -1,17 +1,20 @@
 """Policy losses of a causal language model of transformers, from its body's hidden states.
 
 The head is never called, so that logits never exist. Written for transformers 5; nothing of it is
-imported, and any model with `base_model` and `get_output_embeddings` will do.
+imported, and any model with `base_model` and `get_output_embeddings` will do, inside of
+DistributedDataParallel, FSDP2 (`fully_shard`) or peft as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
 from .. import PolicyLoss, log_probs_from_hidden, policy_loss_from_hidden
+
+Result = TypeVar("Result")
 
 
 class OutputHead(NamedTuple):
@@ -47,15 +50,13 @@ class OutputHead(NamedTuple):
 
 
 def output_head(model: Any) -> OutputHead:
-    """The head of a causal language model, wrapped by peft or DDP or not.
+    """The head of a causal language model, wrapped or not.
 
     Raises:
         ValueError: the model has no head, or one that the ops can't apply.
     """
     model = _unwrapped(model)
-    last = getattr(model, "get_output_embeddings", lambda: None)()
-    if last is None or getattr(last, "weight", None) is None:
-        raise ValueError(f"{type(model).__name__} has no output embeddings: is it a causal model?")
+    last = _last_layer(model)
     config = model.config.get_text_config()
     # Cohere multiplies its logits, Granite divides them
     scale = float(getattr(config, "logit_scale", None) or 1.0)
@@ -69,6 +70,13 @@ def output_head(model: Any) -> OutputHead:
     return OutputHead(last.weight, getattr(last, "bias", None), scale, softcap)
 
 
+def _last_layer(model: Any) -> Any:
+    last = getattr(model, "get_output_embeddings", lambda: None)()
+    if last is None or getattr(last, "weight", None) is None:
+        raise ValueError(f"{type(model).__name__} has no output embeddings: is it a causal model?")
+    return last
+
+
 def log_probs_from_model(
     model: Any,
     batch: Mapping[str, Tensor],
@@ -80,7 +88,7 @@ def log_probs_from_model(
     """Log-probs of each row's last `count` tokens, as `loss_from_model` sees them.
 
     Args:
-        model: a causal language model of transformers, wrapped by peft or DDP or not.
+        model: a causal language model of transformers, wrapped by peft, DDP or FSDP2 or not.
         batch: arguments of its forward: `input_ids` (B, S), `attention_mask` and so on.
         count: T, tokens at the end of each row: the responses, padded on the right or not.
         temperature: sampling temperature, > 0.
@@ -92,10 +100,12 @@ def log_probs_from_model(
     Raises:
         ValueError: `batch` or `count` does not fit, or the model's head is unknown.
     """
-    head = output_head(model)
-    hidden, targets = _last_hidden(model, batch, count)
-    return log_probs_from_hidden(
-        hidden, head.weight, targets, **head.options(temperature), **options
+    return with_head(
+        model,
+        lambda: _last_hidden(model, batch, count),
+        lambda head, hidden, targets: log_probs_from_hidden(
+            hidden, head.weight, targets, **head.options(temperature), **options
+        ),
     )
 
 
@@ -112,7 +122,7 @@ def loss_from_model(
     """The policy loss of the last T tokens of each row; see `policy_loss_from_hidden`.
 
     Args:
-        model: a causal language model of transformers, wrapped by peft or DDP or not.
+        model: a causal language model of transformers, wrapped by peft, DDP or FSDP2 or not.
         batch: arguments of its forward: `input_ids` (B, S), `attention_mask` and so on.
         old_log_probs: (B, T) float32 of the policy that sampled, or None for on-policy.
         advantages: (B,), or (B, T) with an objective that takes one per token.
@@ -129,12 +139,48 @@ def loss_from_model(
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"mask must have shape (B, T), one per response token, got {got}")
-    head = output_head(model)
-    hidden, targets = _last_hidden(model, batch, mask.shape[1])
-    return policy_loss_from_hidden(
-        hidden, head.weight, targets, old_log_probs, advantages, mask=mask,
-        **head.options(temperature), **options,
+    return with_head(
+        model,
+        lambda: _last_hidden(model, batch, mask.shape[1]),
+        lambda head, hidden, targets: policy_loss_from_hidden(
+            hidden, head.weight, targets, old_log_probs, advantages, mask=mask,
+            **head.options(temperature), **options,
+        ),
     )  # fmt: skip
+
+
+def with_head(
+    model: Any, body: Callable[[], tuple[Tensor, ...]], function: Callable[..., Result]
+) -> Result:
+    """function(head, *body()), where the model's wrappers expect a forward.
+
+    DDP and FSDP2 gather weights and reduce gradients in hooks around `forward`, of the whole model
+    and of each part that is wrapped by itself, as a large head may be.
+    """
+
+    def forward() -> Result:
+        operands = body()
+        return _inside(
+            _last_layer(_unwrapped(model)), lambda: function(output_head(model), *operands)
+        )
+
+    return _inside(model, forward)
+
+
+def _inside(module: Any, function: Callable[[], Result]) -> Result:
+    """function() as the forward of a module that has hooks, and as it is for another."""
+    inner = getattr(module, "module", module)  # of DDP
+    is_sharded = hasattr(module, "set_requires_gradient_sync")  # FSDP2, whose class is mixed in
+    if inner is module and not is_sharded:
+        return function()
+    own = vars(inner).get("forward")
+    inner.forward = lambda *_, **__: function()
+    try:
+        return module()
+    finally:
+        del inner.forward
+        if own is not None:
+            inner.forward = own
 
 
 def _last_hidden(model: Any, batch: Mapping[str, Tensor], count: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ in the backward.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +31,11 @@ _AGGREGATIONS: dict[str, Aggregation] = {
     "dapo": "token-sum",
     "luspo": "seq-mean-token-sum",
 }
-_OURS = ("ratio_mean", "ratio_min", "ratio_max", "effective_sample_size", "active_token_frac")
+# our statistics, and how they are put together over ranks
+_OURS: dict[str, Callable[[Tensor], Tensor]] = {
+    "ratio_mean": Tensor.mean, "ratio_min": Tensor.min, "ratio_max": Tensor.max,
+    "effective_sample_size": Tensor.mean, "active_token_frac": Tensor.mean,
+}  # fmt: skip
 
 
 class GSPOTrainer(GRPOTrainer):
@@ -65,11 +70,6 @@ class GSPOTrainer(GRPOTrainer):
             raise ValueError(
                 f"{name}={getattr(config, name, None)!r} is not supported by GSPOTrainer: "
                 "use GRPOTrainer for it"
-            )
-        if self.accelerator.num_processes > 1:
-            raise ValueError(
-                f"GSPOTrainer runs in one process, got {self.accelerator.num_processes}: it calls "
-                "the model's body, around the wrapper that would reduce gradients"
             )
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -121,25 +121,33 @@ class GSPOTrainer(GRPOTrainer):
             return float(len(mask) * self.max_completion_length * steps)
         if self.loss_type == "dapo":
             items = inputs["num_items_in_batch"].clamp(min=1.0).float()
+            items = items / self.accelerator.num_processes  # which average their gradients
             return items * (steps / self.args.steps_per_generation) if is_training else items
         return float(len(mask) * steps)
 
     def _log_stats(self, stats: dict[str, Tensor], inputs: dict[str, Any], mask: Tensor) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]
+        gather, tokens = self.accelerator.gather, mask.sum().float()
+
+        def mean_of_tokens(x: Tensor) -> float:
+            totals = self.accelerator.reduce(torch.stack([x * tokens, tokens]), reduction="sum")
+            return (totals[0] / totals[1].clamp(min=1.0)).item()
+
         if self.beta != 0.0:
-            metrics["kl"].append(stats["ref_kl"].item())
-        metrics["entropy"].append(stats["entropy"].item())
-        low, high = stats["clip_frac_low"], stats["clip_frac_high"]
+            metrics["kl"].append(mean_of_tokens(stats["ref_kl"]))
+        metrics["entropy"].append(mean_of_tokens(stats["entropy"]))
+        low, high = (mean_of_tokens(stats[f"clip_frac_{side}"]) for side in ("low", "high"))
         if self.importance_sampling_level == "sequence" and inputs["advantages"].ndim == 1:
             # of sequences, each counting once, as TRL has it
             ratio = stats["log_ratio"].exp()
             is_low = (ratio < 1 - self.epsilon_low) & (inputs["advantages"] < 0)
             is_high = (ratio > 1 + self.epsilon_high) & (inputs["advantages"] > 0)
-            low, high = is_low.float().mean(), is_high.float().mean()
-            metrics["clip_ratio/low_min"].append(is_low.float().min().item())
-            metrics["clip_ratio/high_max"].append(is_high.float().max().item())
-        metrics["clip_ratio/low_mean"].append(low.item())
-        metrics["clip_ratio/high_mean"].append(high.item())
-        metrics["clip_ratio/region_mean"].append((low + high).item())
-        for name in _OURS:
-            metrics[f"gspo_ops/{name}"].append(stats[name].item())
+            of_low, of_high = gather(is_low.float()), gather(is_high.float())
+            low, high = of_low.mean().item(), of_high.mean().item()
+            metrics["clip_ratio/low_min"].append(of_low.min().item())
+            metrics["clip_ratio/high_max"].append(of_high.max().item())
+        metrics["clip_ratio/low_mean"].append(low)
+        metrics["clip_ratio/high_mean"].append(high)
+        metrics["clip_ratio/region_mean"].append(low + high)
+        for name, over_ranks in _OURS.items():
+            metrics[f"gspo_ops/{name}"].append(over_ranks(gather(stats[name])).item())
