@@ -32,7 +32,7 @@ from .head import (
 )
 from .log_probs import IGNORED, check_softmax_options
 from .logit_tiles import Head, HeadGrads, Kept, Options, RowStats, backward, forward
-from .parallel import VOCAB_SHARD, VocabShard, local_part, replicated, vocab_shard
+from .parallel import VOCAB_SHARD, VocabShard, local_part, replicated, vocab_shard, widest_part
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -153,7 +153,7 @@ def log_probs_from_hidden(
     head = make_head(hidden, weight, bias, lora, mask)
     has_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
     _, kept_columns, _ = choose_plan(
-        targets.numel(), shard.widest(weight.shape[0]), weight.shape[1],
+        targets.numel(), widest_part(shard, vocab_group), weight.shape[1],
         grad_product_dtype(hidden, weight).itemsize,
         plan="recompute" if return_entropy else plan, memory_budget=memory_budget,
         has_gradient=has_gradient, can_chunk=False, grad_weight=weight.requires_grad,

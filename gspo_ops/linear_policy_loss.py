@@ -43,6 +43,7 @@ from .linear_log_probs import (
 from .log_probs import check_softmax_options
 from .logit_tiles import Head, HeadGrads, Kept, Options, backward, forward, slices
 from .objective import GSPO, Objective
+from .parallel import widest_part
 from .policy_loss import (
     POLICY_INPUTS,
     PolicyInputs,
@@ -157,7 +158,7 @@ def policy_loss_from_hidden(
     head = make_head(hidden, weight, bias, lora, mask)
     has_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
     name, kept_columns, chunk_rows = choose_plan(
-        targets.numel(), shard.widest(weight.shape[0]), weight.shape[1],
+        targets.numel(), widest_part(shard, vocab_group), weight.shape[1],
         grad_product_dtype(hidden, weight).itemsize,
         plan=plan, memory_budget=memory_budget, has_gradient=has_gradient,
         can_chunk=context_group is None and (cu_seqlens is None or not hidden.is_cuda),

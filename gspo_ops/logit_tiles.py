@@ -400,18 +400,23 @@ class TorchTiles:
         return z if bias is None else z.add_(bias)
 
     def _product(self, x: Tensor, w: Tensor) -> Tensor:
-        """In a buffer, which the next one overwrites.
-
-        The libraries behind torch.mm multiply a few rows in an order of their own, and all larger
-        numbers of rows in one order, so that padding makes a row's logits the same in any batch.
-        """
+        """In a buffer, which the next one overwrites."""
         n = len(x)
-        if n < self.LEAST_ROWS:
-            x = torch.nn.functional.pad(x, (0, 0, 0, self.LEAST_ROWS - n))
+        x = self._with_least_rows(x)
         size = len(x) * w.shape[1]
         if self.buffer.numel() < size:
             self.buffer = self.buffer.new_empty(size)
         return torch.mm(x, w, out=self.buffer[:size].view(len(x), -1))[:n]
+
+    def _with_least_rows(self, x: Tensor) -> Tensor:
+        """x, padded if it has few rows.
+
+        The libraries behind torch.mm multiply a few rows in an order of their own, with errors 10
+        times as large, and all larger numbers of rows in one order: padding makes the results of a
+        row the same in any batch.
+        """
+        missing = self.LEAST_ROWS - len(x)
+        return x if missing <= 0 else torch.nn.functional.pad(x, (0, 0, 0, missing))
 
     def _hits(self, r: slice, c: slice) -> tuple[Tensor, Tensor]:
         """Rows and columns of the targets that lie in a tile, counted from its first ones."""
@@ -581,10 +586,11 @@ class TorchTiles:
         out.copy_(z if derivative is None else z.mul_(derivative))
 
     def _add_to_rows(self, out: Tensor, tile: Tile, w: Tensor) -> None:
-        if out.dtype == w.dtype:
-            out.addmm_(tile.e.to(w.dtype), w)
+        e = self._with_least_rows(tile.e.to(w.dtype))
+        if out.dtype == w.dtype and len(e) == len(out):
+            out.addmm_(e, w)
         else:
-            out.add_(self._grad_product(tile.e, w))
+            out.add_(self._grad_product(e, w)[: len(out)])
 
     def _add_to_columns(self, out: Tensor, tile: Tile, x: Tensor, add: bool) -> None:
         e = tile.e.mT.to(x.dtype)
@@ -631,6 +637,7 @@ class MatMulTiles(TorchTiles):
     """torch.mm with fp32 results, and Triton epilogues."""
 
     ROWS = 4096
+    LEAST_ROWS = 0
     COLUMNS = SUMS = 8192
     GRAD_ELEMENTS = 1 << 26
 

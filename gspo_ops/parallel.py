@@ -35,10 +35,6 @@ class VocabShard(NamedTuple):
     start: int
     size: int
 
-    def widest(self, columns: int) -> int:
-        """Of the parts of all ranks, the same on each; `columns` is the width of this rank's."""
-        return columns if self.group is None else -(-self.size // group_named(self.group).size())
-
     def contains(self, targets: Tensor) -> Tensor:
         return (targets >= 0) & (targets < self.size)
 
@@ -70,6 +66,11 @@ def vocab_shard(
         return x, VocabShard(None, 0, columns)
     ranks, rank = _size_and_rank("vocab_group", group)
     return x, VocabShard(group.group_name, rank * columns, ranks * columns)
+
+
+def widest_part(shard: VocabShard, group: ProcessGroup | None) -> int:
+    """Tokens of the largest part of the vocabulary: what ranks plan with, to plan the same."""
+    return shard.size if group is None else -(-shard.size // group.size())
 
 
 def context_group_name(group: ProcessGroup | None) -> str | None:

@@ -471,6 +471,27 @@ def test_triton_products_don_t_depend_on_the_batch(device):
         assert torch.equal(log_probs(torch.tensor([row], device=device)), together[row : row + 1])
 
 
+@compiled_only
+@pytest.mark.parametrize("count", [1, 2, 3, 15])
+def test_gradients_of_few_rows_are_as_accurate_as_those_of_many(count):
+    """Embeddings have much in common, which cancels in dhidden: a coarse sum shows."""
+    inputs = make(40, 32, 9000, torch.device("cpu"))
+    inputs = inputs._replace(weight=inputs.weight + 1.0)
+    targets = sample(inputs)
+    upstream = torch.randn(1, 40, generator=torch.Generator().manual_seed(0))
+    _, exact = run(plain(targets, torch.float64, False), inputs.map(Tensor.double), upstream)
+
+    def error(rows: slice) -> float:
+        _, grads = run(
+            lambda leaves: leaves.call(log_probs_from_hidden, targets[rows], plan="keep"),
+            inputs._replace(hidden=inputs.hidden[rows]), upstream[:, rows], frozen=("weight",),
+        )  # fmt: skip
+        few = slice(7 - rows.start, 7 + count - rows.start)
+        return relative(grads["hidden"][few], exact["hidden"][7 : 7 + count])
+
+    assert error(slice(7, 7 + count)) <= 1.5 * error(slice(0, 40))
+
+
 @kernels
 @all_products
 def test_tied_embeddings(device, products):

@@ -683,3 +683,35 @@ def on_rank_bytes() -> tuple[int, int]:
         ).loss.backward()
     assert sent == (size - 1) * 8 * (3 * B + B + 6 + 4 + 2)
     return sent, (size - 1) * log_probs.nbytes
+
+
+def test_compiled(ranks):
+    ranks(2)(on_rank_compiled)
+
+
+def on_rank_compiled() -> None:
+    """Groups are constants of a graph; collectives are inside of operators."""
+    group = dist.group.WORLD
+    head = synthetic_head(4, 3, H, V, device=CPU)
+    case = make_case(head, GSPO(), packed=False)
+    given = case.targets, case.old_log_probs, case.advantages
+    logits = case.head.hidden.detach() @ head.weight.mT
+
+    def both(x: Tensor, w: Tensor, z: Tensor) -> Tensor:
+        options = {"mask": case.mask, "vocab_group": group}
+        from_hidden = policy_loss_from_hidden(x, w, *given, **options).loss
+        return from_hidden + policy_loss_from_logits(z, *given, **options).loss
+
+    def context(z: Tensor) -> Tensor:
+        return policy_loss_from_logits(z, *given, mask=case.mask, context_group=group).loss
+
+    leaves = [case.head.hidden, part_of(head.weight), part_of(logits, -1)]
+    for function, operands in ((both, leaves), (context, [logits])):
+        eager, compiled = [leaf(x) for x in operands], [leaf(x) for x in operands]
+        expected = function(*eager)
+        loss = torch.compile(function, fullgraph=True, backend="aot_eager")(*compiled)
+        assert torch.equal(loss, expected)
+        for x in (loss, expected):
+            x.backward()
+        for x, y in zip(compiled, eager, strict=True):
+            assert torch.equal(x.grad, y.grad)
