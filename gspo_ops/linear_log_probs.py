@@ -12,7 +12,7 @@ dweight = P^T diag(s) hidden, with a factor s per row that is known only then.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -32,10 +32,15 @@ from .head import (
 )
 from .log_probs import IGNORED, check_softmax_options
 from .logit_tiles import Head, HeadGrads, Kept, Options, RowStats, backward, forward
-from .parallel import VOCAB_SHARD, VocabShard, local_part, replicated, vocab_shard, widest_part
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from .parallel import (
+    VOCAB_SHARD,
+    ProcessGroup,
+    VocabShard,
+    local_part,
+    replicated,
+    vocab_shard,
+    widest_part,
+)
 
 
 @overload

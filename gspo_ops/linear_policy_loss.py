@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ from .linear_log_probs import (
 from .log_probs import check_softmax_options
 from .logit_tiles import Head, HeadGrads, Kept, Options, backward, forward, slices
 from .objective import GSPO, Objective
-from .parallel import widest_part
+from .parallel import ProcessGroup, widest_part
 from .policy_loss import (
     POLICY_INPUTS,
     PolicyInputs,
@@ -59,9 +59,6 @@ from .policy_loss import (
     token_mean,
     valid_tokens,
 )
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 def policy_loss_from_hidden(

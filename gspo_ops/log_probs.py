@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -15,10 +15,14 @@ from torch import Tensor
 from .backend import compute_dtype, device_guard, operator, use_triton, with_huge_pages
 from .layout import check_tensor
 from .objective import check_number
-from .parallel import VOCAB_SHARD, VocabShard, gathered_rows, sum_in_order, vocab_shard
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from .parallel import (
+    VOCAB_SHARD,
+    ProcessGroup,
+    VocabShard,
+    gathered_rows,
+    sum_in_order,
+    vocab_shard,
+)
 
 IGNORED = -100
 THREADS = 128  # per program: with 8 columns each they read 1024, and keep columns to themselves

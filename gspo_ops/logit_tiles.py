@@ -310,7 +310,8 @@ class TorchTiles:
     """Tiles of logits of some rows, in torch; small ones, that stay in cache."""
 
     ROWS = 1024
-    LEAST_ROWS = 16
+    LEAST_ROWS = 16  # of products that make logits
+    LEAST_GRAD_ROWS = 4  # of those that make gradients of rows
     COLUMNS = SUMS = 1024  # of a tile, and of an entry of `Sums`
     GRAD_ELEMENTS = 1 << 22  # of a tile for the products of the backward
     GRAD_COLUMNS = 8192
@@ -400,23 +401,17 @@ class TorchTiles:
         return z if bias is None else z.add_(bias)
 
     def _product(self, x: Tensor, w: Tensor) -> Tensor:
-        """In a buffer, which the next one overwrites."""
+        """In a buffer, which the next one overwrites.
+
+        The libraries behind torch.mm multiply a few rows in an order of their own, and all larger
+        numbers of rows in one order, so that padding makes a row's logits the same in any batch.
+        """
         n = len(x)
-        x = self._with_least_rows(x)
+        x = _with_rows(x, self.LEAST_ROWS)
         size = len(x) * w.shape[1]
         if self.buffer.numel() < size:
             self.buffer = self.buffer.new_empty(size)
         return torch.mm(x, w, out=self.buffer[:size].view(len(x), -1))[:n]
-
-    def _with_least_rows(self, x: Tensor) -> Tensor:
-        """x, padded if it has few rows.
-
-        The libraries behind torch.mm multiply a few rows in an order of their own, with errors 10
-        times as large, and all larger numbers of rows in one order: padding makes the results of a
-        row the same in any batch.
-        """
-        missing = self.LEAST_ROWS - len(x)
-        return x if missing <= 0 else torch.nn.functional.pad(x, (0, 0, 0, missing))
 
     def _hits(self, r: slice, c: slice) -> tuple[Tensor, Tensor]:
         """Rows and columns of the targets that lie in a tile, counted from its first ones."""
@@ -586,7 +581,9 @@ class TorchTiles:
         out.copy_(z if derivative is None else z.mul_(derivative))
 
     def _add_to_rows(self, out: Tensor, tile: Tile, w: Tensor) -> None:
-        e = self._with_least_rows(tile.e.to(w.dtype))
+        # fewer rows are summed one column after the other, with errors 10 times as large
+        least = self.LEAST_GRAD_ROWS if w.shape[1] > 1 else 0
+        e = _with_rows(tile.e.to(w.dtype), least)
         if out.dtype == w.dtype and len(e) == len(out):
             out.addmm_(e, w)
         else:
@@ -603,6 +600,11 @@ class TorchTiles:
 
     def _grad_product(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.mm(a, b)
+
+
+def _with_rows(x: Tensor, least: int) -> Tensor:
+    """x, padded to so many rows if it has fewer."""
+    return torch.nn.functional.pad(x, (0, 0, 0, least - len(x))) if len(x) < least else x
 
 
 def _pairwise_sum(x: Tensor) -> Tensor:
@@ -637,7 +639,7 @@ class MatMulTiles(TorchTiles):
     """torch.mm with fp32 results, and Triton epilogues."""
 
     ROWS = 4096
-    LEAST_ROWS = 0
+    LEAST_GRAD_ROWS = 0
     COLUMNS = SUMS = 8192
     GRAD_ELEMENTS = 1 << 26
 

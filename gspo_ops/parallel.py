@@ -18,8 +18,10 @@ from torch import Tensor
 from .layout import resolve_layout, segment_sum
 from .objective import GSPO, Objective
 
-if TYPE_CHECKING:
+if TYPE_CHECKING or dist.is_available():
     from torch.distributed import ProcessGroup
+else:  # a torch that was built without
+    ProcessGroup = object
 
 
 class VocabShard(NamedTuple):

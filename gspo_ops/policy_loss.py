@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,10 +31,7 @@ from .objective import (
     RatioLevel,
     check_number,
 )
-from .parallel import context_group_name, gathered, vocab_shard
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from .parallel import ProcessGroup, context_group_name, gathered, vocab_shard
 
 TokenLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 

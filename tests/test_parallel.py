@@ -204,8 +204,8 @@ def on_rank_hidden(dtype: torch.dtype, products: str) -> None:
             **as_planned, **options, **case.options(),
         )  # fmt: skip
         expected = policy_loss_from_hidden(
-            whole.hidden, whole.weight, *given, bias=whole.bias, plan="recompute",
-            products=products, **options, **case.options(),
+            whole.hidden, whole.weight, *given, bias=whole.bias,
+            plan="keep" if plan == "part" else plan, products=products, **options, **case.options(),
         )  # fmt: skip
         loss64, _ = reference.policy_loss_from_hidden(
             of_64.hidden, of_64.weight, case.targets, exact.old_log_probs, exact.advantages,

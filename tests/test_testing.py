@@ -31,12 +31,10 @@ KERNELS = {
     "nothing": ("kernels/log_probs.py", "grad = e * at_others", "grad = e * at_others"),
     "zero gradient": ("kernels/log_probs.py", "if live:\n        x_ptr = logits_ptr + row_offset("
                       "row, T, stride_b, stride_t, ALIGN)\n        target = load_target_id("
-                      "targets_ptr + row, V)\n        x_target = load_target(x_ptr, target, "
-                      "softcap)\n        if row_max_ptr",
+                      "targets_ptr + row, V)\n        if target_logits_ptr is None",
                       "if live & (row < 0):\n        x_ptr = logits_ptr + row_offset("
                       "row, T, stride_b, stride_t, ALIGN)\n        target = load_target_id("
-                      "targets_ptr + row, V)\n        x_target = load_target(x_ptr, target, "
-                      "softcap)\n        if row_max_ptr"),
+                      "targets_ptr + row, V)\n        if target_logits_ptr is None"),
     "missing softmax term": ("kernels/log_probs.py", "grad = e * at_others", "grad = e * 0.0"),
     "missing target term": (
         "kernels/log_probs.py", "tl.where(cols == target, at_target, grad)", "grad"
@@ -81,7 +79,7 @@ CPU_PATH = {
         "torch.mul(p, 0.0, out=out)",
     ),
     "missing target term": (
-        "gspo_ops/log_probs.py", "grad.scatter_(1, y[:, None], at_target[:, None])", "pass"
+        "gspo_ops/log_probs.py", "_put(grad, y, at_target)", "pass"
     ),
     "wrong clip side": (
         "gspo_ops/policy_loss.py",
