@@ -1,8 +1,8 @@
 """What ranks exchange when a vocabulary, or the tokens of sequences, are spread over them.
 
-Only numbers per row or per sequence are exchanged, never logits or log-probs. They are gathered,
-and every rank adds them up in the order of the ranks, so that all see the same bits and take the
-same clip decisions.
+Numbers per row or per sequence, never logits or log-probs, and the gradient of hidden states that
+all ranks share. What decisions depend on is gathered, and every rank adds it up in the order of the
+ranks, so that all see the same bits and take the same clip decisions.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _shard_of_dtensor(
     if group is None:
         raise ValueError(
             f"{name} is a DTensor with placements {placements}: where its ranks see the same rows, "
-            "pass vocab_group=weight.device_mesh.get_group(); where each has rows of its own, as "
+            f"pass vocab_group={name}.device_mesh.get_group(); where each has rows of its own, as "
             f"with FSDP, pass {name}.full_tensor()"
         )
     ranks, rank = _size_and_rank("vocab_group", group)

@@ -76,7 +76,7 @@ def serve() -> None:
         timeout=timedelta(seconds=60),
     )  # fmt: skip
     modules: dict[str, dict] = {}
-    while request := requests.peek(1):
+    while requests.peek(1):
         path, name, arguments = pickle.load(requests)
         if path not in modules:
             modules[path] = runpy.run_path(path)
@@ -86,7 +86,6 @@ def serve() -> None:
             answer = None, traceback.format_exc()
         pickle.dump(answer, answers)
         answers.flush()
-    del request
     torch.distributed.destroy_process_group()
 
 

@@ -1,6 +1,9 @@
 """GSPOTrainer's loss step beside that of GRPOTrainer, on the same inputs and in a real run."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -165,8 +168,19 @@ def test_importance_sampling_correction(make_trainer, level, per_token):
 
 @levels
 def test_a_real_run_goes_the_same_way(make_trainer, level):
+    assert_same_way(make_trainer, level, "grpo")
+
+
+def test_two_processes_go_the_same_way(directory, tmp_path):
+    """This file as a program, under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, __file__, directory, tmp_path], env=environment, check=True)
+
+
+def assert_same_way(make_trainer, level, loss_type):
     """Several updates per rollout, from one seed."""
-    options = {"num_iterations": 2, "max_steps": 4, "loss_type": "grpo", **LEVELS[level]}
+    options = {"num_iterations": 2, "max_steps": 4, "loss_type": loss_type, **LEVELS[level]}
     logs, weights = [], []
     for kind in (GRPOTrainer, GSPOTrainer):
         trainer = make_trainer(kind, **options)
@@ -178,6 +192,10 @@ def test_a_real_run_goes_the_same_way(make_trainer, level):
     for theirs, ours in zip(*logs, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-4)
         assert ours.get("reward") == theirs.get("reward")  # logged where responses are sampled
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+        for side in ("low", "high", "region"):
+            name = f"clip_ratio/{side}_mean"
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-5)
         assert "gspo_ops/ratio_max" in ours
     torch.testing.assert_close(*weights, atol=2e-3, rtol=1e-2)
 
@@ -194,3 +212,10 @@ def test_a_real_run_goes_the_same_way(make_trainer, level):
 def test_what_is_not_supported_is_refused(make_trainer, options):
     with pytest.raises(ValueError, match=f"{next(iter(options))}=.* is not supported"):
         make_trainer(GSPOTrainer, **options)
+
+
+if __name__ == "__main__":
+    assert int(os.environ["WORLD_SIZE"]) == 2
+    for level in LEVELS:
+        for loss_type in ("grpo", "dapo"):
+            assert_same_way(partial(trainer_of, *sys.argv[1:]), level, loss_type)

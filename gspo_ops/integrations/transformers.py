@@ -100,7 +100,7 @@ def log_probs_from_model(
     Raises:
         ValueError: `batch` or `count` does not fit, or the model's head is unknown.
     """
-    return with_head(
+    return _with_head(
         model,
         lambda: _last_hidden(model, batch, count),
         lambda head, hidden, targets: log_probs_from_hidden(
@@ -139,7 +139,7 @@ def loss_from_model(
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"mask must have shape (B, T), one per response token, got {got}")
-    return with_head(
+    return _with_head(
         model,
         lambda: _last_hidden(model, batch, mask.shape[1]),
         lambda head, hidden, targets: policy_loss_from_hidden(
@@ -149,7 +149,7 @@ def loss_from_model(
     )  # fmt: skip
 
 
-def with_head(
+def _with_head(
     model: Any, body: Callable[[], tuple[Tensor, ...]], function: Callable[..., Result]
 ) -> Result:
     """function(head, *body()), where the model's wrappers expect a forward.
