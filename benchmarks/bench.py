@@ -23,6 +23,7 @@ from torch import Tensor
 
 import gspo_ops
 from gspo_ops import GSPO
+from gspo_ops.backend import has_bf16
 from gspo_ops.testing import relative
 
 from .cases import SEQUENCES, Case, Exact, exact, floor, make_case
@@ -328,6 +329,7 @@ def positive(text: str) -> int:
 def parser() -> argparse.ArgumentParser:
     device = default_device().type
     on_gpu = device == "cuda"
+    dtype = "bfloat16" if has_bf16(default_device()) else "float32"
     names = "; ".join(dict.fromkeys(name for of in LOSSES.values() for name in of))
     found = argparse.ArgumentParser(
         prog="gspo-ops bench",
@@ -340,7 +342,7 @@ def parser() -> argparse.ArgumentParser:
         "--shape", type=shape_of, nargs="+", metavar="N,V,H", default=[SHAPES[device]],
         help=f"rows, vocabulary, hidden size (default here: {','.join(map(str, SHAPES[device]))})",
     )  # fmt: skip
-    add("--dtype", choices=DTYPES, nargs="+", default=["bfloat16"], help="default: bfloat16")
+    add("--dtype", choices=DTYPES, nargs="+", default=[dtype], help=f"default here: {dtype}")
     add(
         "--f", type=fraction, nargs="+", default=[1, 0.6, 0.35, 0.1] if on_gpu else [1, 0.5],
         help="fractions of sequences with a gradient (default here: %(default)s)",

@@ -30,6 +30,14 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether products of bfloat16 are fast there: a CPU without instructions for them takes 50
+    times as long as for float32."""
+    if device.type == "cpu":
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def device_guard(x: Tensor) -> contextlib.AbstractContextManager:
     """Make launches go to the tensor's device."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -10,6 +10,7 @@ import time
 import torch
 
 from . import __version__
+from .backend import has_bf16
 
 
 def environment() -> str:
@@ -20,10 +21,12 @@ def environment() -> str:
         triton_version = triton.__version__
     except ImportError:
         triton_version = "not installed"
+    bf16 = "with" if has_bf16(torch.device("cpu")) else "without"
     lines = [
         f"gspo_ops {__version__}",
         f"python {platform.python_version()}, torch {torch.__version__}, triton {triton_version}",
-        f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
+        f"{torch.backends.cpu.get_cpu_capability()} {bf16} bfloat16",
     ]
     if not torch.cuda.is_available():
         lines.append("no GPU: ops run on their chunked CPU path")

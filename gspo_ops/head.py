@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .backend import use_triton
+from .backend import has_bf16, use_triton
 from .layout import check_tensor
 from .objective import check_number
 
@@ -73,7 +73,7 @@ def grad_product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     if torch.float64 in (hidden.dtype, weight.dtype):
         return torch.float64
     is_narrow = hidden.dtype == weight.dtype == torch.bfloat16
-    if is_narrow and (use_triton(hidden) or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if is_narrow and (use_triton(hidden) or has_bf16(hidden.device)):
         return torch.bfloat16
     return torch.float32
 

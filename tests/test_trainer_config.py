@@ -30,7 +30,7 @@ BAD = {
     "no steps": ("steps=0", "steps: expected at least 1, got 0"),
     "no time": ("time_limit=0", "time_limit: expected positive, got 0"),
     "device": ("device=abacus", "device: expected 'auto' or a torch device of this machine"),
-    "dtype": ("dtype=float16", "dtype: expected one of 'bfloat16', 'float32', got 'float16'"),
+    "dtype": ("dtype=float16", "dtype: expected one of 'auto', 'bfloat16', 'float32', got"),
     "rank": ("model.lora_rank=-1", "model.lora_rank: expected at least 0, got -1"),
     "no problems": ("task.train_size=0", "task.train_size: expected at least 1"),
     "too few problems": ("task.train_size=8", "task.train_size: expected at least rollout.prompts"),
@@ -151,6 +151,15 @@ def test_files_presets_and_overrides(tmp_path):
     path.write_text("steps = = 3")
     with pytest.raises(ValueError, match="is not TOML"):
         load_config(path)
+
+
+@pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_bfloat16_where_the_device_has_it(monkeypatch, has_bf16, expected):
+    monkeypatch.setattr("gspo_ops.trainer.config.has_bf16", lambda device: has_bf16)
+    config = load_config(None, ["device=cpu"])
+    assert (config.training_dtype, config.rollout_dtype) == (expected, expected)
+    config = load_config(None, ["device=cpu", "dtype=bfloat16", "rollout.dtype=float32"])
+    assert (config.training_dtype, config.rollout_dtype) == ("bfloat16", "float32")
 
 
 def test_either_a_file_or_a_preset(capsys):

@@ -16,13 +16,14 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 
 from .. import GRPO, GSPO, GSPOToken, Objective
+from ..backend import has_bf16
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-Dtype = Literal["bfloat16", "float32"]
+Dtype = Literal["auto", "bfloat16", "float32"]
 OBJECTIVES = {"gspo": GSPO, "gspo-token": GSPOToken, "grpo": GRPO}
 
 
@@ -278,8 +279,8 @@ class TrainConfig(_Section):
         time_limit: seconds of training after which no further step starts.
         seed: of the problems, the sampling and the order.
         device: a torch device, or `"auto"`: the GPU if there is one.
-        dtype: of training: `"bfloat16"` (autocast over fp32 weights, the head in fp32) or
-            `"float32"`.
+        dtype: of training: `"bfloat16"` (autocast over fp32 weights, the head in fp32),
+            `"float32"`, or `"auto"`: bfloat16 where the device has instructions for it.
         model, task, objective, rollout, update, evaluation, checkpoint, logging: tables.
 
     Raises:
@@ -291,7 +292,7 @@ class TrainConfig(_Section):
     time_limit: float = math.inf
     seed: int = 0
     device: str = "auto"
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = "auto"
     model: ModelConfig = field(default_factory=ModelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -336,9 +337,16 @@ class TrainConfig(_Section):
         return torch.device(self.device)
 
     @property
+    def training_dtype(self) -> str:
+        """Of the body while it is trained."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "bfloat16" if has_bf16(self.torch_device()) else "float32"
+
+    @property
     def rollout_dtype(self) -> str:
         """Of the body while it samples."""
-        return self.dtype if self.rollout.dtype == "training" else self.rollout.dtype
+        return self.training_dtype if self.rollout.dtype == "training" else self.rollout.dtype
 
 
 # From tables to dataclasses

@@ -141,7 +141,8 @@ class Trainer:
                 find_routers(model)
             except ValueError as error:
                 raise ValueError(f"update.routing_replay: {error}") from None
-        self.config = config
+        # what runs, so that a run resumed on another machine is not silently another one
+        self.config = config = replace(config, dtype=config.training_dtype)
         self.objective = config.objective.build()
         self.model = model.to(device)
         rank = config.model.lora_rank
