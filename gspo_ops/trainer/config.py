@@ -337,7 +337,7 @@ class TrainConfig(_Section):
         return torch.device(self.device)
 
     @property
-    def training_dtype(self) -> str:
+    def training_dtype(self) -> Literal["bfloat16", "float32"]:
         """Of the body while it is trained."""
         if self.dtype != "auto":
             return self.dtype
