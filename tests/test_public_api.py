@@ -4,7 +4,9 @@ import ast
 import dataclasses
 import inspect
 import re
+import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import get_type_hints
@@ -12,6 +14,7 @@ from typing import get_type_hints
 import pytest
 
 import gspo_ops
+from gspo_ops.benchmarks.measure import interleaved
 
 PACKAGE = Path(gspo_ops.__file__).resolve().parent
 PUBLIC = {name: getattr(gspo_ops, name) for name in gspo_ops.__all__}
@@ -199,3 +202,54 @@ def test_kernel_and_op_share_a_name(module):
 
 def test_everything_is_walked():
     assert {"gspo_ops.kernels.log_probs", "gspo_ops.reference", "gspo_ops"} <= set(MODULES)
+
+
+# What an import does to others
+
+PATCHES = """
+import sys, warnings
+import torch, triton, triton.language
+
+def attributes():
+    \"\"\"Of every module of torch and triton, and of the classes in them.\"\"\"
+    found = {}
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] in ("torch", "triton"):
+            found[name] = dict(vars(module))
+            for x in found[name].values():
+                if isinstance(x, type):
+                    found[f"{x.__module__}.{x.__qualname__}"] = dict(vars(x))
+    return found
+
+warnings.simplefilter("ignore")  # some modules warn of their own attributes
+before, nothing = attributes(), object()
+import gspo_ops
+after = attributes()
+print([
+    f"{owner}.{name}" for owner, of in before.items() for name in of.keys() | after[owner].keys()
+    if of.get(name, nothing) is not after[owner].get(name, nothing)
+])
+"""
+
+
+def python(code):
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
+    return ast.literal_eval(done.stdout.decode())
+
+
+def test_nothing_is_patched():
+    assert python(PATCHES) == ["torch.ops.gspo_ops"], "our ops' own namespace is all there may be"
+
+
+def test_the_patch_check_sees_patches():
+    patch = "torch.Tensor.exp = triton.cdiv = torch.nn.functional.linear = lambda *_: None"
+    seen = python(PATCHES.replace("import gspo_ops", f"import gspo_ops; {patch}"))
+    assert {"torch.Tensor.exp", "triton.cdiv", "torch.nn.functional.linear"} <= set(seen)
+
+
+def test_import_takes_no_longer_than_that_of_torch_and_triton():
+    """CPU time, the least of some runs: what runs beside this may not count."""
+    code = "import time, {}; print(time.process_time())"
+    bare, ours = "torch, triton", "torch, triton, gspo_ops"
+    taken = interleaved({names: partial(python, code.format(names)) for names in (bare, ours)}, 5)
+    assert min(taken[ours]) <= 1.15 * min(taken[bare])
