@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +88,19 @@ def interleaved(measurements: dict[str, Callable[[], T]], rounds: int) -> dict[s
             taken[name].append(take())
         order.reverse()  # neither always pays for what the other has left behind
     return taken
+
+
+def in_a_process(module: str, arguments: list[str]) -> dict:
+    """The last line, JSON, that a module run as a program prints; its peak memory is its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def process_peak_bytes() -> int:
+    """Of this process so far, libraries included."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def write(path: Path, report: dict) -> None:

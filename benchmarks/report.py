@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 from gspo_ops import GSPO
 from gspo_ops.trainer import compare
@@ -237,6 +238,52 @@ def trainer_table(report: dict) -> list[str]:
     return lines
 
 
+def trl_table(report: dict) -> list[str]:
+    """Of `benchmarks/trl_run.py`."""
+    of = report["settings"]
+    lines = [
+        f"{report['model']} in fp32: {of['max_steps']} steps, {of['num_iterations']} updates of "
+        f"each {of['per_device_train_batch_size']} responses of at most "
+        f"{of['max_completion_length']} tokens. Between the two runs from one seed: whether all "
+        f"sampled tokens are the same, the largest difference of a step's loss, and of its "
+        f"gradient's norm, relative. Then one gradient, at the weights after the last update: the "
+        f"share that is clipped, the range of the importance weights, and the distances (relative "
+        f"L2) of both trainers from TRL's loss in float64, and from each other.",
+        "",
+        "| | same tokens | loss | norm | clipped | weights | TRL from float64 | ours from float64 "
+        "| ours from TRL |",
+        f"|{'---|' * 9}",
+    ]
+    for case, at in report["results"].items():
+        gradient = at["gradient"]
+        same = "yes" if at["same_responses"] else "no"
+        clipped = f"{gradient['clipped']:.0%}{'' if gradient['same_clipped'] else ', not the same'}"
+        errors = (*gradient["errors"].values(), gradient["between"])
+        far = " | ".join(f"{error['gradient']:.1e}" for error in errors)
+        lines.append(
+            f"| {case} | {same}, {sum(at['lengths'])} | {at['loss']:.0e} | {at['grad_norm']:.0e} "
+            f"| {clipped} | {'-'.join(f'{x:.3g}' for x in dict.fromkeys(gradient['weights']))} "
+            f"| {far} |"
+        )
+    lines += [
+        "",
+        f"Seconds of a step, of one that only updates, and of the whole process its peak memory. "
+        f"{report['rounds']} runs of each, in turns: medians, and medians of the ratios step by "
+        f"step.",
+        "",
+        "| | step, TRL | ours / TRL | update, TRL | ours / TRL | peak, TRL, MiB | ours / TRL |",
+        f"|{'---|' * 7}",
+    ]
+    for case, at in report["results"].items():
+        times = [f"{at[key]['TRL']:.2f} | {at[key]['ratio']:.2f}" for key in ("step", "update")]
+        peak = {name: median(of) for name, of in at["peak_bytes"].items()}
+        lines.append(
+            f"| {case} | {' | '.join(times)} | {peak['TRL'] / 2**20:.0f} "
+            f"| {peak['ours'] / peak['TRL']:.2f} |"
+        )
+    return lines
+
+
 def gpu_table(report: dict) -> list[str]:
     """Of `make gpu`: what each step came to."""
     lines = ["| step | | s |", "|---|---|---|"]
@@ -256,6 +303,7 @@ TABLES: dict[str, Callable[[dict], list[str]]] = {
     "mismatch": mismatch_table,
     "static": static_table,
     "trainer": trainer_table,
+    "trl_run": trl_table,
 }
 
 

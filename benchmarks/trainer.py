@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from statistics import median
 
-from .measure import provenance, write
+from .measure import in_a_process, process_peak_bytes, provenance, write
 
 LOSSES = ("hidden", "eager")
 CASES = {
@@ -53,17 +50,13 @@ def train(arguments: list[str]) -> dict:
         "seen": {key: median(row[key] for row in rows) for key in SEEN},
         "update_s": median(row["update_s"] for row in rows[1:]),
         "old_log_probs_s": median(row["old_log_probs_s"] for row in rows[1:]),
-        "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak_bytes": process_peak_bytes(),
     }
 
 
-def in_a_process(arguments: list[str]) -> dict:
+def run(arguments: list[str]) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [sys.executable, "-m", __spec__.name, "--run", *arguments, f"out={folder}/run"],
-            stdout=subprocess.PIPE, text=True, check=True,
-        )  # fmt: skip
-    return json.loads(done.stdout.splitlines()[-1])
+        return in_a_process(__spec__.name, ["--run", *arguments, f"out={folder}/run"])
 
 
 def main() -> None:
@@ -78,7 +71,7 @@ def main() -> None:
     for case, arguments in CASES.items():
         of = report["results"][case] = {}
         for loss in LOSSES:
-            of[loss] = in_a_process([*arguments, f"update.loss_from={loss}"])
+            of[loss] = run([*arguments, f"update.loss_from={loss}"])
             print(
                 f"{case:28} {loss:8} update {of[loss]['update_s']:.2f} s, old log-probs "
                 f"{of[loss]['old_log_probs_s']:.2f} s, peak {of[loss]['peak_bytes'] / 2**20:.0f} "
@@ -88,7 +81,7 @@ def main() -> None:
     for objective in ("gspo", "grpo"):
         for old in ("recompute", "rollout"):
             options = [f"objective.name={objective}", f"update.old_log_probs={old}"]
-            seen = in_a_process([*ENGINE, *options])["seen"]
+            seen = run([*ENGINE, *options])["seen"]
             report["engine"].append({"objective": objective, "old_log_probs": old, **seen})
             print(report["engine"][-1], flush=True)
     if args.out:

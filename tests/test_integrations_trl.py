@@ -15,6 +15,7 @@ import transformers
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
+from gspo_ops.benchmarks import report, trl_run
 from gspo_ops.integrations.trl import GSPOTrainer
 from gspo_ops.trainer.tiny import character_tokenizer
 
@@ -100,10 +101,12 @@ def make_inputs(trainer, on_policy=False):
     return inputs
 
 
-def loss_and_grads(trainer, compute, inputs):
+def loss_and_grads(trainer, kind, inputs):
+    log_probs = kind._get_per_token_logps_and_entropies
+    trainer._get_per_token_logps_and_entropies = partial(log_probs, trainer)
     trainer.model.zero_grad()
     trainer._metrics["train"].clear()
-    loss = compute(trainer, trainer.model, inputs)
+    loss = kind._compute_loss(trainer, trainer.model, inputs)
     loss.backward()
     grads = {n: p.grad.clone() for n, p in trainer.model.named_parameters()}
     return loss.detach(), grads, {k: v[0] for k, v in trainer._metrics["train"].items()}
@@ -112,8 +115,8 @@ def loss_and_grads(trainer, compute, inputs):
 def assert_same(trainer, inputs):
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 2
-    expected, grads, metrics = loss_and_grads(trainer, GRPOTrainer._compute_loss, inputs)
-    loss, ours, our_metrics = loss_and_grads(trainer, GSPOTrainer._compute_loss, inputs)
+    expected, grads, metrics = loss_and_grads(trainer, GRPOTrainer, inputs)
+    loss, ours, our_metrics = loss_and_grads(trainer, GSPOTrainer, inputs)
     torch.testing.assert_close(loss, expected, atol=1e-7, rtol=1e-5)
     for name, grad in ours.items():
         torch.testing.assert_close(
@@ -198,6 +201,42 @@ def assert_same_way(make_trainer, level, loss_type):
             assert ours[name] == pytest.approx(theirs[name], abs=1e-5)
         assert "gspo_ops/ratio_max" in ours
     torch.testing.assert_close(*weights, atol=2e-3, rtol=1e-2)
+
+
+def test_benchmark_compares_one_run_of_both_trainers(directory, monkeypatch):
+    small = {"max_completion_length": 6, "learning_rate": 3e-6}
+    case = "GSPO, importance sampling correction"
+    monkeypatch.setattr(trl_run, "CASES", {case: trl_run.CASES[case] | small})
+    runs = {kind: [trl_run.run(kind, case, directory)] for kind in trl_run.KINDS}
+    found = trl_run.compare(runs)
+    assert found["same_responses"]
+    assert len(found["lengths"]) == 16
+    gradient = found["gradient"]
+    assert gradient["same_clipped"]
+    assert 0 < gradient["clipped"] < 1
+    for error in (*gradient["errors"].values(), gradient["between"]):
+        assert 0 < error["gradient"] < 1e-5
+    assert gradient["weights"][0] < gradient["weights"][1], "the engine's log-probs are used"
+    table = {
+        "benchmark": "trl_run", "environment": [], "threads": 1, "commit": "", "date": "",
+        "model": "", "rounds": 1, "settings": trl_run.SETTINGS, "results": {case: found},
+    }  # fmt: skip
+    assert f"| {case} | yes, {sum(found['lengths'])} |" in report.render(table)
+
+
+@pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
+def test_a_policy_is_the_same_as_itself(make_trainer, precision):
+    """Old and reference log-probs are the loss's own, bit by bit, before an update."""
+    trainer = make_trainer(
+        GSPOTrainer, num_iterations=2, max_steps=1, beta=0.1, use_bias_correction_kl=False,
+        loss_type="grpo", temperature=0.9, bf16=precision == "autocast",
+        model_init_kwargs={"dtype": "bfloat16" if precision == "bfloat16" else "float32"},
+        **LEVELS["GSPO"],
+    )  # fmt: skip
+    trainer.train()
+    row = trainer.state.log_history[0]
+    assert row["gspo_ops/ratio_min"] == row["gspo_ops/ratio_max"] == 1.0
+    assert row["kl"] == 0.0
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from trl import GRPOTrainer
 
 from .. import Objective, PolicyLoss
 from ..objective import Aggregation
-from .transformers import loss_from_model
+from .transformers import log_probs_from_model, loss_from_model
 
 if not Version("1.16") <= Version(trl.__version__) < Version("2"):
     raise ImportError(f"gspo_ops.integrations.trl is for TRL 1.16 to 1.x, got {trl.__version__}")
@@ -81,6 +81,25 @@ class GSPOTrainer(GRPOTrainer):
         found = self._fused_loss(model, inputs, mask)
         self._log_stats(found.stats, inputs, mask)
         return found.loss
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int,
+        batch_size: int | None = None, **_: Any,
+    ) -> tuple[Tensor, None, None]:  # fmt: skip
+        """Old and reference log-probs, by the same way as the loss's: else, in bf16, the ratio of a
+        policy to itself would leave GSPO's clip range."""
+        size = batch_size or len(input_ids)
+        with self.accelerator.autocast():
+            found = [
+                log_probs_from_model(
+                    model, {"input_ids": ids, "attention_mask": mask}, logits_to_keep,
+                    temperature=self.temperature,
+                )
+                for ids, mask in zip(
+                    input_ids.split(size), attention_mask.split(size), strict=True
+                )
+            ]  # fmt: skip
+        return torch.cat(found), None, None
 
     def _fused_loss(self, model: Any, inputs: dict[str, Any], mask: Tensor) -> PolicyLoss:
         advantages = inputs["advantages"]
