@@ -35,8 +35,12 @@ FAMILIES = {
     "Cohere, logit scale": ("Cohere", {"logit_scale": 0.25}),
     "Cohere2, logit scale": ("Cohere2", {"logit_scale": 0.25}),
     "Granite, logits divided": ("Granite", {"logits_scaling": 3.0}),
+    "HyperCLOVAX, logits multiplied": ("HyperCLOVAX", {"logits_scaling": 0.5}),
+    "FalconH1, head multiplied": ("FalconH1", {
+        "lm_head_multiplier": 0.5, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_state": 8,
+    }),
     "Phi, bias": ("Phi", {}),
-}
+}  # fmt: skip
 T = 5
 
 

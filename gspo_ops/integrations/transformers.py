@@ -23,7 +23,7 @@ class OutputHead(NamedTuple):
     Attributes:
         weight: (V, H), also where it is tied to the embeddings.
         bias: (V,) or None.
-        scale: of the logits, as in Cohere and Granite; 1 for most.
+        scale: of the logits, as in Cohere, Granite and Falcon-H1; 1 for most.
         softcap: of the logits, as in Gemma; None for most.
     """
 
@@ -58,9 +58,7 @@ def output_head(model: Any) -> OutputHead:
     model = _unwrapped(model)
     last = _last_layer(model)
     config = model.config.get_text_config()
-    # Cohere multiplies its logits, Granite divides them
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    scale = _scale(config)
     softcap = getattr(config, "final_logit_softcapping", None)
     if softcap is not None and scale != 1.0:
         raise ValueError(
@@ -68,6 +66,19 @@ def output_head(model: Any) -> OutputHead:
             "first is not known here"
         )
     return OutputHead(last.weight, getattr(last, "bias", None), scale, softcap)
+
+
+def _scale(config: Any) -> float:
+    """What the model's forward multiplies its logits by."""
+
+    def value(name: str) -> float:
+        return float(getattr(config, name, None) or 1.0)
+
+    # of Cohere; of Falcon-H1; of Muse
+    scale = value("logit_scale") * value("lm_head_multiplier") * value("output_multiplier")
+    # Granite divides by it, and whoever follows it but for one
+    divisor = value("logits_scaling")
+    return scale * divisor if config.model_type == "hyperclovax" else scale / divisor
 
 
 def _last_layer(model: Any) -> Any:
