@@ -141,7 +141,7 @@ def test_a_model_wrapped_by_peft():
     assert any(p.grad.any() for p in trained)
 
 
-def test_wrong_arguments_are_refused():
+def test_wrong_arguments_are_refused(monkeypatch):
     model = make("Llama")
     batch, mask = make_batch()
     with pytest.raises(ValueError, match=r"batch must have input_ids, got \['ids'\]"):
@@ -152,9 +152,12 @@ def test_wrong_arguments_are_refused():
         loss_from_model(model, batch, None, torch.ones(4), mask=mask[:, 0])
     with pytest.raises(ValueError, match="LlamaModel has no output embeddings"):
         log_probs_from_model(model.model, batch, T)
-    model.config.logit_scale, model.config.final_logit_softcapping = 0.5, 3.0
-    with pytest.raises(ValueError, match="both a scale of its logits and a soft cap"):
-        output_head(model)
+    model.config.final_logit_softcapping = 3.0
+    for scale in ("logit_scale", "output_multiplier"):
+        monkeypatch.setattr(model.config, scale, 0.5, raising=False)
+        with pytest.raises(ValueError, match="both a scale of its logits and a soft cap"):
+            output_head(model)
+        monkeypatch.undo()
 
 
 def test_transformers_is_not_imported():

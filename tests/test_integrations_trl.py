@@ -51,21 +51,29 @@ def make_trainer(directory, tmp_path):
     return partial(trainer_of, str(directory), tmp_path)
 
 
-def trainer_of(model, out, kind, **options):
+def trainer_of(model, out, kind, lora=False, **options):
     settings = {
         "output_dir": str(out), "per_device_train_batch_size": 4, "num_generations": 4,
         "max_completion_length": 6, "use_cpu": True, "bf16": False, "report_to": "none",
         "learning_rate": 1e-2, "max_steps": 3, "logging_steps": 1, "save_strategy": "no",
         "seed": 0, "disable_dropout": True, "model_init_kwargs": {"dtype": "float32"},
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": False, "per_device_eval_batch_size": 4,
     }  # fmt: skip
+    prompts = [{"prompt": f"{i} + {i} ="} for i in range(40)]
     return kind(
         model=model,
         reward_funcs=reward,
         args=GRPOConfig(**settings | options),
-        train_dataset=Dataset.from_list([{"prompt": f"{i} + {i} ="} for i in range(40)]),
+        train_dataset=Dataset.from_list(prompts),
+        eval_dataset=Dataset.from_list(prompts[:2]),
         processing_class=character_tokenizer(),
+        peft_config=make_lora() if lora else None,
     )  # fmt: skip
+
+
+def make_lora():
+    peft = pytest.importorskip("peft")
+    return peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)
 
 
 def make_inputs(trainer, on_policy=False):
@@ -169,9 +177,17 @@ def test_importance_sampling_correction(make_trainer, level, per_token):
     assert_same(trainer, inputs)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"gradient_checkpointing": True}, {"gradient_accumulation_steps": 2},
+        {"lora": True, "beta": 0.1, "use_bias_correction_kl": False},
+    ],
+    ids=lambda options: next(iter(options), "plain"),
+)  # fmt: skip
 @levels
-def test_a_real_run_goes_the_same_way(make_trainer, level):
-    assert_same_way(make_trainer, level, "grpo")
+def test_a_real_run_goes_the_same_way(make_trainer, level, options):
+    assert_same_way(make_trainer, level, "grpo", **options)
 
 
 def test_two_processes_go_the_same_way(directory, tmp_path):
@@ -181,15 +197,16 @@ def test_two_processes_go_the_same_way(directory, tmp_path):
     subprocess.run([*command, __file__, directory, tmp_path], env=environment, check=True)
 
 
-def assert_same_way(make_trainer, level, loss_type):
+def assert_same_way(make_trainer, level, loss_type, **options):
     """Several updates per rollout, from one seed."""
-    options = {"num_iterations": 2, "max_steps": 4, "loss_type": loss_type, **LEVELS[level]}
-    logs, weights = [], []
+    options |= {"num_iterations": 2, "max_steps": 4, "loss_type": loss_type, **LEVELS[level]}
+    logs, weights, evaluated = [], [], []
     for kind in (GRPOTrainer, GSPOTrainer):
         trainer = make_trainer(kind, **options)
         trainer.train()
         logs.append([row for row in trainer.state.log_history if "loss" in row])
         weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+        evaluated.append(trainer.evaluate()["eval_loss"])
     assert len(logs[0]) == len(logs[1]) == 4
     assert "reward" in logs[0][0]
     for theirs, ours in zip(*logs, strict=True):
@@ -201,6 +218,7 @@ def assert_same_way(make_trainer, level, loss_type):
             assert ours[name] == pytest.approx(theirs[name], abs=1e-5)
         assert "gspo_ops/ratio_max" in ours
     torch.testing.assert_close(*weights, atol=2e-3, rtol=1e-2)
+    assert evaluated[1] == pytest.approx(evaluated[0], abs=1e-3)
 
 
 def test_benchmark_compares_one_run_of_both_trainers(directory, monkeypatch):
