@@ -160,15 +160,15 @@ def _with_head(
 
     def forward() -> Result:
         operands = body()
-        return _inside(
+        return as_forward(
             _last_layer(_unwrapped(model)), lambda: function(output_head(model), *operands)
         )
 
-    return _inside(model, forward)
+    return as_forward(model, forward)
 
 
-def _inside(module: Any, function: Callable[[], Result]) -> Result:
-    """function() as the forward of a module that has hooks, and as it is for another."""
+def as_forward(module: Any, function: Callable[[], Result]) -> Result:
+    """function() as the forward of a module that DDP or FSDP2 wraps, and as it is for another."""
     inner = getattr(module, "module", module)  # of DDP
     is_sharded = hasattr(module, "set_requires_gradient_sync")  # FSDP2, whose class is mixed in
     if inner is module and not is_sharded:
