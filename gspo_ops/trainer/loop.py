@@ -623,13 +623,12 @@ class Trainer:
 
     def _save_model(self) -> None:
         """As transformers or peft loads it, whole."""
-        weights = None
+        model, out, weights = self.adapter or self.model, self.config.out / "model", None
         if self.ranks.size > 1:
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            weights = get_model_state_dict(self.model, options=options)
+            weights = get_model_state_dict(model, options=options)
         if self.ranks.is_first:
-            out = self.config.out / "model"
-            (self.adapter or self.model).save_pretrained(out, state_dict=weights)
+            model.save_pretrained(out, state_dict=weights)
             if hasattr(self.tokenizer, "save_pretrained"):
                 self.tokenizer.save_pretrained(out)
 
