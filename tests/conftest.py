@@ -1,6 +1,7 @@
 import contextlib
 import os
 import pickle
+import re
 import runpy
 import subprocess
 import sys
@@ -27,6 +28,29 @@ if INTERPRETED:
 def device() -> torch.device:
     """The GPU where there is one, so that the same tests run the compiled kernels."""
     return torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+
+
+# Code of documents
+
+
+@pytest.fixture(scope="session")
+def python_blocks() -> Callable[[str], dict[str, list[str]]]:
+    """`python_blocks(path)` is the Python code of a document, by the heading it stands under."""
+
+    def of_document(path: str) -> dict[str, list[str]]:
+        text = (Path(__file__).parent.parent / path).read_text()
+        blocks: dict[str, list[str]] = {}
+        heading = ""
+        # a fence is taken as a whole: comments in it are not headings
+        for part in re.finditer(r"^#+ ([^\n]+)$|^```(\w*)\n(.*?)^```$", text, re.M | re.S):
+            title, language, code = part.groups()
+            if title:
+                heading = title
+            elif language == "python":
+                blocks.setdefault(heading, []).append(code)
+        return blocks
+
+    return of_document
 
 
 # Several ranks

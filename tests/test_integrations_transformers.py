@@ -139,6 +139,9 @@ def test_a_model_wrapped_by_peft():
     trained = [p for p in wrapped.parameters() if p.requires_grad]
     assert trained
     assert any(p.grad.any() for p in trained)
+    adapted = peft.get_peft_model(make("Llama"), peft.LoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match="head of LlamaForCausalLM has an adapter of peft, Linear"):
+        log_probs_from_model(adapted, batch, T)
 
 
 def test_wrong_arguments_are_refused(monkeypatch):
@@ -160,9 +163,9 @@ def test_wrong_arguments_are_refused(monkeypatch):
         monkeypatch.undo()
 
 
-def test_transformers_is_not_imported():
+def test_nothing_is_imported_or_patched():
     code = (
-        "import sys, gspo_ops, gspo_ops.integrations.transformers; "
+        "import sys, gspo_ops, gspo_ops.integrations.transformers, gspo_ops.integrations.verl; "
         "assert not {'transformers', 'trl', 'verl', 'peft'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

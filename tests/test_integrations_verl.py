@@ -1,16 +1,24 @@
-"""The registered loss beside verl's own, on the same tensors."""
+"""The registered loss and the fused forward beside verl's own, on the same tensors."""
 
+import contextlib
+import copy
 import importlib.util
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from gspo_ops import reference
 from gspo_ops.integrations import verl as ours
+from gspo_ops.testing import relative
 
 if importlib.util.find_spec("verl") is None:
     pytest.skip("needs verl: pip install --no-deps verl, and what it imports",
                 allow_module_level=True)  # fmt: skip
 core_algos = pytest.importorskip("verl.trainer.ppo.core_algos")
+transformers = pytest.importorskip("transformers")
+import verl  # noqa: E402
+from verl.models.transformers import dense_common, monkey_patch  # noqa: E402
 from verl.workers.config import ActorConfig, FSDPActorConfig, PolicyLossConfig  # noqa: E402
 
 MODES = list(ours._AGGREGATIONS)
@@ -103,3 +111,315 @@ def test_wrong_uses_are_refused():
 
 def test_registering_twice_is_fine():
     assert ours.register() == ours.register() == "gspo_ops"
+
+
+# The fused forward
+
+SIZES = {
+    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 1, "initializer_range": 0.3, "attn_implementation": "eager",
+}  # fmt: skip
+FAMILIES = {
+    "Llama": ("Llama", {}),
+    "Llama, tied": ("Llama", {"tie_word_embeddings": True}),
+    "Qwen3": ("Qwen3", {"head_dim": 8}),
+    "Qwen3, tied": ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
+    # heads that verl's own backends take for a plain product
+    "Phi, bias": ("Phi", {}),
+    "Gemma2, soft cap": ("Gemma2", {"head_dim": 8, "final_logit_softcapping": 2.0}),
+    "Cohere, logit scale": ("Cohere", {"logit_scale": 0.25}),
+}
+KNOWN_TO_VERL = [family for family in FAMILIES if family.startswith(("Llama", "Qwen3"))]
+TEMPERATURE = 0.7
+LENGTHS = (5, 1, 7, 3)
+
+
+def make_model(family, dtype=torch.float32):
+    name, options = FAMILIES[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SIZES, **options)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    head = model.get_output_embeddings()
+    if head.bias is not None:
+        torch.nn.init.normal_(head.bias)
+    return model.to(dtype)
+
+
+def make_tokens(*shape, seed=0):
+    return torch.randint(2, 50, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_packed():
+    """Sequences after one another, as verl's use_remove_padding has them."""
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    inputs = {"attention_mask": None, "position_ids": positions, "use_cache": False}
+    return {"input_ids": make_tokens(1, sum(LENGTHS)), **inputs}
+
+
+def make_padded():
+    mask = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+    return {"input_ids": make_tokens(*mask.shape), "attention_mask": mask.long()}
+
+
+def upstream(x, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
+
+
+def grads_of(model, log_probs, entropy, wanted=("log_probs", "entropy")):
+    """d/d(parameters) of random combinations of what is wanted."""
+    model.zero_grad()
+    parts = {"log_probs": (log_probs, 1), "entropy": (entropy, 2)}
+    sum((parts[name][0] * upstream(*parts[name])).sum() for name in wanted).backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def eager(model, targets, **inputs):
+    logits = model(**inputs).logits
+    options = {"temperature": TEMPERATURE}
+    return (
+        reference.log_probs_from_logits(logits, targets, **options),
+        reference.entropy_from_logits(logits, targets, **options),
+    )
+
+
+def fused(model, **inputs):
+    out = model(**inputs, temperature=TEMPERATURE, return_dict=True)
+    assert isinstance(out, dense_common.CausalLMOutputForPPO)
+    assert out.logits is None
+    return out.log_probs, out.entropy
+
+
+@pytest.mark.parametrize(
+    "wanted", [("log_probs",), ("entropy",), ("log_probs", "entropy")], ids="+".join
+)
+@pytest.mark.parametrize("inputs", [make_packed(), make_padded()], ids=["packed", "padded"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fused_forward_equals_the_model_s_logits(family, inputs, wanted):
+    exact = make_model(family, torch.float64)
+    targets = make_tokens(*inputs["input_ids"].shape, seed=1)
+    expected = eager(exact, targets, **inputs)
+    expected_grads = grads_of(exact, *expected, wanted)
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 2e-5)):
+        model = make_model(family, dtype)
+        ours.fuse_forward(model)
+        got = fused(model, **inputs, shift_labels=targets)
+        for x, y in zip(got, expected, strict=True):
+            assert (x.dtype, x.shape) == (dtype, targets.shape)
+            assert relative(x.detach(), y.detach()) <= tolerance
+        found = grads_of(model, *got, wanted)
+        assert found.keys() == expected_grads.keys()
+        for name, grad in found.items():
+            assert relative(grad, expected_grads[name]) <= tolerance, name
+
+
+@pytest.mark.parametrize("family", KNOWN_TO_VERL)
+def test_fused_forward_equals_verl_s_own(family):
+    """Nearer to float64 than verl's, or at rounding error."""
+    model, exact, inputs = make_model(family), make_model(family, torch.float64), make_packed()
+    targets = make_tokens(*inputs["input_ids"].shape, seed=1)
+    expected = eager(exact, targets, **inputs)
+    expected = [*expected, *grads_of(exact, *expected).values()]
+    options = {"temperature": TEMPERATURE, "shift_labels": targets, "return_dict": True}
+    out = dense_common.forward_with_torch_backend(model, **inputs, **options)
+    theirs = [out.log_probs, out.entropy, *grads_of(model, out.log_probs, out.entropy).values()]
+    ours.fuse_forward(model)
+    got = fused(model, **inputs, shift_labels=targets)
+    mine = [*got, *grads_of(model, *got).values()]
+    for x, y, z in zip(
+        *([x.detach() for x in part] for part in (mine, theirs, expected)), strict=True
+    ):
+        assert x.dtype == y.dtype
+        assert relative(y, z) <= 2e-5
+        assert relative(x, z) <= max(2 * relative(y, z), 2e-6)
+
+
+def test_logits_of_bfloat16_are_not_rounded():
+    model = make_model("Llama", torch.bfloat16)
+    inputs, targets = make_packed(), make_tokens(1, sum(LENGTHS), seed=1)
+    hidden = model.model(**inputs).last_hidden_state.double()
+    logits = hidden @ model.lm_head.weight.double().mT
+    expected = reference.log_probs_from_logits(logits, targets, temperature=TEMPERATURE)
+    options = {"temperature": TEMPERATURE, "shift_labels": targets, "return_dict": True}
+    theirs = dense_common.forward_with_torch_backend(model, **inputs, **options).log_probs
+    ours.fuse_forward(model)
+    mine, entropy = fused(model, **inputs, shift_labels=targets)
+    assert (theirs - expected).abs().max() > 1e-3
+    assert (mine - expected).abs().max() <= 4e-6
+    assert mine.dtype == entropy.dtype == torch.float32
+
+
+def test_labels_are_rolled_where_they_are_not_given():
+    model = make_model("Llama")
+    ours.fuse_forward(model)
+    inputs, labels = make_padded(), make_tokens(len(LENGTHS), max(LENGTHS), seed=1)
+    shifted = {"shift_labels": labels.roll(-1, dims=1)}
+    assert torch.equal(
+        fused(model, **inputs, labels=labels)[0], fused(model, **inputs, **shifted)[0]
+    )
+    by_ids = {"labels": inputs["input_ids"]}
+    assert torch.equal(fused(model, **inputs)[0], fused(model, **inputs, **by_ids)[0])
+    assert torch.equal(
+        fused(model, **inputs, labels=labels, **shifted)[0], fused(model, **inputs, **shifted)[0]
+    )
+    embeddings = {"inputs_embeds": model.get_input_embeddings()(inputs.pop("input_ids"))}
+    assert torch.equal(
+        fused(model, **inputs, **embeddings, **shifted)[0],
+        fused(model, input_ids=by_ids["labels"], **inputs, **shifted)[0],
+    )
+    with pytest.raises(ValueError, match="one of input_ids, labels and shift_labels must be given"):
+        fused(model, **inputs, **embeddings)
+
+
+def test_a_model_wrapped_by_peft_and_a_copy():
+    peft = pytest.importorskip("peft")
+    inputs, config = make_packed(), peft.LoraConfig(target_modules="all-linear")
+    model = make_model("Qwen3")
+    ours.fuse_forward(model)
+    expected, _ = fused(model, **inputs)
+    twin = copy.deepcopy(model)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    assert torch.equal(fused(twin, **inputs)[0], expected)
+    wrapped = peft.get_peft_model(twin, config)  # after fuse_forward, as verl does it
+    log_probs, entropy = fused(wrapped, **inputs)
+    assert torch.equal(log_probs, expected)  # b is 0
+    trained = grads_of(wrapped, log_probs, entropy)
+    assert any(grad.any() for grad in trained.values())
+    assert all("lora" in name for name in trained)
+    ours.fuse_forward(wrapped)
+    assert torch.equal(fused(wrapped, **inputs)[0], expected)
+
+
+def test_only_the_backend_of_this_name_is_ours():
+    ours.register()
+    model = make_model("Llama")
+    monkey_patch.patch_forward_with_backends(model, False, ours.NAME)
+    assert "forward" not in vars(model)
+    with forward_kept(type(model)) as original:
+        monkey_patch.patch_forward_with_backends(model, use_fused_kernels=True,
+                                                 fused_kernels_backend="torch")  # fmt: skip
+        assert "forward" not in vars(model)
+        assert type(model).forward is dense_common.forward_with_torch_backend
+    monkey_patch.patch_forward_with_backends(model, True, ours.NAME)
+    assert "forward" in vars(model)
+    assert type(model).forward is original
+
+
+@contextlib.contextmanager
+def forward_kept(kind):
+    """verl patches the class, for all tests to come."""
+    original = kind.forward
+    yield original
+    kind.forward = original
+
+
+def test_what_the_forward_is_not_for_is_refused(monkeypatch):
+    model = make_model("Llama")
+    with pytest.raises(ValueError, match="LlamaModel has no output embeddings"):
+        ours.fuse_forward(model.model)
+    model.config.vision_config = {}
+    with pytest.raises(ValueError, match="model must be a text model, got LlamaForCausalLM"):
+        ours.fuse_forward(model)
+    for version in ("0.8.2", "0.10.0", "1.0"):
+        monkeypatch.setattr(verl, "__version__", version)
+        for function, arguments in ((ours.register, ()), (ours.fuse_forward, (model,))):
+            with pytest.raises(ImportError, match=f"is for verl 0.9, got {version}"):
+                function(*arguments)
+
+
+# verl's engine, on a CPU
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("family", ["Llama", "Qwen3, tied"])
+def test_verl_s_engine(ranks, tmp_path, family, packed, dtype):
+    make_model(family).save_pretrained(tmp_path)
+    ranks(2)(on_rank_engine, str(tmp_path), packed, dtype)
+
+
+def on_rank_engine(directory, packed, dtype):
+    """Sequences of its own on each rank, through verl's engine: under FSDP2 with this backend,
+    beside the same with logits, and beside the whole model with verl's own backend."""
+    engine = make_engine(directory, dtype, ours.register())
+    mine = step(engine, packed)
+    expected = [step(make_engine(directory, dtype, None), packed)]
+    if dtype == "fp32":
+        auto = transformers.AutoModelForCausalLM
+        engine.module = auto.from_pretrained(directory, attn_implementation="eager")
+        with forward_kept(type(engine.module)):
+            monkey_patch.patch_forward_with_backends(engine.module, True, "torch")
+            expected.append(step(engine, packed))
+    for theirs in expected:
+        assert mine.keys() == theirs.keys()
+        for name, x in mine.items():
+            assert relative(x, theirs[name]) <= {"fp32": 5e-6, "bf16": 0.1}[dtype], name
+
+
+def make_engine(directory, dtype, backend):
+    """verl's, from its configs; told that there is a CPU, and no TRL, whose 1.16 it can't use."""
+    from verl.plugin.platform import set_platform
+    from verl.plugin.platform.platform_cuda import PlatformCUDA
+
+    class PlatformCPU(PlatformCUDA):
+        device_name, device_module = "cpu", torch.cpu
+
+        def current_device(self):
+            return torch.device("cpu")
+
+    set_platform(PlatformCPU())
+    monkey_patch.is_trl_available = lambda: False
+    from verl.workers.config import FSDPEngineConfig, HFModelConfig
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+    model = HFModelConfig(
+        path=directory, load_tokenizer=False, override_config={"attn_implementation": "eager"},
+        use_fused_kernels=backend is not None, fused_kernel_options={"impl_backend": backend},
+    )  # fmt: skip
+    settings = FSDPEngineConfig(
+        strategy="fsdp2", use_torch_compile=False, mixed_precision={"param_dtype": dtype}
+    )
+    engine = FSDPEngineWithLMHead(model, settings, None, None)
+    engine.module = engine._build_fsdp_module(engine._build_module())
+    return engine
+
+
+def step(engine, packed):
+    """What verl's loss function gets, and gradients as averaged over ranks."""
+    from verl.utils import tensordict_utils
+
+    def nested(parts):
+        return torch.nested.as_nested_tensor(parts, layout=torch.jagged)
+
+    rank = dist.get_rank()
+    lengths = LENGTHS if rank == 0 else (2, 9)
+    batch = tensordict_utils.get_tensordict(
+        {
+            "input_ids": nested([make_tokens(n, seed=10 * rank + n) for n in lengths]),
+            "position_ids": nested([torch.arange(n) for n in lengths]),
+        },
+        {
+            "temperature": TEMPERATURE, "calculate_entropy": True, "use_remove_padding": packed,
+            "use_fused_kernels": engine.model_config.use_fused_kernels,
+        },
+    )  # fmt: skip
+    found = {}
+
+    def loss_function(model_output, data, dp_group):
+        # a sequence's last row predicts another sequence's token, or padding: nobody's loss has it
+        rows = torch.cat([torch.arange(n) + 1 < n for n in lengths])
+        found.update({name: x.values()[rows] for name, x in model_output.items()})
+        return sum((x * upstream(x, 3)).sum() for x in found.values()), {}
+
+    engine.module.train()  # for gradient checkpointing
+    engine.module.zero_grad()
+    loss, _ = engine.forward_step(batch, loss_function, forward_only=False)
+    loss.backward()
+    for name, p in engine.module.named_parameters():
+        if hasattr(p.grad, "full_tensor"):
+            found[name] = p.grad.full_tensor()
+        else:
+            dist.all_reduce(p.grad)
+            found[name] = p.grad / dist.get_world_size()
+    return {name: x.detach() for name, x in found.items()}

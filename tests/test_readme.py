@@ -1,3 +1,4 @@
+import itertools
 import re
 import subprocess
 import sys
@@ -40,10 +41,9 @@ def test_every_statistic_is_defined():
         assert f"`{name}`" in README, name
 
 
-def test_code_runs_and_before_equals_after():
+def test_code_runs_and_before_equals_after(python_blocks):
     torch.manual_seed(0)
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    before, after, from_hidden, own = blocks
+    before, after, from_hidden, own = itertools.chain(*python_blocks("README.md").values())
     inputs = {
         "logits": torch.randn(2, 3, 50),
         "targets": torch.randint(50, (2, 3)),

@@ -20,6 +20,7 @@ pytest.importorskip("matplotlib")
 from gspo_ops.trainer import checkpoint  # noqa: E402
 from gspo_ops.trainer.loop import Diverged, Trainer  # noqa: E402
 from gspo_ops.trainer.model import load_model  # noqa: E402
+from gspo_ops.trainer.ranks import Ranks  # noqa: E402
 from gspo_ops.trainer.rollout import append_turn, concatenate  # noqa: E402
 from gspo_ops.trainer.tasks import TASKS, make_task  # noqa: E402
 from gspo_ops.trainer.tiny import character_tokenizer  # noqa: E402
@@ -87,44 +88,82 @@ def assert_same_run(a, b):
     assert summaries[0] | {"seconds": 0} == summaries[1] | {"seconds": 0}
 
 
-class TestCheckpoint:
-    def test_the_last_ones_are_kept(self, tmp_path):
-        for step in range(1, 6):
-            checkpoint.save(tmp_path, step, {"x": torch.full((3,), step)}, keep=2)
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000004", "step-000005"]
-        found = checkpoint.load_last(tmp_path)
-        assert found.step == 5
-        assert torch.equal(found.state["x"], torch.full((3,), 5))
+ALONE = Ranks(torch.device("cpu"))
 
-    @pytest.mark.parametrize("damage", ["cut", "bit", "manifest", "gone", "no manifest"])
-    def test_a_damaged_one_is_passed_over(self, tmp_path, damage):
-        for step in (1, 2):
-            checkpoint.save(tmp_path, step, {"x": torch.full((300,), step)}, keep=2)
-        state, manifest = (tmp_path / "step-000002" / n for n in ("state.pt", "manifest.json"))
-        data = bytearray(state.read_bytes())
+
+def tied_model():
+    """Two layers with one weight."""
+    model = torch.nn.Sequential(torch.nn.Linear(9, 9), torch.nn.Linear(9, 9, bias=False))
+    model[1].weight = model[0].weight
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+
+class TestCheckpoint:
+    @pytest.fixture
+    def saved(self, tmp_path):
+        """Five checkpoints, of which the last two stay."""
+        model, optimizer = tied_model()
+        for step in range(1, 6):
+            model(torch.ones(2, 9)).square().sum().backward()
+            optimizer.step()
+            state = {"x": torch.full((300,), step)}
+            checkpoint.save(tmp_path, step, state, model, optimizer, ALONE, keep=2)
+        return model, optimizer
+
+    def test_the_last_ones_are_kept(self, tmp_path, saved):
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000004", "step-000005"]
+        path = checkpoint.last_whole(tmp_path)
+        step, state = checkpoint.load_state(path)
+        assert step == 5
+        assert torch.equal(state["x"], torch.full((300,), 5))
+        model, optimizer = tied_model()
+        checkpoint.load_weights(path, model, optimizer, ALONE)
+        assert model[0].weight is model[1].weight
+        for p, q in zip(model.parameters(), saved[0].parameters(), strict=True):
+            assert torch.equal(p, q)
+            for name, x in optimizer.state[p].items():
+                assert torch.equal(x, saved[1].state[q][name])
+
+    def test_an_optimizer_that_made_no_step(self, tmp_path):
+        for _ in range(2):
+            model, optimizer = tied_model()
+            checkpoint.save(tmp_path, 0, {}, model, optimizer, ALONE, keep=2)
+            assert not optimizer.state
+        other, optimizer = tied_model()
+        checkpoint.load_weights(tmp_path / "step-000000", other, optimizer, ALONE)
+        assert torch.equal(other[0].weight, model[0].weight)
+        assert not optimizer.state
+
+    @pytest.mark.parametrize("damage", ["cut", "bit", "gone"])
+    @pytest.mark.parametrize("name", ["state.pt", "weights/.metadata", "weights/__0_0.distcp"])
+    def test_a_damaged_one_is_passed_over(self, tmp_path, saved, damage, name):
+        file = tmp_path / "step-000005" / name
+        data = bytearray(file.read_bytes())
         if damage == "cut":
-            state.write_bytes(data[:-1])
+            file.write_bytes(data[:-1])
         elif damage == "bit":
             data[len(data) // 2] ^= 1
-            state.write_bytes(data)
-        elif damage == "gone":
-            state.unlink()
-        elif damage == "no manifest":
-            manifest.unlink()
+            file.write_bytes(data)
         else:
-            manifest.write_text("{")
-        with pytest.warns(UserWarning, match="step-000002 is damaged"):
-            assert checkpoint.load_last(tmp_path).step == 1
+            file.unlink()
+        with pytest.warns(UserWarning, match="step-000005 is damaged"):
+            assert checkpoint.last_whole(tmp_path).name == "step-000004"
 
-    def test_one_half_written_is_not_there(self, tmp_path):
-        checkpoint.save(tmp_path, 1, {"x": 1}, keep=2)
-        (tmp_path / "step-000002.partial").mkdir()
-        assert checkpoint.load_last(tmp_path).step == 1
-        checkpoint.save(tmp_path, 2, {"x": 2}, keep=2)
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000001", "step-000002"]
+    @pytest.mark.parametrize("text", ["{", "{}", "[]", None])
+    def test_one_with_a_damaged_manifest_is_passed_over(self, tmp_path, saved, text):
+        manifest = tmp_path / "step-000005" / "manifest.json"
+        manifest.unlink() if text is None else manifest.write_text(text)
+        with pytest.warns(UserWarning, match="step-000005 is damaged"):
+            assert checkpoint.last_whole(tmp_path).name == "step-000004"
+
+    def test_one_half_written_is_not_there(self, tmp_path, saved):
+        (tmp_path / "step-000006.partial").mkdir()
+        assert checkpoint.last_whole(tmp_path).name == "step-000005"
+        checkpoint.save(tmp_path, 6, {}, *saved, ALONE, keep=2)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000005", "step-000006"]
 
     def test_none(self, tmp_path):
-        assert checkpoint.load_last(tmp_path) is None
+        assert checkpoint.last_whole(tmp_path) is None
 
 
 @pytest.mark.parametrize(

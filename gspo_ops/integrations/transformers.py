@@ -55,7 +55,7 @@ def output_head(model: Any) -> OutputHead:
     Raises:
         ValueError: the model has no head, or one that the ops can't apply.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     last = _last_layer(model)
     config = model.config.get_text_config()
     scale = _scale(config)
@@ -85,6 +85,11 @@ def _last_layer(model: Any) -> Any:
     last = getattr(model, "get_output_embeddings", lambda: None)()
     if last is None or getattr(last, "weight", None) is None:
         raise ValueError(f"{type(model).__name__} has no output embeddings: is it a causal model?")
+    if hasattr(last, "base_layer"):
+        raise ValueError(
+            f"the head of {type(model).__name__} has an adapter of peft, {type(last).__name__}, "
+            "which would be left out: take it out of target_modules"
+        )
     return last
 
 
@@ -168,18 +173,18 @@ def _with_head(
     DDP and FSDP2 gather weights and reduce gradients in hooks around `forward`, of the whole model
     and of each part that is wrapped by itself, as a large head may be.
     """
-
-    def forward() -> Result:
-        operands = body()
-        return _inside(
-            _last_layer(_unwrapped(model)), lambda: function(output_head(model), *operands)
-        )
-
-    return _inside(model, forward)
+    return as_forward(model, lambda: apply_head(model, function, *body()))
 
 
-def _inside(module: Any, function: Callable[[], Result]) -> Result:
-    """function() as the forward of a module that has hooks, and as it is for another."""
+def apply_head(model: Any, function: Callable[..., Result], *operands: Tensor) -> Result:
+    """function(head, *operands), within a forward of the model."""
+    return as_forward(
+        _last_layer(unwrapped(model)), lambda: function(output_head(model), *operands)
+    )
+
+
+def as_forward(module: Any, function: Callable[[], Result]) -> Result:
+    """function() as the forward of a module that DDP or FSDP2 wraps, and as it is for another."""
     inner = getattr(module, "module", module)  # of DDP
     is_sharded = hasattr(module, "set_requires_gradient_sync")  # FSDP2, whose class is mixed in
     if inner is module and not is_sharded:
@@ -204,11 +209,12 @@ def _last_hidden(model: Any, batch: Mapping[str, Tensor], count: int) -> tuple[T
             f"batch['input_ids'] must have shape (B, S) with S > T={count} response tokens, got "
             f"{tuple(ids.shape)}"
         )
-    body = _unwrapped(model).base_model
+    body = unwrapped(model).base_model
     hidden = body(**{"use_cache": False, **batch}).last_hidden_state
     return hidden[:, -count - 1 : -1], ids[:, -count:]
 
 
-def _unwrapped(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
+    """The model of transformers inside of DistributedDataParallel and peft."""
     model = getattr(model, "module", model)  # DistributedDataParallel
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # peft

@@ -1,21 +1,25 @@
-"""GSPO for verl, as one of its policy losses: `register()`, then `loss_mode: gspo_ops`.
+"""GSPO for verl: one of its policy losses, and one of the backends of its fused forward.
 
-Written for verl 0.9. Log-probs are gathered already when verl calls a policy loss, so that what is
-fused here is the loss: ratio, clipping, aggregation and gradient in one kernel, with ratios that
-stay finite and padding that may hold anything.
+Written for verl 0.9; `register()` makes both known. Log-probs are gathered already when verl calls
+a policy loss, so that what is fused there is the loss: ratio, clipping, aggregation and gradient in
+one kernel, with ratios that stay finite and padding that may hold anything. The fused forward is
+where the log-probs come from: hidden states and the head, without logits.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from .. import GSPOToken, policy_loss_from_log_probs
+from .. import GSPOToken, log_probs_from_hidden, policy_loss_from_log_probs
 from ..objective import Aggregation
+from .transformers import OutputHead, apply_head, output_head, unwrapped
 
-LOSS_MODE = "gspo_ops"
+NAME = "gspo_ops"  # of the policy loss and of the backend
 _WIDE = 0.01  # a clip range that GSPO's ratios never leave
 
 # verl's aggregation: ours, and which count of the global batch divides
@@ -29,21 +33,109 @@ _AGGREGATIONS: dict[str, tuple[Aggregation, str | None]] = {
 
 
 def register() -> str:
-    """Make the loss known to verl.
+    """Make the policy loss and the fused forward known to verl.
+
+    The loss goes into verl's registry. verl has none for the backends of the fused forward: its
+    `patch_forward_with_backends` is replaced by one that knows this backend too, and that leaves
+    all others to verl.
 
     Returns:
-        Its name, for `actor_rollout_ref.actor.policy_loss.loss_mode`.
+        Their name, for `actor_rollout_ref.actor.policy_loss.loss_mode` and
+        `actor_rollout_ref.model.fused_kernel_options.impl_backend`.
 
     Raises:
-        ImportError: verl is not installed, or of a version without policy losses.
+        ImportError: verl is not installed, or is not verl 0.9.
     """
+    _require_verl()
+    from verl.models.transformers import monkey_patch
+    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, register_policy_loss
+
+    if NAME not in POLICY_LOSS_REGISTRY:
+        register_policy_loss(NAME)(policy_loss)
+    theirs = monkey_patch.patch_forward_with_backends
+    if theirs.__module__ != __name__:
+        monkey_patch.patch_forward_with_backends = _with_our_backend(theirs)
+    return NAME
+
+
+def fuse_forward(model: Any) -> None:
+    """Give a causal language model the forward that verl expects of fused kernels.
+
+        z[t]         = logits of hidden[t] / temperature
+        log_probs[t] = log_softmax(z[t])[shift_labels[t]]
+        entropy[t]   = -sum_v p[t, v] * log p[t, v]
+
+    The body runs, the head is never called. `model(input_ids, temperature=..., shift_labels=...)`
+    returns verl's output class with `log_probs` and `entropy`, float32 and of the shape (1, N) or
+    (B, S) of `input_ids`, both differentiable. Without `shift_labels` each row predicts the next of
+    `labels` or `input_ids`. verl calls this where `impl_backend` is `"gspo_ops"`.
+
+    Args:
+        model: a causal language model of transformers, of whose instance `forward` is replaced.
+
+    Raises:
+        ImportError: verl is not installed, or is not verl 0.9.
+        ValueError: the model's head is unknown, or the model takes images.
+    """
+    _require_verl()
+    model = unwrapped(model)
+    output_head(model)  # refuses a head that the ops can't apply
+    if hasattr(model.config, "vision_config"):
+        raise ValueError(
+            f"model must be a text model, got {type(model).__name__}: use verl's own impl_backend"
+        )
+    model.forward = partial(_forward, model)
+
+
+def _require_verl() -> None:
     try:
-        from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, register_policy_loss
+        import verl
     except ImportError as error:
         raise ImportError(f"gspo_ops.integrations.verl is for verl 0.9: {error}") from None
-    if LOSS_MODE not in POLICY_LOSS_REGISTRY:
-        register_policy_loss(LOSS_MODE)(policy_loss)
-    return LOSS_MODE
+    if verl.__version__.split(".")[:2] != ["0", "9"]:
+        raise ImportError(f"gspo_ops.integrations.verl is for verl 0.9, got {verl.__version__}")
+
+
+def _with_our_backend(theirs: Callable[..., None]) -> Callable[..., None]:
+    """verl's patch_forward_with_backends, and this backend."""
+
+    def patch_forward_with_backends(
+        model: Any, use_fused_kernels: bool = False, fused_kernels_backend: str | None = None
+    ) -> None:
+        if use_fused_kernels and fused_kernels_backend == NAME:
+            fuse_forward(model)
+        else:
+            theirs(model, use_fused_kernels, fused_kernels_backend)
+
+    return patch_forward_with_backends
+
+
+def _forward(
+    model: Any,
+    input_ids: Tensor | None = None,
+    *,
+    labels: Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    temperature: float = 1.0,
+    **arguments: Any,
+) -> Any:
+    from verl.models.transformers.dense_common import CausalLMOutputForPPO
+
+    if shift_labels is None:  # verl gives them where tokens are packed, or spread over ranks
+        tokens = input_ids if labels is None else labels
+        if tokens is None:
+            raise ValueError("one of input_ids, labels and shift_labels must be given")
+        shift_labels = tokens.roll(-1, dims=-1)
+    body = model.base_model(input_ids=input_ids, **arguments | {"return_dict": True})
+
+    def from_hidden(head: OutputHead, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return log_probs_from_hidden(
+            hidden, head.weight, targets, **head.options(temperature), return_entropy=True
+        )
+
+    log_probs, entropy = apply_head(model, from_hidden, body.last_hidden_state, shift_labels)
+    kept = {name: body.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
+    return CausalLMOutputForPPO(log_probs=log_probs, entropy=entropy, **kept)
 
 
 def policy_loss(

@@ -1,4 +1,8 @@
-"""Checkpoints that are whole or not there: written aside, flushed, renamed; checked when read."""
+"""Checkpoints that are whole or not there: written aside, flushed, renamed; checked when read.
+
+Model and optimizer are in the format of torch.distributed.checkpoint, which any number of processes
+can read, whatever number wrote it; all else in one small file.
+"""
 
 from __future__ import annotations
 
@@ -7,91 +11,151 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
 
-_STATE, _MANIFEST = "state.pt", "manifest.json"
+from .ranks import Ranks
+
+_STATE, _WEIGHTS, _MANIFEST = "state.pt", "weights", "manifest.json"
 _BLOCK = 1 << 20
+# What is frozen comes from the model's own files.
+_OPTIONS = StateDictOptions(
+    ignore_frozen_params=True, flatten_optimizer_state_dict=True, strict=False
+)
 
 
-class Checkpoint(NamedTuple):
-    """What was read.
-
-    Attributes:
-        step: rollout batches that it contains.
-        state: what was saved.
-    """
-
-    step: int
-    state: dict[str, Any]
-
-
-def save(folder: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
-    """Write a checkpoint, all or nothing, and drop all but the last ones.
+def save(
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    model: nn.Module,
+    optimizer: Optimizer,
+    ranks: Ranks,
+    *,
+    keep: int,
+) -> None:
+    """Write a checkpoint, `folder/step-NNNNNN`, all or nothing, and drop all but the last ones.
 
     Args:
-        folder: of all checkpoints of a run.
+        folder: of all checkpoints of a run, which all processes see.
         step: rollout batches so far.
-        state: tensors, numbers, strings, in dicts and lists.
+        state: tensors, numbers, strings, in dicts and lists; that of the first process is kept.
+        model: of which the trained weights are saved, by each process its part.
+        optimizer: of them.
+        ranks: the processes of the run.
         keep: checkpoints that stay.
-
-    Returns:
-        Its directory, `folder/step-NNNNNN`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.glob("*.partial"):  # of a process that was killed
-        shutil.rmtree(left_over)
     final = folder / f"step-{step:06d}"
     partial = final.with_suffix(".partial")
-    partial.mkdir()
-    _write(partial / _STATE, lambda file: torch.save(state, file))
-    manifest = {
-        "step": step, "bytes": (partial / _STATE).stat().st_size,
-        "sha256": _sha256(partial / _STATE),
-    }  # fmt: skip
-    _write(partial / _MANIFEST, lambda file: file.write(json.dumps(manifest).encode()))
-    _flush(partial)
-    if final.exists():  # damaged, or it would have been continued from
-        shutil.rmtree(final)
-    partial.rename(final)
-    _flush(folder)
-    for old in _all(folder)[:-keep]:
-        shutil.rmtree(old)
-    return final
+    if ranks.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left_over in folder.glob("*.partial"):  # of a run that was killed
+            shutil.rmtree(left_over)
+        partial.mkdir()
+    ranks.wait()
+    # An optimizer that has not made a step has nothing to save.
+    tensors = _tensors(model, optimizer, bool(optimizer.state))
+    with _alone(ranks) as no_dist:
+        dcp.save(tensors, checkpoint_id=partial / _WEIGHTS, no_dist=no_dist)
+    ranks.wait()
+    if ranks.is_first:
+        _write(partial / _STATE, lambda file: torch.save(state, file))
+        files = {
+            str(path.relative_to(partial)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            for path in sorted(partial.rglob("*"))
+            if path.is_file()
+        }
+        manifest = {"step": step, "optimizer": bool(optimizer.state), "files": files}
+        _write(partial / _MANIFEST, lambda file: file.write(json.dumps(manifest).encode()))
+        _flush(partial / _WEIGHTS)
+        _flush(partial)
+        if final.exists():  # damaged, or it would have been continued from
+            shutil.rmtree(final)
+        partial.rename(final)
+        _flush(folder)
+        for old in _all(folder)[:-keep]:
+            shutil.rmtree(old)
+    ranks.wait()
 
 
-def load_last(folder: Path) -> Checkpoint | None:
+def last_whole(folder: Path) -> Path | None:
     """The last checkpoint that is whole; None without one. Damaged ones are passed over, aloud."""
     for path in reversed(_all(folder)):
         if why := _damage(path):
             warnings.warn(f"{path} is damaged ({why}) and is passed over", stacklevel=2)
             continue
-        manifest = json.loads((path / _MANIFEST).read_text())
-        state = torch.load(path / _STATE, map_location="cpu", weights_only=True)
-        return Checkpoint(manifest["step"], state)
+        return path
     return None
+
+
+def load_state(path: Path) -> tuple[int, dict[str, Any]]:
+    """Its step, and the `state` that was saved."""
+    state = torch.load(path / _STATE, map_location="cpu", weights_only=True)
+    return _manifest(path)["step"], state
+
+
+def load_weights(path: Path, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> None:
+    """Fill a model and its optimizer, by each process its part."""
+    has_optimizer = _manifest(path)["optimizer"]
+    tensors = _tensors(model, optimizer, has_optimizer)
+    with _alone(ranks) as no_dist:
+        dcp.load(tensors, checkpoint_id=path / _WEIGHTS, no_dist=no_dist)
+    set_model_state_dict(model, tensors["model"], options=_OPTIONS)
+    if has_optimizer:
+        set_optimizer_state_dict(model, optimizer, tensors["optimizer"], options=_OPTIONS)
+
+
+def _tensors(model: nn.Module, optimizer: Optimizer, has_optimizer: bool) -> dict[str, Any]:
+    tensors: dict[str, Any] = {"model": get_model_state_dict(model, options=_OPTIONS)}
+    if has_optimizer:
+        tensors["optimizer"] = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
+    return tensors
+
+
+@contextmanager
+def _alone(ranks: Ranks) -> Iterator[bool]:
+    """Whether there is one process, of which torch need not warn."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield ranks.size == 1
 
 
 def _all(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if p.suffix != ".partial")
 
 
+def _manifest(path: Path) -> dict[str, Any]:
+    return json.loads((path / _MANIFEST).read_text())
+
+
 def _damage(path: Path) -> str | None:
     try:
-        manifest = json.loads((path / _MANIFEST).read_text())
-        size = (path / _STATE).stat().st_size
-        if size != manifest["bytes"]:
-            return f"{size} bytes, {manifest['bytes']} were written"
-        if _sha256(path / _STATE) != manifest["sha256"]:
-            return "its checksum is wrong"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for name, written in _manifest(path)["files"].items():
+            size = (path / name).stat().st_size
+            if size != written["bytes"]:
+                return f"{name} has {size} bytes, {written['bytes']} were written"
+            if _sha256(path / name) != written["sha256"]:
+                return f"the checksum of {name} is wrong"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
 
-def _write(path: Path, write: Any) -> None:
+def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     with path.open("wb") as file:
         write(file)
         file.flush()

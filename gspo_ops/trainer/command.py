@@ -43,8 +43,9 @@ def main(argv: Sequence[str]) -> int:
     except (Interrupted, Diverged) as ended:
         print(f"gspo-ops train: {ended}", file=sys.stderr)
         return 130 if isinstance(ended, Interrupted) else 1
-    print(summary)
-    print(f"metrics.jsonl, samples.jsonl, summary.json and training.png are in {config.out}")
+    if trainer.ranks.is_first:
+        print(summary)
+        print(f"metrics.jsonl, samples.jsonl, summary.json and training.png are in {config.out}")
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -304,6 +305,7 @@ class TrainConfig(_Section):
 
     def __post_init__(self) -> None:
         self._at_least(1, "steps")
+        self._at_least(0, "seed")
         self._require("time_limit", self.time_limit > 0, "positive")
         self._require("device", self._device_exists(), "'auto' or a torch device of this machine")
         prompts, parts = self.rollout.prompts, self.update.mini_batches
@@ -332,9 +334,12 @@ class TrainConfig(_Section):
 
     def torch_device(self) -> torch.device:
         """The device to run on."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.device)
+        name = self.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun's, one GPU for each process
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+        return torch.device(name)
 
     @property
     def training_dtype(self) -> Literal["bfloat16", "float32"]:

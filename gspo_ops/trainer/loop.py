@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import copy
 import math
-import random
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -33,10 +33,13 @@ from .. import (
     policy_loss_from_logits,
     reference,
 )
-from ..integrations.transformers import output_head
+from ..integrations.transformers import as_forward, output_head
 from . import checkpoint
 from .config import TrainConfig, from_tables, to_tables
+from .metrics import combine, in_words
 from .model import add_lora, load_model
+from .progress import Progress, stop_signals
+from .ranks import Ranks, whole
 from .report import RunFiles, Summary, plot
 from .rollout import (
     Autocast,
@@ -48,7 +51,7 @@ from .rollout import (
     response_hidden,
 )
 from .routing_replay import RoutingReplay, find_routers
-from .tasks import Problem, Task, make_task
+from .tasks import Deck, Problem, Task, make_task
 
 # Held-out problems answered at once.
 _EVAL_BATCH = 64
@@ -127,7 +130,7 @@ class Trainer:
         tokenizer: PreTrainedTokenizerBase,
         task: Task,
     ) -> None:
-        """Put the model on the device, with an optimizer.
+        """Put the model on the device, or spread it over those of torchrun's processes.
 
         Args:
             config: the settings.
@@ -136,6 +139,8 @@ class Trainer:
             task: problems to train on and to hold out.
         """
         device = config.torch_device()
+        self.ranks = Ranks(device)
+        _check_parts(config, self.ranks.size)
         if config.update.routing_replay:
             try:
                 find_routers(model)
@@ -147,11 +152,16 @@ class Trainer:
         self.model = model.to(device)
         rank = config.model.lora_rank
         self.adapter = add_lora(model, rank, config.seed) if rank else None
+        self.reference = None
+        if self.objective.kl_coef > 0 and self.adapter is None:
+            self.reference = copy.deepcopy(model).requires_grad_(False)
+            self.ranks.shard(self.reference)
+        self.ranks.shard(model)
         self.tokenizer = tokenizer
         self.task = task
         newline = config.rollout.stop == "newline"
         self.vocabulary = Vocabulary.of(tokenizer, device, newline=newline)
-        self.generator = torch.Generator(device).manual_seed(config.seed)
+        self.generator = torch.Generator(device)
         self.deck = Deck(len(task.train), config.seed)
         trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -161,10 +171,9 @@ class Trainer:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda update: min(1.0, (update + 1) / (warmup + 1))
         )
-        self.reference = None
-        if self.objective.kl_coef > 0 and self.adapter is None:
-            self.reference = copy.deepcopy(model).requires_grad_(False)
         self.bad_updates = 0  # in a row
+        self.progress = Progress()
+        self._seed(self.generator, "training")
 
     @classmethod
     def of(cls, config: TrainConfig) -> Trainer:
@@ -181,52 +190,56 @@ class Trainer:
 
     def run(self, *, resume: bool = False) -> Summary:
         """Evaluate, train, evaluate again, and write the results; see `train`."""
-        config, start = self.config, time.monotonic()
-        files, progress = self._resume() if resume else self._start()
-        with files, stop_signals() as stopped:
+        config, ranks, start = self.config, self.ranks, time.monotonic()
+        files = self._resume() if resume else self._start()
+        progress = self.progress
+        with files or nullcontext(), stop_signals(twice=ranks.size == 1) as stopped:
             if progress.before is None:
-                progress.before = self.evaluate(0)
+                progress.before = self.evaluate()
             train_start = time.monotonic() - progress.train_seconds
-            bar = tqdm(total=config.steps, initial=progress.step, unit="step")
-            while progress.step < config.steps and progress.train_seconds < config.time_limit:
+            bar = self._bar(total=config.steps, initial=progress.step, unit="step")
+            while progress.step < config.steps and not ranks.any(
+                progress.train_seconds >= config.time_limit
+            ):
                 row = self.step()
-                progress.step += 1
                 every = config.evaluation.every
                 if every and progress.step % every == 0 and progress.step < config.steps:
-                    row["accuracy"] = self.evaluate(progress.step).mean().item()
-                files.append({"step": progress.step} | row, self.samples)
+                    row["accuracy"] = self.evaluate().mean().item()
+                if files:
+                    files.append({"step": progress.step} | row, self.samples)
                 progress.train_seconds = time.monotonic() - train_start
                 bar.update()
-                bar.set_postfix_str(_progress(row))
+                bar.set_postfix_str(in_words(row))
                 every = config.checkpoint.every
                 is_last = progress.step == config.steps
-                if stopped() or (every and (is_last or progress.step % every == 0)):
-                    self._save(files, progress)
-                if stopped():
+                is_asked = ranks.any(stopped())
+                if is_asked or (every and (is_last or progress.step % every == 0)):
+                    self._save(files)
+                if is_asked:
                     bar.close()
                     raise Interrupted(
                         f"stopped after step {progress.step} of {config.steps}: --resume goes on"
                     )
             bar.close()
-            after = self.evaluate(progress.step)
+            after = self.evaluate()
             summary = Summary.of(
                 progress.before, after, seconds=progress.seconds + time.monotonic() - start
             )
-            files.finish(summary)
-        plot({config.out.name: files.rows}, config.out / "training.png", title=str(summary))
+            if files:
+                files.finish(summary)
+                plot({config.out.name: files.rows}, config.out / "training.png", title=str(summary))
         if config.checkpoint.save_model:
-            (self.adapter or self.model).save_pretrained(config.out / "model")
-            if hasattr(self.tokenizer, "save_pretrained"):
-                self.tokenizer.save_pretrained(config.out / "model")
+            self._save_model()
         return summary
 
     def step(self) -> dict[str, float]:
         """Sample responses to the next problems and update the model on them.
 
         Returns:
-            The step's metrics, by the names in `metrics.jsonl`.
+            The step's metrics, by the names in `metrics.jsonl`, of all processes.
         """
         config, start = self.config, time.monotonic()
+        self._seed(self.generator, "training")
         problems, rollout, rewards, refilled = self._sample_groups()
         sampled = time.monotonic()
         advantages = self._advantages(rewards)
@@ -239,18 +252,22 @@ class Trainer:
             mismatches.append(mismatch)
         prepared = time.monotonic()
         order = [batch for _ in range(config.update.epochs) for batch in batches]
-        stats = [self._update(batch) for batch in tqdm(order, desc="updates", leave=False)]
+        bar = self._bar(order, desc="updates", leave=False)
+        stats = [found for found in map(self._update, bar) if found is not None]
+        self.progress.step += 1
         self.samples = self._show(problems, rollout, rewards, advantages)
 
         tokens, end = int(rollout.mask.sum()), time.monotonic()
-        return (
-            _merge([s for s in stats if s is not None])
-            | _merge_mismatches(mismatches)
+        mixed = _is_mixed(rewards, config.rollout.group_size)
+        row = (
+            combine([{k: v for k, v in s.items() if k != "log_ratio"} for s in stats])
+            | ({"first_ratio_error": _ratio_error(stats[0])} if stats else {})
+            | combine(mismatches)
             | {
                 "reward": rewards.mean().item(),
-                "mixed_groups": _is_mixed(rewards, config.rollout.group_size).float().mean().item(),
+                "mixed_groups": mixed.float().mean().item(),
                 "refilled_groups": refilled,
-                "skipped_updates": sum(s is None for s in stats),
+                "skipped_updates": len(order) - len(stats),
                 "response_tokens": tokens / len(rewards),
                 "tokens_per_s": tokens / (end - start),
                 "rollout_s": sampled - start,
@@ -259,37 +276,68 @@ class Trainer:
                 "step_s": end - start,
             }
         )
+        return combine(self.ranks.gather(row))
 
-    def evaluate(self, step: int) -> Tensor:
+    def evaluate(self) -> Tensor:
         """(eval_size,) mean reward of the responses sampled to each held-out problem.
 
         The random numbers are the evaluation's own: how often it is done changes no training.
         """
-        held_out, samples = list(self.task.held_out), self.config.evaluation.samples
-        seed = self.config.seed + 1_000_003 * (step + 1)
-        generator = torch.Generator(self.model.device).manual_seed(seed)
+        ranks, samples = self.ranks, self.config.evaluation.samples
+        held_out = self.task.held_out[ranks.rank :: ranks.size]
+        generator = torch.Generator(self.model.device)
+        self._seed(generator, "evaluation")
         batches = [held_out[i : i + _EVAL_BATCH] for i in range(0, len(held_out), _EVAL_BATCH)]
-        bar = tqdm(batches, desc="held-out problems", leave=False)
-        rewards = [self._sample(b, samples, generator)[1].mean(1) for b in bar]
-        return torch.cat(rewards).view(-1, samples).mean(1).cpu()
+        bar = self._bar(batches, desc="held-out problems", leave=False)
+        rewards = ranks.with_whole_weights(
+            self.model,
+            lambda: [self._sample(list(b), samples, generator)[1].mean(1) for b in bar],
+        )
+        mine = torch.cat([torch.empty(0), *(r.cpu() for r in rewards)])
+        mine = mine.view(len(held_out), samples).mean(1)
+        accuracies = torch.empty(len(self.task.held_out))
+        for rank, part in enumerate(ranks.gather(mine)):
+            accuracies[rank :: ranks.size] = part
+        return accuracies
+
+    def _seed(self, generator: torch.Generator, use: Literal["training", "evaluation"]) -> None:
+        """Begin the random numbers of a use in a step: each process has its own."""
+        numbers = self.config.seed, self.progress.step, self.ranks.rank, use == "evaluation"
+        (seed,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+        generator.manual_seed(int(seed))
+
+    def _bar(self, *args: Any, **options: Any) -> tqdm:
+        return tqdm(*args, disable=not self.ranks.is_first, **options)
 
     # Rollouts
 
     def _sample_groups(self) -> tuple[list[Problem], Rollout, Tensor, int]:
         """Problems, responses and rewards (B, turns) of a step, and how many groups were replaced.
 
+        All processes draw the same problems, and each takes its part.
+        """
+        problems = self.ranks.part(self.deck.draw(self.task.train, self.config.rollout.prompts))
+        return self.ranks.with_whole_weights(self.model, lambda: self._sample_and_refill(problems))
+
+    def _sample_and_refill(
+        self, problems: list[Problem]
+    ) -> tuple[list[Problem], Rollout, Tensor, int]:
+        """`_sample_groups` for these problems.
+
         A group whose rewards are all equal has no gradient; `rollout.refill` rounds replace such
         groups by others that have one, as far as they turn up.
         """
         group_size = self.config.rollout.group_size
-        problems = self.deck.draw(self.task.train, self.config.rollout.prompts)
         rollout, rewards = self._sample(problems, group_size, self.generator)
         refilled = 0
         for _ in range(self.config.rollout.refill):
             dead = (~_is_mixed(rewards, group_size)).nonzero().squeeze(1)
-            if not len(dead):
+            counts = self.ranks.gather(len(dead))
+            if not sum(counts):
                 break
-            others = self.deck.draw(self.task.train, len(dead))
+            others = self.ranks.part(self.deck.draw(self.task.train, sum(counts)), counts)
+            if not others:
+                continue
             more, their_rewards = self._sample(others, group_size, self.generator)
             live = _is_mixed(their_rewards, group_size).nonzero().squeeze(1)
             # a live newcomer in the place of each dead group, as long as there are some
@@ -414,8 +462,12 @@ class Trainer:
         same mini-batches, padding and order the noise is the same on both sides: before the first
         update s == 1 exactly, and `first_ratio_error` in the metrics records that it is.
         """
-        inputs, options = self._distributions(model, rollout)
-        return _LOG_PROBS[self.config.update.loss_from](*inputs, rollout.targets(), **options)
+
+        def forward() -> Tensor:
+            inputs, options = self._distributions(model, rollout)
+            return _LOG_PROBS[self.config.update.loss_from](*inputs, rollout.targets(), **options)
+
+        return as_forward(model, forward)
 
     def _ref_log_probs(self, rollout: Rollout) -> Tensor | None:
         if self.objective.kl_coef == 0:
@@ -459,8 +511,8 @@ class Trainer:
             loss, stats = self._loss(batch)
             loss.backward()
         trained = self.optimizer.param_groups[0]["params"]
-        norm = torch.nn.utils.clip_grad_norm_(trained, self.config.update.max_grad_norm)
-        if not bool(torch.isfinite(loss.detach() + norm)):
+        norm = whole(torch.nn.utils.clip_grad_norm_(trained, self.config.update.max_grad_norm))
+        if self.ranks.any(not bool(torch.isfinite(loss.detach() + norm))):
             self._skip(loss, norm)
             return None
         self.bad_updates = 0
@@ -470,12 +522,19 @@ class Trainer:
         return stats | {"loss": loss.detach(), "grad_norm": norm}
 
     def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        inputs, options = self._distributions(self.model, batch.rollout)
-        return _POLICY_LOSS[self.config.update.loss_from](
-            *inputs, batch.rollout.targets(), batch.old_log_probs, batch.advantages,
-            cu_seqlens=batch.rollout.cu_seqlens(), objective=self.objective,
-            ref_log_probs=batch.ref_log_probs, rollout_weights=batch.rollout_weights, **options,
-        )  # fmt: skip
+        cu_seqlens = batch.rollout.cu_seqlens()
+        denominator = self.ranks.denominator(self.objective, cu_seqlens)
+
+        def forward() -> tuple[Tensor, dict[str, Tensor]]:
+            inputs, options = self._distributions(self.model, batch.rollout)
+            return _POLICY_LOSS[self.config.update.loss_from](
+                *inputs, batch.rollout.targets(), batch.old_log_probs, batch.advantages,
+                cu_seqlens=cu_seqlens, objective=self.objective, denominator=denominator,
+                ref_log_probs=batch.ref_log_probs, rollout_weights=batch.rollout_weights,
+                **options,
+            )  # fmt: skip
+
+        return as_forward(self.model, forward)
 
     def _skip(self, loss: Tensor, norm: Tensor) -> None:
         self.optimizer.zero_grad()
@@ -506,31 +565,36 @@ class Trainer:
 
     # Checkpoints
 
-    def _start(self) -> tuple[RunFiles, Progress]:
+    def _start(self) -> RunFiles | None:
+        """The run's files, which the first process writes."""
         out = self.config.out
+        if not self.ranks.is_first:
+            return None
         if out.exists() and any(out.iterdir()):
             aside = next(p for i in range(1, 10**6) if not (p := Path(f"{out}-{i}")).exists())
             out.rename(aside)
             print(f"what was in {out} is now in {aside}")
-        return RunFiles.create(self.config), Progress()
+        return RunFiles.create(self.config)
 
-    def _resume(self) -> tuple[RunFiles, Progress]:
+    def _resume(self) -> RunFiles | None:
         """From the last whole checkpoint; from the beginning if there is none."""
-        found = checkpoint.load_last(self.config.out / "checkpoints")
-        if found is None:
-            print(f"no checkpoint in {self.config.out}: starting from the beginning")
+        folder, ranks = self.config.out / "checkpoints", self.ranks
+        path = ranks.share(checkpoint.last_whole(folder) if ranks.is_first else None)
+        if path is None:
+            if ranks.is_first:
+                print(f"no checkpoint in {self.config.out}: starting from the beginning")
             return self._start()
-        state = found.state
+        step, state = checkpoint.load_state(path)
         self._check_same(state["config"])
-        self.model.load_state_dict(state["model"], strict=self.adapter is None)
-        self.optimizer.load_state_dict(state["optimizer"])
+        checkpoint.load_weights(path, self.model, self.optimizer, ranks)
         self.scheduler.load_state_dict(state["scheduler"])
-        self.generator.set_state(state["generator"])
         self.deck.load_state_dict(state["deck"])
         self.bad_updates = state["bad_updates"]
-        progress = Progress(found.step, state["before"], state["train_seconds"], state["seconds"])
-        print(f"resumed after step {found.step}")
-        return RunFiles.reopen(self.config, state["files"]), progress
+        self.progress = Progress(step, state["before"], state["train_seconds"], state["seconds"])
+        if not ranks.is_first:
+            return None
+        print(f"resumed after step {step}")
+        return RunFiles.reopen(self.config, state["files"])
 
     def _check_same(self, saved: dict[str, Any]) -> None:
         """Refuse to go on with another run's settings."""
@@ -543,92 +607,40 @@ class Trainer:
                 f"--resume can't change to {now[changed[0]]!r}"
             )
 
-    def _save(self, files: RunFiles, progress: Progress) -> None:
-        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
-        weights = self.model.state_dict()
-        if self.adapter is not None:
-            weights = {name: x for name, x in weights.items() if name in trained}
+    def _save(self, files: RunFiles | None) -> None:
+        progress = self.progress
         state = {
-            "config": to_tables(self.config), "model": weights,
-            "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
-            "generator": self.generator.get_state(), "deck": self.deck.state_dict(),
-            "bad_updates": self.bad_updates, "before": progress.before,
-            "train_seconds": progress.train_seconds,
+            "config": to_tables(self.config), "scheduler": self.scheduler.state_dict(),
+            "deck": self.deck.state_dict(), "bad_updates": self.bad_updates,
+            "before": progress.before, "train_seconds": progress.train_seconds,
             "seconds": progress.seconds + time.monotonic() - progress.started,
-            "files": files.state_dict(),
+            "files": files.state_dict() if files else None,
         }  # fmt: skip
         checkpoint.save(
-            self.config.out / "checkpoints", progress.step, state, keep=self.config.checkpoint.keep
+            self.config.out / "checkpoints", progress.step, state, self.model, self.optimizer,
+            self.ranks, keep=self.config.checkpoint.keep,
+        )  # fmt: skip
+
+    def _save_model(self) -> None:
+        """As transformers or peft loads it, whole."""
+        model, out, weights = self.adapter or self.model, self.config.out / "model", None
+        if self.ranks.size > 1:
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            weights = get_model_state_dict(model, options=options)
+        if self.ranks.is_first:
+            model.save_pretrained(out, state_dict=weights)
+            if hasattr(self.tokenizer, "save_pretrained"):
+                self.tokenizer.save_pretrained(out)
+
+
+def _check_parts(config: TrainConfig, ranks: int) -> None:
+    """Mini-batches are of equally many prompts, on each process."""
+    prompts, parts = config.rollout.prompts, config.update.mini_batches
+    if prompts % (parts * ranks):
+        raise ValueError(
+            f"update.mini_batches: expected mini_batches * {ranks} processes to divide "
+            f"rollout.prompts={prompts}, got {parts}"
         )
-
-
-class Progress:
-    """How far a run is.
-
-    Attributes:
-        step: rollout batches trained on.
-        before: held-out accuracies before training.
-        train_seconds: spent in steps, by all processes of the run.
-        seconds: spent in all by the processes before this one.
-        started: when this process began.
-    """
-
-    def __init__(
-        self,
-        step: int = 0,
-        before: Tensor | None = None,
-        train_seconds: float = 0.0,
-        seconds: float = 0.0,
-    ) -> None:
-        self.step, self.before = step, before
-        self.train_seconds, self.seconds = train_seconds, seconds
-        self.started = time.monotonic()
-
-
-class Deck:
-    """Problems drawn in shuffled epochs."""
-
-    def __init__(self, size: int, seed: int) -> None:
-        self._size, self._random = size, random.Random(seed)
-        self._left: list[int] = []
-
-    def draw(self, problems: tuple[Problem, ...], count: int) -> list[Problem]:
-        """`count` of them; a new epoch begins when too few are left of the old one."""
-        if len(self._left) < count:
-            self._left = list(range(self._size))
-            self._random.shuffle(self._left)
-        return [problems[self._left.pop()] for _ in range(count)]
-
-    def state_dict(self) -> dict[str, Any]:
-        version, state, gauss = self._random.getstate()
-        return {"left": list(self._left), "random": [version, list(state), gauss]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._left = list(state["left"])
-        version, numbers, gauss = state["random"]
-        self._random.setstate((version, tuple(numbers), gauss))
-
-
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM has come; a second one ends the process as ever."""
-    came = False
-
-    def stop(number: int, frame: object) -> None:
-        nonlocal came
-        came = True
-        signal.signal(number, before[number])
-        print("\nstopping after this step; once more to stop at once")
-
-    before: dict[int, Any] = {}
-    with suppress(ValueError):  # of another than the main thread, which is told instead
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, stop)
-    try:
-        yield lambda: came
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
 
 
 def _is_mixed(rewards: Tensor, group_size: int) -> Tensor:
@@ -637,35 +649,6 @@ def _is_mixed(rewards: Tensor, group_size: int) -> Tensor:
     return (groups.amin(1) != groups.amax(1)).any(1)
 
 
-def _merge(stats: list[dict[str, Tensor]]) -> dict[str, float]:
-    """A step's stats from its mini-batches': extremes of the extremes, means of the rest."""
-    if not stats:
-        return {}
-    scalars = {
-        name: torch.stack([s[name] for s in stats]).float()
-        for name in stats[0]
-        if name != "log_ratio"
-    }
-    merged = {name: values.mean().item() for name, values in scalars.items()}
-    return merged | {
-        "ratio_min": scalars["ratio_min"].min().item(),
-        "ratio_max": scalars["ratio_max"].max().item(),
-        "first_ratio_error": stats[0]["log_ratio"].expm1().abs().max().item(),
-    }
-
-
-def _merge_mismatches(parts: list[dict[str, Tensor]]) -> dict[str, float]:
-    merged = {}
-    for name in parts[0]:
-        values = torch.stack([part[name] for part in parts])
-        merged[name] = (values.max() if name.endswith("_max") else values.mean()).item()
-    return merged
-
-
-def _progress(row: dict[str, float]) -> str:
-    if "ratio_min" not in row:
-        return f"reward {row['reward']:.2f}, all updates skipped"
-    return (
-        f"reward {row['reward']:.2f}, clip {row['clip_frac_sequences']:.0%}, "
-        f"s {row['ratio_min']:.3f}..{row['ratio_max']:.3f}, {row['tokens_per_s']:.0f} tokens/s"
-    )
+def _ratio_error(stats: dict[str, Tensor]) -> float:
+    """How far the ratios of a mini-batch are from 1."""
+    return stats["log_ratio"].expm1().abs().max().item()

@@ -1,4 +1,4 @@
-"""Verifiable problems: prompts, turns, rewards, and disjoint training and held-out sets."""
+"""Verifiable problems: prompts, turns, rewards, order, and disjoint training and held-out sets."""
 
 from __future__ import annotations
 
@@ -113,6 +113,30 @@ def make_task(config: TaskConfig, seed: int) -> Task:
         follow_up=source.follow_up,
         turns=source.turns,
     )
+
+
+class Deck:
+    """Problems drawn in shuffled epochs."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self._size, self._random = size, random.Random(seed)
+        self._left: list[int] = []
+
+    def draw(self, problems: tuple[Problem, ...], count: int) -> list[Problem]:
+        """`count` of them; a new epoch begins when too few are left of the old one."""
+        if len(self._left) < count:
+            self._left = list(range(self._size))
+            self._random.shuffle(self._left)
+        return [problems[self._left.pop()] for _ in range(count)]
+
+    def state_dict(self) -> dict[str, Any]:
+        version, state, gauss = self._random.getstate()
+        return {"left": list(self._left), "random": [version, list(state), gauss]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._left = list(state["left"])
+        version, numbers, gauss = state["random"]
+        self._random.setstate((version, tuple(numbers), gauss))
 
 
 # Where problems come from

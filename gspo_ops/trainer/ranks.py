@@ -1,0 +1,119 @@
+"""The processes of one run, as torchrun starts them, and the model that they share.
+
+One process is the case of size 1, in which nothing is exchanged.
+"""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from .. import Objective, global_denominator
+from ..integrations.transformers import as_forward
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """What the processes of a run agree on.
+
+    All of them must call each method, in the same order.
+
+    Attributes:
+        size: how many processes there are.
+        rank: which one this is, from 0.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Join those that torchrun started, or those of the default group where there is one.
+
+        Args:
+            device: what this process computes on.
+        """
+        self.size, self.rank, self._device = 1, 0, device
+        if dist.is_torchelastic_launched() and not dist.is_initialized():
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            atexit.register(dist.destroy_process_group)
+        if dist.is_initialized():
+            self.size, self.rank = dist.get_world_size(), dist.get_rank()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.rank == 0
+
+    def gather(self, x: T) -> list[T]:
+        """What each has, in their order: anything that can be pickled."""
+        if self.size == 1:
+            return [x]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, x)
+        return found
+
+    def share(self, x: T) -> T:
+        """What the first has."""
+        return self.gather(x)[0]
+
+    def wait(self) -> None:
+        """Until all are here."""
+        self.gather(None)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds for one at least."""
+        return any(self.gather(flag))
+
+    def part(self, items: Sequence[T], counts: Sequence[int] | None = None) -> list[T]:
+        """This process's of some items that all have: equally many, or `counts` of them."""
+        if counts is None:
+            counts = [len(items) // self.size] * self.size
+        start = sum(counts[: self.rank])
+        return list(items[start : start + counts[self.rank]])
+
+    def denominator(self, objective: Objective, cu_seqlens: Tensor) -> Tensor | None:
+        """What makes the mean of the losses of all that of the whole batch."""
+        if self.size == 1:
+            return None
+        batches: list[Mapping[str, Tensor | None]] = [{"cu_seqlens": cu_seqlens}]
+        return global_denominator(batches, objective=objective, group=dist.group.WORLD)
+
+    # The model
+
+    def shard(self, model: nn.Module) -> None:
+        """Spread the weights of a model over the processes, layer by layer (FSDP2)."""
+        if self.size == 1:
+            return
+        mesh = init_device_mesh(self._device.type, (self.size,))
+        layers = set(getattr(model, "_no_split_modules", None) or ())
+        for module in list(model.modules()):
+            if type(module).__name__ in layers:
+                fully_shard(module, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+
+    def with_whole_weights(self, model: nn.Module, function: Callable[[], T]) -> T:
+        """function() with all weights at hand, so that each process may run the model at will."""
+        parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        layers = [part for part in parts if part is not model]
+        for layer in layers:
+            layer.set_reshard_after_forward(False)
+            layer.unshard()
+        try:
+            return as_forward(model, function)
+        finally:
+            for layer in layers:
+                layer.set_reshard_after_forward(True)
+            for part in parts:
+                part.reshard()
+
+
+def whole(x: Tensor) -> Tensor:
+    """What a DTensor stands for, and any other tensor as it is."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
