@@ -349,7 +349,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--lengths", choices=("square", "ragged"), default="square", help="of the sequences")
     add("--frozen-head", action="store_true", help="no gradient for the head's weight")
-    add("--rounds", type=positive, default=20 if on_gpu else 5, help="default here: %(default)s")
+    add("--rounds", type=positive, default=20 if on_gpu else 4, help="default here: %(default)s")
     add("--against", nargs="+", metavar="NAME", help=f"parts of names, of: {names}")
     add("--out", type=Path, help="JSON file to write")
     add("--plot", type=Path, help="PNG file to write")
