@@ -208,7 +208,9 @@ def plot(runs: Mapping[str, Sequence[Row]], path: Path, *, title: str = "") -> N
         low, high = axis.get_ylim()
         axis.set_ylim(min(low, -0.02), max(high, 1.02))
     ratio.set(title="Ratio, least and largest", ylabel="ratio (log scale)", yscale="log")
-    ratio.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = ratio.get_ylim()
+    # within a decade those of a logarithmic axis would be one or two
+    ratio.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(6))
     ratio.yaxis.set_major_formatter("{x:g}")
     ratio.yaxis.set_minor_formatter("")
     if several:
