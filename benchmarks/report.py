@@ -248,8 +248,7 @@ def trl_table(report: dict) -> list[str]:
         f"sampled tokens are the same, the largest difference of a step's loss, and of its "
         f"gradient's norm, relative. Then one gradient, at the weights after the last update: the "
         f"share that is clipped, the range of the importance weights, and the distances (relative "
-        f"L2) of both trainers from TRL's loss in float64, and from each other: to be as accurate "
-        f"as TRL, ours may be no further from float64, or from TRL, than TRL is from float64.",
+        f"L2) of both trainers from TRL's loss in float64, and from each other.",
         "",
         "| | same tokens | loss | norm | clipped | weights | TRL from float64 | ours from float64 "
         "| ours from TRL |",
