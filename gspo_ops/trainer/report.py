@@ -17,10 +17,9 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import Tensor
 
 from .config import TrainConfig, to_tables
+from .metrics import Row
 
 _SMOOTHING = 5  # steps in the running mean drawn over noisy points
-
-Row = dict[str, float]
 
 
 class RunFiles:
