@@ -87,6 +87,14 @@ def refuse_graph() -> None:
         _refuse_derivative(None)
 
 
+def graph_is_kept() -> bool:
+    """Whether the backward that runs may run again, so that what it has saved must not change."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return True
+    query = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return query is None or query()
+
+
 @contextlib.contextmanager
 def exact_matmul(device: torch.device) -> Iterator[None]:
     """Products in the dtype of their operands, added up in fp32, whatever the caller allows.

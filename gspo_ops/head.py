@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .backend import has_bf16, use_triton
+from .backend import compute_dtype, has_bf16, use_triton
 from .layout import check_tensor
 from .objective import check_number
 
@@ -17,7 +17,10 @@ Products = Literal["auto", "mm", "triton"]
 
 _KEPT_ALIGN = 64  # elements: rows of kept exponentials start aligned
 COLUMNS = 1024  # exponentials are kept for a multiple of so many columns
-_CHUNK_ROWS = 2048  # smaller chunks lose more to adding up dweight than a recomputation costs
+# smaller chunks lose more to adding up dweight than a recomputation costs: per element of dweight
+# and chunk, 8 bytes of memory traffic against 2 FLOPs per row
+_CHUNK_ROWS = 2048
+_CPU_CHUNK_ROWS = 128  # whose products in fp32 are that much slower than its memory
 _LEAST_BUDGET = 64 << 20
 _LARGEST_BUDGET = 4 << 30
 
@@ -46,13 +49,12 @@ class Wanted(NamedTuple):
     lora_b: bool = False
 
 
-def default_memory_budget(rows: int, vocabulary: int, itemsize: int) -> int:
-    """A sixth of what eager PyTorch takes with fp32 logits; 64 MiB at least, 4 GiB at most.
+def default_memory_budget(rows: int, vocabulary: int) -> int:
+    """2.1 bytes per logit; 64 MiB at least, 4 GiB at most.
 
-    That is 2.1 bytes per logit when an exponential takes 2 bytes, and 1.5 otherwise.
+    Eager PyTorch takes 8 to 13 with fp32 logits.
     """
-    tenths = 21 if itemsize == 2 else 15
-    return max(_LEAST_BUDGET, min(_LARGEST_BUDGET, rows * vocabulary * tenths // 10))
+    return max(_LEAST_BUDGET, min(_LARGEST_BUDGET, rows * vocabulary * 21 // 10))
 
 
 def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -79,32 +81,42 @@ def grad_product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def choose_plan(
-    rows: int,
+    hidden: Tensor,
+    weight: Tensor,
     vocabulary: int,
-    hidden_size: int,
-    itemsize: int,
     *,
     plan: PlanName,
     memory_budget: int | None,
     has_gradient: bool,
     can_chunk: bool,
-    grad_weight: bool,
 ) -> tuple[PlanName, int, int]:
-    """Name, kept columns and chunk rows of the plan that spends the fewest FLOPs in the budget."""
+    """Name, kept columns and chunk rows of the plan that spends the fewest FLOPs in the budget.
+
+    `vocabulary` is what the ranks agree on; `weight` may have fewer rows.
+    """
+    rows = hidden.shape[:-1].numel()
     if not has_gradient or plan == "recompute":
         return "recompute", 0, rows
     budget = memory_budget
     if budget is None:
-        budget = default_memory_budget(rows, vocabulary, itemsize)
+        budget = default_memory_budget(rows, vocabulary)
+    itemsize = grad_product_dtype(hidden, weight).itemsize
     row_bytes = vocabulary * itemsize
     if plan == "keep" or (plan == "auto" and rows * row_bytes <= budget):
         return "keep", vocabulary, rows
-    sum_bytes = 4 * vocabulary * hidden_size if grad_weight else 0
-    chunk_rows = max((budget - sum_bytes) // row_bytes, 1)
-    if plan == "chunk" or (can_chunk and chunk_rows >= _CHUNK_ROWS):
+    chunk_rows = max((budget - sum_bytes(hidden, weight, vocabulary)) // row_bytes, 1)
+    least = _CPU_CHUNK_ROWS if hidden.device.type == "cpu" and itemsize > 2 else _CHUNK_ROWS
+    if plan == "chunk" or (can_chunk and chunk_rows >= least):
         return "chunk", vocabulary, min(chunk_rows, max(rows, 1))
     kept = columns_that_fit(budget, rows, vocabulary, itemsize)
     return ("keep" if kept else "recompute"), kept, rows
+
+
+def sum_bytes(hidden: Tensor, weight: Tensor, vocabulary: int) -> int:
+    """Of sums over chunks, beyond those of the gradients that they become."""
+    dtype = compute_dtype(product_dtype(hidden, weight))
+    sizes = (hidden, hidden.numel()), (weight, vocabulary * weight.shape[1])
+    return sum(n * (dtype.itemsize - x.element_size()) for x, n in sizes if x.requires_grad)
 
 
 def kept_width(columns: int) -> int:

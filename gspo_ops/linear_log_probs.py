@@ -120,8 +120,8 @@ def log_probs_from_hidden(
         plan: what stays in memory for the backward: `"keep"` the exponentials of all logits,
             `"recompute"` nothing, `"auto"` as much as fits into the budget.
             `plan_from_hidden` tells what each costs.
-        memory_budget: bytes for it; by default a sixth of what eager PyTorch takes (2.1 per logit
-            from bfloat16, 1.5 otherwise), between 64 MiB and 4 GiB.
+        memory_budget: bytes for it; by default 2.1 per logit, where eager PyTorch takes 8 to 13,
+            between 64 MiB and 4 GiB.
         products: on a GPU, `"mm"` multiplies with `torch.mm`, which computes dead rows as well
             unless `allow_sync`; `"triton"` with kernels that leave them out, and whose result for a
             row does not depend on the others; `"auto"` is `"mm"`.
@@ -158,10 +158,9 @@ def log_probs_from_hidden(
     head = make_head(hidden, weight, bias, lora, mask)
     has_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
     _, kept_columns, _ = choose_plan(
-        targets.numel(), widest_part(shard, vocab_group), weight.shape[1],
-        grad_product_dtype(hidden, weight).itemsize,
+        hidden, weight, widest_part(shard, vocab_group),
         plan="recompute" if return_entropy else plan, memory_budget=memory_budget,
-        has_gradient=has_gradient, can_chunk=False, grad_weight=weight.requires_grad,
+        has_gradient=has_gradient, can_chunk=False,
     )  # fmt: skip
     log_probs, entropy = _LinearLogProbs.apply(
         *head, main_grad, targets, mask, min(kept_columns, weight.shape[0]),

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backend import compute_dtype, operator, refuse_graph
+from .backend import compute_dtype, graph_is_kept, operator, refuse_graph
 from .head import (
     COLUMNS,
     LoRA,
@@ -24,7 +24,6 @@ from .head import (
     check_head,
     check_plan,
     choose_plan,
-    grad_product_dtype,
     kept_width,
     product_dtype,
 )
@@ -106,9 +105,8 @@ def policy_loss_from_hidden(
             sequences are read back, one host synchronisation; not with context_group);
             `"recompute"` the logits in the backward; `"auto"` what costs the fewest FLOPs within
             the budget and without synchronisation. `plan_from_hidden` tells what each costs.
-        memory_budget: bytes for exponentials and sums of gradients that are kept; by default a
-            sixth of what eager PyTorch takes (2.1 per logit from bfloat16, 1.5 otherwise), between
-            64 MiB and 4 GiB.
+        memory_budget: bytes for exponentials and sums of gradients that are kept; by default 2.1
+            per logit, where eager PyTorch takes 8 to 13, between 64 MiB and 4 GiB.
         products, allow_sync, main_grad, vocab_group: as in `log_probs_from_hidden`.
         return_entropy: adds `entropy`, the mean over valid tokens in nats, to the stats.
         old_log_probs, advantages, mask, cu_seqlens, objective, ref_log_probs, rollout_weights,
@@ -155,11 +153,9 @@ def policy_loss_from_hidden(
     head = make_head(hidden, weight, bias, lora, mask)
     has_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
     name, kept_columns, chunk_rows = choose_plan(
-        targets.numel(), widest_part(shard, vocab_group), weight.shape[1],
-        grad_product_dtype(hidden, weight).itemsize,
+        hidden, weight, widest_part(shard, vocab_group),
         plan=plan, memory_budget=memory_budget, has_gradient=has_gradient,
         can_chunk=context_group is None and (cu_seqlens is None or not hidden.is_cuda),
-        grad_weight=weight.requires_grad,
     )  # fmt: skip
     kept_columns = min(kept_columns, weight.shape[0])
     options = (
@@ -282,10 +278,19 @@ class _PolicyLossInChunks(torch.autograd.Function):
             add_scaled_gradient(ctx.main_grad, units[1], grad_loss, inv_denominator)
             wanted = wanted._replace(weight=False)
         grads = (
-            scaled_gradient(unit, x, grad_loss, inv_denominator) if want else None
+            gradient_from_unit(unit, x, grad_loss, inv_denominator) if want else None
             for unit, x, want in zip(units, head, wanted, strict=True)
         )
         return (*grads, None, None, None, None, *(None for _ in PolicyInputs._fields))
+
+
+def gradient_from_unit(
+    unit: Tensor, like: Tensor, grad_loss: Tensor, inv_denominator: Tensor
+) -> Tensor:
+    """unit * grad_loss / D; in place where its dtype is right and no other backward can follow."""
+    if unit.dtype != like.dtype or graph_is_kept():
+        return scaled_gradient(unit, like, grad_loss, inv_denominator)
+    return unit.mul_(grad_loss * inv_denominator)
 
 
 def _scaled_fake(unit, like, grad_loss, inv_denominator):
@@ -360,12 +365,13 @@ def linear_policy_loss_chunks(
     mask, grad_mask, needs_log_probs = _row_masks(policy, options)
     targets = targets.reshape(-1)
     sums = _empty_sums(head, wanted)
-    for x in sums[1:]:
-        x.zero_()
+    if policy.batch == 0:
+        for x in sums[1:]:
+            x.zero_()
     log_probs = sums.hidden.new_zeros(policy.rows)
     entropy = sums.hidden.new_zeros(())
     buffer = empty_kept(hidden, weight, min(chunk_rows, max(policy.rows, 1)), weight.shape[0])
-    for sequences, rows in _chunks(policy, chunk_rows):
+    for i, (sequences, rows) in enumerate(_chunks(policy, chunk_rows)):
         part = head._replace(
             hidden=head.hidden[rows], lora_x=None if lora_x is None else lora_x[rows]
         )
@@ -386,7 +392,7 @@ def linear_policy_loss_chunks(
         )
         backward(
             part, targets[rows], live, stats, g, None, options, kept, out,
-            add=Wanted(weight=True, bias=True, lora_b=True),
+            add=Wanted(weight=i > 0, bias=i > 0, lora_b=i > 0),
         )  # fmt: skip
         entropy += stats.entropy.sum()
     loss, stats, log_ratio, _, inv_denominator = policy_loss_fwd(

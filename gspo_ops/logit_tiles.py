@@ -511,7 +511,11 @@ class TorchTiles:
             )
             if to is not None and x is not None
         ]
-        for c in self._grad_columns(kept.columns):
+        if self.n == 0:
+            for to, _, adds in to_columns:
+                if not adds:
+                    to.zero_()
+        for c in self._grad_columns(kept.columns) if self.n else []:
             tile = self._tile(c, base, wanted, kept, among)
             for _, total, w, dtype in to_rows:
                 self._add_to_rows(total, tile, w[c].to(dtype))
@@ -596,7 +600,7 @@ class TorchTiles:
         elif add:
             out.add_(matmul_fp32(e, x))
         else:
-            out.copy_(self._grad_product(e, x))
+            out.copy_(matmul_fp32(e, x))
 
     def _grad_product(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.mm(a, b)

@@ -17,6 +17,7 @@ from .head import (
     grad_product_dtype,
     kept_width,
     product_dtype,
+    sum_bytes,
 )
 from .logit_tiles import MatMulTiles, TorchTiles
 
@@ -94,9 +95,8 @@ def plan_from_hidden(
         weight: (V, H) of the head; frozen if it does not require grad.
         lora: a low-rank update of the head.
         plan: `"auto"`, `"keep"`, `"chunk"` or `"recompute"`.
-        memory_budget: bytes for exponentials and sums of gradients that are kept; by default a
-            sixth of what eager PyTorch takes (2.1 per logit from bfloat16, 1.5 otherwise), between
-            64 MiB and 4 GiB.
+        memory_budget: bytes for exponentials and sums of gradients that are kept; by default 2.1
+            per logit, where eager PyTorch takes 8 to 13, between 64 MiB and 4 GiB.
         chunks: whether `"auto"` may choose chunks: False for `log_probs_from_hidden`, and on a GPU
             for packed sequences, whose borders the host does not know.
 
@@ -110,21 +110,23 @@ def plan_from_hidden(
     check_plan(plan, memory_budget, "auto", False, None)
     if lora is not None:
         check_lora(lora, hidden, weight)
-    H, V, N = weight.shape[1], weight.shape[0], hidden.numel() // max(weight.shape[1], 1)
+    V, H = weight.shape
+    N = hidden.shape[:-1].numel()
     size = grad_product_dtype(hidden, weight).itemsize
     grad_weight = weight.requires_grad
     has_gradient = hidden.requires_grad or grad_weight or lora is not None
     name, kept_columns, chunk_rows = choose_plan(
-        N, V, H, size, plan=plan, memory_budget=memory_budget, has_gradient=has_gradient,
-        can_chunk=chunks, grad_weight=grad_weight,
+        hidden, weight, V, plan=plan, memory_budget=memory_budget, has_gradient=has_gradient,
+        can_chunk=chunks,
     )  # fmt: skip
     tiles = MatMulTiles if use_triton(hidden) else TorchTiles
-    stats_size = compute_dtype(product_dtype(hidden, weight)).itemsize
+    dtype = product_dtype(hidden, weight)
+    stats_size = compute_dtype(dtype).itemsize
     kept = chunk_rows * kept_width(kept_columns) * size if kept_columns else 0
-    sums = N * H * stats_size if name == "chunk" else 0
-    if name == "chunk" and grad_weight:
-        sums += V * H * stats_size
+    sums = sum_bytes(hidden, weight, V) if name == "chunk" else 0
     work = tiles.ROWS * tiles.COLUMNS * stats_size
+    if dtype != hidden.dtype or dtype != weight.dtype:
+        work += (min(tiles.ROWS, N) + tiles.COLUMNS) * H * dtype.itemsize  # copies of operands
     if has_gradient:
         # scaled hidden states and a sum of dhidden; a tile for the products, if not all is kept
         work += chunk_rows * H * (size + stats_size)

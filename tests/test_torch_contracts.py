@@ -354,7 +354,7 @@ def backward_calls(monkeypatch):
     record(policy_loss, "log_probs_bwd")
     record(policy_loss, "policy_loss_bwd")
     record(linear_log_probs, "linear_log_probs_bwd")
-    record(linear_policy_loss, "scaled_gradient")
+    record(linear_policy_loss, "gradient_from_unit")
     return calls
 
 
@@ -426,7 +426,7 @@ def everything_from_hidden(x: Batch, plan: str) -> list[Tensor]:
     assert weight.grad is None
     a, b = (torch.full(shape, 0.1, requires_grad=True) for shape in ((2, H), (V, 2)))
     lora = gspo_ops.LoRA(a, b, 0.5)
-    from_hidden(x._replace(hidden=hidden), plan=plan, lora=lora)[0].backward()
+    from_hidden(x._replace(hidden=hidden), plan=plan, lora=lora)[0].backward(retain_graph=True)
     return [hidden.grad, main_grad, bias.grad, a.grad, b.grad]
 
 
