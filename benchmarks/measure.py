@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from gspo_ops.environment import provenance as provenance
 
@@ -51,6 +53,17 @@ def peak_bytes(step: Step, device: torch.device) -> int:
     before = _high_water_mark()
     step()
     return _high_water_mark() - before
+
+
+def peak_tensor_bytes(step: Step, device: torch.device) -> int:
+    """The same of tensors alone, without what libraries take for themselves."""
+    if device.type == "cuda":
+        return peak_bytes(step, device)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        step()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(changes, initial=0))
 
 
 def plausible(peak: int, returned_bytes: int) -> bool:

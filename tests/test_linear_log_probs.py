@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import gspo_ops
 from gspo_ops import GRPO, GSPO, GSPOToken, LoRA, log_probs_from_hidden, reference
+from gspo_ops.benchmarks.measure import peak_tensor_bytes
 from gspo_ops.testing import ALLOWED, BF16_ULP, BOUNDS, relative, synthetic_head, worst
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -985,15 +986,7 @@ def test_checkpointed_forward_is_only_a_forward():
 
 
 def peak_memory(function) -> int:
-    """Largest sum of what was allocated on the CPU during a call, and not freed."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        function()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+    return peak_tensor_bytes(function, torch.device("cpu"))
 
 
 def test_peak_memory_sees_what_is_freed():
