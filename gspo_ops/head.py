@@ -17,10 +17,9 @@ Products = Literal["auto", "mm", "triton"]
 
 _KEPT_ALIGN = 64  # elements: rows of kept exponentials start aligned
 COLUMNS = 1024  # exponentials are kept for a multiple of so many columns
-# smaller chunks lose more to adding up dweight than a recomputation costs: per element of dweight
-# and chunk, 8 bytes of memory traffic against 2 FLOPs per row
+# smaller chunks lose more to adding up dweight than a recomputation of live rows costs
 _CHUNK_ROWS = 2048
-_CPU_CHUNK_ROWS = 128  # whose products in fp32 are that much slower than its memory
+_CPU_CHUNK_ROWS = 512  # in fp32: a chunk more costs as much as the logits of some 160 live rows
 _LEAST_BUDGET = 64 << 20
 _LARGEST_BUDGET = 4 << 30
 
