@@ -120,7 +120,7 @@ def log_probs_from_hidden(
         plan: what stays in memory for the backward: `"keep"` the exponentials of all logits,
             `"recompute"` nothing, `"auto"` as much as fits into the budget.
             `plan_from_hidden` tells what each costs.
-        memory_budget: bytes for it; by default 2.1 per logit, where eager PyTorch takes 8 to 13,
+        memory_budget: bytes for it; by default 2.1 per logit, where eager PyTorch takes 8 to 14,
             between 64 MiB and 4 GiB.
         products: on a GPU, `"mm"` multiplies with `torch.mm`, which computes dead rows as well
             unless `allow_sync`; `"triton"` with kernels that leave them out, and whose result for a

@@ -106,7 +106,7 @@ def policy_loss_from_hidden(
             `"recompute"` the logits in the backward; `"auto"` what costs the fewest FLOPs within
             the budget and without synchronisation. `plan_from_hidden` tells what each costs.
         memory_budget: bytes for exponentials and sums of gradients that are kept; by default 2.1
-            per logit, where eager PyTorch takes 8 to 13, between 64 MiB and 4 GiB.
+            per logit, where eager PyTorch takes 8 to 14, between 64 MiB and 4 GiB.
         products, allow_sync, main_grad, vocab_group: as in `log_probs_from_hidden`.
         return_entropy: adds `entropy`, the mean over valid tokens in nats, to the stats.
         old_log_probs, advantages, mask, cu_seqlens, objective, ref_log_probs, rollout_weights,

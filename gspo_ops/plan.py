@@ -96,7 +96,7 @@ def plan_from_hidden(
         lora: a low-rank update of the head.
         plan: `"auto"`, `"keep"`, `"chunk"` or `"recompute"`.
         memory_budget: bytes for exponentials and sums of gradients that are kept; by default 2.1
-            per logit, where eager PyTorch takes 8 to 13, between 64 MiB and 4 GiB.
+            per logit, where eager PyTorch takes 8 to 14, between 64 MiB and 4 GiB.
         chunks: whether `"auto"` may choose chunks: False for `log_probs_from_hidden`, and on a GPU
             for packed sequences, whose borders the host does not know.
 
@@ -121,24 +121,30 @@ def plan_from_hidden(
     )  # fmt: skip
     tiles = MatMulTiles if use_triton(hidden) else TorchTiles
     dtype = product_dtype(hidden, weight)
-    stats_size = compute_dtype(dtype).itemsize
+    stats_dtype = compute_dtype(dtype)
+    stats_size = stats_dtype.itemsize
     kept = chunk_rows * kept_width(kept_columns) * size if kept_columns else 0
     sums = sum_bytes(hidden, weight, V) if name == "chunk" else 0
-    work = tiles.ROWS * tiles.COLUMNS * stats_size
+    tile_rows = min(tiles.ROWS, chunk_rows)
+    work = tile_rows * tiles.COLUMNS * stats_size
     if dtype != hidden.dtype or dtype != weight.dtype:
-        work += (min(tiles.ROWS, N) + tiles.COLUMNS) * H * dtype.itemsize  # copies of operands
+        work += (tile_rows + tiles.COLUMNS) * H * dtype.itemsize  # copies of operands
     if has_gradient:
         # scaled hidden states and a sum of dhidden; a tile for the products, if not all is kept
         work += chunk_rows * H * (size + stats_size)
         if kept_columns < V:
             work += chunk_rows * tiles.grad_width(chunk_rows) * size
-        if name == "chunk" and grad_weight and size < stats_size and not use_triton(hidden):
-            # bf16 exponentials in fp32, whose product is added up unrounded
-            work += chunk_rows * tiles.grad_width(chunk_rows) * stats_size
+        if name == "chunk" and grad_weight and size < stats_size:
+            # an unrounded product of bf16 exponentials, on a CPU converted to fp32 before
+            converted = 0 if use_triton(hidden) else chunk_rows
+            work += min(tiles.grad_width(chunk_rows), V) * (H + converted) * stats_size
     work += -(-V // tiles.SUMS) * chunk_rows * 2 * stats_size
+    # sums of chunks, while they are rounded to narrower gradients
+    rounded = sum(x.numel() for x in (hidden, weight) if x.requires_grad and x.dtype != stats_dtype)
+    rounded *= stats_size if name == "chunk" else 0
     return Plan(
         name=name, rows=N, vocabulary=V, hidden_size=H, rank=0 if lora is None else len(lora.a),
         kept_columns=kept_columns, chunk_rows=chunk_rows,
         grad_hidden=hidden.requires_grad, grad_weight=grad_weight,
-        kept_bytes=kept, bytes=kept + sums + work,
+        kept_bytes=kept, bytes=max(kept + sums + work, rounded),
     )  # fmt: skip

@@ -997,18 +997,13 @@ def test_peak_memory_sees_what_is_freed():
     assert peak_memory(function) == 4 << 20
 
 
-@compiled_only
-@all_loss_plans
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory(plan, dtype):
+def assert_memory(inputs: Inputs, **options) -> None:
     """What a plan says of its peak beside the returned gradients, within 10%."""
-    N, H, V, T = 1024, 128, 32768, 16
-    inputs = make(N, H, V, torch.device("cpu")).map(lambda x: x.to(dtype))
+    (N, H), T = inputs.hidden.shape, 16
     targets = torch.arange(N).view(-1, T)
     with torch.no_grad():
         old = log_probs_from_hidden(*inputs[:2], targets.flatten()).view(-1, T)
     leaves = leaves_of(inputs)
-    options = with_budget(plan, inputs)
     advantages = torch.ones(N // T)
 
     def work() -> None:
@@ -1019,6 +1014,20 @@ def test_memory(plan, dtype):
     predicted = gspo_ops.plan_from_hidden(*leaves[:2], **options)
     extra = peak_memory(work) - sum(grad.nbytes for grad in leaves.grads().values())
     assert extra == pytest.approx(predicted.bytes, rel=0.1), str(predicted)
+
+
+@compiled_only
+@all_loss_plans
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory(plan, dtype):
+    inputs = make(1024, 128, 32768, torch.device("cpu")).map(lambda x: x.to(dtype))
+    assert_memory(inputs, **with_budget(plan, inputs))
+
+
+@compiled_only
+def test_memory_where_dweight_outweighs_the_chunks():
+    inputs = make(64, 512, 8192, torch.device("cpu")).map(Tensor.bfloat16)
+    assert_memory(inputs, plan="chunk", memory_budget=0)
 
 
 @compiled_only
