@@ -124,27 +124,31 @@ def plan_from_hidden(
     stats_dtype = compute_dtype(dtype)
     stats_size = stats_dtype.itemsize
     kept = chunk_rows * kept_width(kept_columns) * size if kept_columns else 0
-    sums = sum_bytes(hidden, weight, V) if name == "chunk" else 0
     tile_rows = min(tiles.ROWS, chunk_rows)
     work = tile_rows * tiles.COLUMNS * stats_size
     if dtype != hidden.dtype or dtype != weight.dtype:
         work += (tile_rows + tiles.COLUMNS) * H * dtype.itemsize  # copies of operands
-    if has_gradient:
-        # scaled hidden states and a sum of dhidden; a tile for the products, if not all is kept
-        work += chunk_rows * H * (size + stats_size)
-        if kept_columns < V:
-            work += chunk_rows * tiles.grad_width(chunk_rows) * size
-        if name == "chunk" and grad_weight and size < stats_size:
+    # sums of each tile, and what it takes to add them up
+    forward = work + 5 * -(-V // tiles.SUMS) * chunk_rows * stats_size
+    # scaled hidden states and a sum of dhidden; a tile for the products, if not all is kept
+    backward = work + chunk_rows * H * (size + stats_size)
+    if kept_columns < V:
+        backward += chunk_rows * tiles.grad_width(chunk_rows) * size
+    gradients = [x for x in (hidden, weight) if x.requires_grad]
+    if not has_gradient:
+        peak = forward
+    elif name == "chunk":
+        if grad_weight and size < stats_size:
             # an unrounded product of bf16 exponentials, on a CPU converted to fp32 before
             converted = 0 if use_triton(hidden) else chunk_rows
-            work += min(tiles.grad_width(chunk_rows), V) * (H + converted) * stats_size
-    work += -(-V // tiles.SUMS) * chunk_rows * 2 * stats_size
-    # sums of chunks, while they are rounded to narrower gradients
-    rounded = sum(x.numel() for x in (hidden, weight) if x.requires_grad and x.dtype != stats_dtype)
-    rounded *= stats_size if name == "chunk" else 0
+            backward += min(tiles.grad_width(chunk_rows), V) * (H + converted) * stats_size
+        rounded = sum(x.numel() for x in gradients if x.dtype != stats_dtype) * stats_size
+        peak = max(kept + sum_bytes(hidden, weight, V) + max(forward, backward), rounded)
+    else:
+        peak = kept + max(forward - sum(x.nbytes for x in gradients), backward)
     return Plan(
         name=name, rows=N, vocabulary=V, hidden_size=H, rank=0 if lora is None else len(lora.a),
         kept_columns=kept_columns, chunk_rows=chunk_rows,
         grad_hidden=hidden.requires_grad, grad_weight=grad_weight,
-        kept_bytes=kept, bytes=max(kept + sums + work, rounded),
+        kept_bytes=kept, bytes=peak,
     )  # fmt: skip
