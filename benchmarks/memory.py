@@ -17,15 +17,7 @@ from torch import Tensor
 import gspo_ops
 from gspo_ops.head import PlanName
 
-from .measure import (
-    default_device,
-    peak_bytes,
-    peak_tensor_bytes,
-    plausible,
-    provenance,
-    release_memory,
-    write,
-)
+from .measure import default_device, peak_tensor_bytes, provenance, write
 
 V, H, SEQUENCES = 151936, 64, 16
 BUDGET = 642_500_000  # of the chunks: 2048 rows of bf16 exponentials, and dweight in fp32
@@ -45,32 +37,20 @@ def make_inputs(N: int, dtype: torch.dtype, device: torch.device) -> tuple[Tenso
 
 
 def measure(N: int, dtype: torch.dtype, plan: PlanName) -> dict:
-    """The peak of tensors; that of the process, the median of three, as the system takes pages."""
     device = default_device()
     hidden, weight, *rest = make_inputs(N, dtype, device)
     options: dict[str, Any] = {"plan": plan, "memory_budget": BUDGET}
     hidden.requires_grad_()
     weight.requires_grad_()
-    returned = hidden.nbytes + weight.nbytes
 
     def step() -> None:
-        hidden.grad = weight.grad = None
         gspo_ops.policy_loss_from_hidden(hidden, weight, *rest, **options).loss.backward()
 
-    peaks: list[int] = []
-    step()
-    while len(peaks) < 3:
-        hidden.grad = weight.grad = None
-        release_memory()
-        peak = peak_bytes(step, device)
-        if plausible(peak, returned):
-            peaks.append(peak - returned)
-    hidden.grad = weight.grad = None
-    tensors = peak_tensor_bytes(step, device) - returned
+    peak = peak_tensor_bytes(step, device) - hidden.nbytes - weight.nbytes
     predicted = gspo_ops.plan_from_hidden(hidden, weight, **options)
     return {
         "N": N, "V": V, "H": H, "dtype": str(dtype)[6:], "plan": plan,
-        "peak_bytes": sorted(peaks)[1], "tensor_bytes": tensors, "predicted_bytes": predicted.bytes,
+        "peak_bytes": peak, "predicted_bytes": predicted.bytes,
     }  # fmt: skip
 
 
@@ -85,10 +65,9 @@ def main() -> None:
             row = measure(N, torch.bfloat16, plan)
             results.append(row)
             print(
-                f"{plan:10} N={N:6}  tensors {row['tensor_bytes'] / 2**20:6.0f} MiB  predicted "
+                f"{plan:10} N={N:6}  peak {row['peak_bytes'] / 2**20:6.0f} MiB  predicted "
                 f"{row['predicted_bytes'] / 2**20:6.0f} MiB  "
-                f"ratio {row['tensor_bytes'] / row['predicted_bytes']:.2f}  "
-                f"process {row['peak_bytes'] / 2**20:6.0f} MiB",
+                f"ratio {row['peak_bytes'] / row['predicted_bytes']:.2f}",
                 flush=True,
             )
     if args.out:

@@ -98,7 +98,7 @@ def memory(report: dict, path: Path) -> None:
         rows = [row for row in report["results"] if row["plan"] == plan]
         N = [row["N"] for row in rows]
         measured, predicted = (
-            [row[key] / 2**20 for row in rows] for key in ("tensor_bytes", "predicted_bytes")
+            [row[key] / 2**20 for row in rows] for key in ("peak_bytes", "predicted_bytes")
         )
         axis.plot(N, measured, "o", color=f"C{place}", mfc="none", label=f"{plan}, measured")
         axis.plot(N, predicted, "-", color=f"C{place}", lw=1, label=f"{plan}, predicted")

@@ -111,16 +111,16 @@ def memory_table(report: dict) -> list[str]:
     first = report["results"][0]
     lines = [
         f"Peak memory beside the returned gradients, V={first['V']}, H={first['H']}, "
-        f"{first['dtype']}, MiB: of tensors, what the plan predicts, and of the whole process.",
+        f"{first['dtype']}: of tensors, and what the plan predicts, MiB.",
         "",
-        "| plan | N | tensors | predicted | ratio | process |",
-        "|---|---|---|---|---|---|",
+        "| plan | N | measured | predicted | ratio |",
+        "|---|---|---|---|---|",
     ]
     for row in report["results"]:
-        tensors, predicted = row["tensor_bytes"], row["predicted_bytes"]
+        peak, predicted = row["peak_bytes"], row["predicted_bytes"]
         lines.append(
-            f"| {row['plan']} | {row['N']} | {tensors / 2**20:.0f} | {predicted / 2**20:.0f} "
-            f"| {tensors / predicted:.2f} | {row['peak_bytes'] / 2**20:.0f} |"
+            f"| {row['plan']} | {row['N']} | {peak / 2**20:.0f} | {predicted / 2**20:.0f} "
+            f"| {peak / predicted:.2f} |"
         )
     return lines
 
