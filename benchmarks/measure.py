@@ -71,16 +71,6 @@ def plausible(peak: int, returned_bytes: int) -> bool:
     return peak > 0.99 * returned_bytes
 
 
-def plausible_peak_bytes(step: Step, returned_bytes: int, device: torch.device) -> int:
-    """`peak_bytes`, tried until it is plausible."""
-    for _ in range(20):
-        peak = peak_bytes(step, device)
-        if plausible(peak, returned_bytes):
-            return peak
-        time.sleep(1)
-    raise SystemExit("peak memory can't be measured here: the system takes pages back meanwhile")
-
-
 def release_memory() -> None:
     """Give back what the C allocator has kept of earlier steps, which would hide a peak."""
     gc.collect()
