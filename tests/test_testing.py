@@ -127,7 +127,7 @@ HEAD_CPU_PATH = {
     ),
     "only the last chunk's dweight": (
         "gspo_ops/linear_policy_loss.py",
-        "add=Wanted(weight=True, bias=True, lora_b=True)", "add=Wanted()",
+        "add=Wanted(weight=i > 0, bias=i > 0, lora_b=i > 0)", "add=Wanted()",
     ),
 }  # fmt: skip
 
