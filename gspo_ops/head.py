@@ -79,6 +79,14 @@ def grad_product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.float32
 
 
+class Choice(NamedTuple):
+    """A plan: the tokens whose exponentials are kept, for so many rows at a time."""
+
+    name: PlanName
+    kept_columns: int
+    chunk_rows: int
+
+
 def choose_plan(
     hidden: Tensor,
     weight: Tensor,
@@ -88,27 +96,27 @@ def choose_plan(
     memory_budget: int | None,
     has_gradient: bool,
     can_chunk: bool,
-) -> tuple[PlanName, int, int]:
-    """Name, kept columns and chunk rows of the plan that spends the fewest FLOPs in the budget.
+) -> Choice:
+    """The plan that spends the fewest FLOPs within the budget.
 
     `vocabulary` is what the ranks agree on; `weight` may have fewer rows.
     """
     rows = hidden.shape[:-1].numel()
     if not has_gradient or plan == "recompute":
-        return "recompute", 0, rows
+        return Choice("recompute", 0, rows)
     budget = memory_budget
     if budget is None:
         budget = default_memory_budget(rows, vocabulary)
     itemsize = grad_product_dtype(hidden, weight).itemsize
     row_bytes = vocabulary * itemsize
     if plan == "keep" or (plan == "auto" and rows * row_bytes <= budget):
-        return "keep", vocabulary, rows
+        return Choice("keep", vocabulary, rows)
     chunk_rows = max((budget - sum_bytes(hidden, weight, vocabulary)) // row_bytes, 1)
     least = _CPU_CHUNK_ROWS if hidden.device.type == "cpu" and itemsize > 2 else _CHUNK_ROWS
     if plan == "chunk" or (can_chunk and chunk_rows >= least):
-        return "chunk", vocabulary, min(chunk_rows, max(rows, 1))
+        return Choice("chunk", vocabulary, min(chunk_rows, max(rows, 1)))
     kept = columns_that_fit(budget, rows, vocabulary, itemsize)
-    return ("keep" if kept else "recompute"), kept, rows
+    return Choice("keep" if kept else "recompute", kept, rows)
 
 
 def sum_bytes(hidden: Tensor, weight: Tensor, vocabulary: int) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .backend import compute_dtype, use_triton
 from .head import (
+    Choice,
     LoRA,
     PlanName,
     check_lora,
@@ -111,44 +112,54 @@ def plan_from_hidden(
     if lora is not None:
         check_lora(lora, hidden, weight)
     V, H = weight.shape
-    N = hidden.shape[:-1].numel()
-    size = grad_product_dtype(hidden, weight).itemsize
-    grad_weight = weight.requires_grad
-    has_gradient = hidden.requires_grad or grad_weight or lora is not None
-    name, kept_columns, chunk_rows = choose_plan(
+    wanted = [x for x in (hidden, weight) if x.requires_grad]
+    has_gradient = bool(wanted) or lora is not None
+    choice = choose_plan(
         hidden, weight, V, plan=plan, memory_budget=memory_budget, has_gradient=has_gradient,
         can_chunk=chunks,
     )  # fmt: skip
-    tiles = MatMulTiles if use_triton(hidden) else TorchTiles
-    dtype = product_dtype(hidden, weight)
-    stats_dtype = compute_dtype(dtype)
-    stats_size = stats_dtype.itemsize
-    kept = chunk_rows * kept_width(kept_columns) * size if kept_columns else 0
-    tile_rows = min(tiles.ROWS, chunk_rows)
-    work = tile_rows * tiles.COLUMNS * stats_size
-    if dtype != hidden.dtype or dtype != weight.dtype:
-        work += (tile_rows + tiles.COLUMNS) * H * dtype.itemsize  # copies of operands
-    # sums of each tile, and what it takes to add them up
-    forward = work + 5 * -(-V // tiles.SUMS) * chunk_rows * stats_size
-    # scaled hidden states and a sum of dhidden; a tile for the products, if not all is kept
-    backward = work + chunk_rows * H * (size + stats_size)
-    if kept_columns < V:
-        backward += chunk_rows * tiles.grad_width(chunk_rows) * size
-    gradients = [x for x in (hidden, weight) if x.requires_grad]
+    kept = 0
+    if choice.kept_columns:
+        itemsize = grad_product_dtype(hidden, weight).itemsize
+        kept = choice.chunk_rows * kept_width(choice.kept_columns) * itemsize
+    forward, backward = _work_bytes(hidden, weight, choice)
     if not has_gradient:
         peak = forward
-    elif name == "chunk":
-        if grad_weight and size < stats_size:
-            # an unrounded product of bf16 exponentials, on a CPU converted to fp32 before
-            converted = 0 if use_triton(hidden) else chunk_rows
-            backward += min(tiles.grad_width(chunk_rows), V) * (H + converted) * stats_size
-        rounded = sum(x.numel() for x in gradients if x.dtype != stats_dtype) * stats_size
+    elif choice.name == "chunk":
+        dtype = compute_dtype(product_dtype(hidden, weight))
+        rounded = sum(x.numel() for x in wanted if x.dtype != dtype) * dtype.itemsize
         peak = max(kept + sum_bytes(hidden, weight, V) + max(forward, backward), rounded)
     else:
-        peak = kept + max(forward - sum(x.nbytes for x in gradients), backward)
+        peak = kept + max(forward - sum(x.nbytes for x in wanted), backward)
     return Plan(
-        name=name, rows=N, vocabulary=V, hidden_size=H, rank=0 if lora is None else len(lora.a),
-        kept_columns=kept_columns, chunk_rows=chunk_rows,
-        grad_hidden=hidden.requires_grad, grad_weight=grad_weight,
+        name=choice.name, rows=hidden.shape[:-1].numel(), vocabulary=V, hidden_size=H,
+        rank=0 if lora is None else len(lora.a),
+        kept_columns=choice.kept_columns, chunk_rows=choice.chunk_rows,
+        grad_hidden=hidden.requires_grad, grad_weight=weight.requires_grad,
         kept_bytes=kept, bytes=peak,
     )  # fmt: skip
+
+
+def _work_bytes(hidden: Tensor, weight: Tensor, choice: Choice) -> tuple[int, int]:
+    """What the forward and the backward of a chunk need besides what they keep and return."""
+    V, H = weight.shape
+    rows = choice.chunk_rows
+    tiles = MatMulTiles if use_triton(hidden) else TorchTiles
+    dtype, grad_dtype = product_dtype(hidden, weight), grad_product_dtype(hidden, weight)
+    size, stats_size = grad_dtype.itemsize, compute_dtype(dtype).itemsize
+    tile_rows = min(tiles.ROWS, rows)
+    tile = tile_rows * tiles.COLUMNS * stats_size
+    if dtype != hidden.dtype or dtype != weight.dtype:
+        tile += (tile_rows + tiles.COLUMNS) * H * dtype.itemsize  # copies of operands
+    # sums of each tile, and what it takes to add them up
+    forward = tile + 5 * -(-V // tiles.SUMS) * rows * stats_size
+    # scaled hidden states and a sum of dhidden; a tile for the products, if not all is kept
+    backward = tile + rows * H * (size + stats_size)
+    width = tiles.grad_width(rows)
+    if choice.kept_columns < V:
+        backward += rows * width * size
+    if choice.name == "chunk" and weight.requires_grad and size < stats_size:
+        # an unrounded product of bf16 exponentials, on a CPU converted to fp32 before
+        converted = 0 if use_triton(hidden) else rows
+        backward += min(width, V) * (H + converted) * stats_size
+    return forward, backward
