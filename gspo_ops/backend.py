@@ -8,9 +8,7 @@ that double backward is an error.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,24 +39,6 @@ def has_bf16(device: torch.device) -> bool:
 def device_guard(x: Tensor) -> contextlib.AbstractContextManager:
     """Make launches go to the tensor's device."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
-_HUGE_PAGE = 2 << 20
-_MADV_HUGEPAGE = 14
-
-
-def with_huge_pages(x: Tensor) -> Tensor:
-    """Ask Linux for 2 MiB pages behind a large fresh CPU tensor.
-
-    Its first touch, a page fault per 4 KiB otherwise, is then about 6 times cheaper. Advice only:
-    where it is not taken, nothing changes.
-    """
-    start = -(-x.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
-    size = x.data_ptr() + x.nbytes - start
-    if sys.platform == "linux" and x.device.type == "cpu" and size >= 8 * _HUGE_PAGE:
-        libc = ctypes.CDLL(None)
-        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), _MADV_HUGEPAGE)
-    return x
 
 
 def operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:

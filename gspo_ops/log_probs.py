@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from .backend import compute_dtype, device_guard, operator, use_triton, with_huge_pages
+from .backend import compute_dtype, device_guard, operator, use_triton
 from .layout import check_tensor
 from .objective import check_number
 from .parallel import (
@@ -516,7 +516,7 @@ def _torch_bwd(
     live &= _all_or(mask, targets)
     targets = checked_targets(torch.where(live, targets, 0), shard.size)
     targets = shard.local(targets, logits.shape[-1])
-    out = with_huge_pages(grad_logits).view(-1, grad_logits.shape[-1])
+    out = grad_logits.view(-1, grad_logits.shape[-1])
     buffer = _buffer(logits)
     done = 0
     for index, rows in _row_chunks(logits, live):
