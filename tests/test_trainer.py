@@ -20,7 +20,8 @@ pytest.importorskip("matplotlib")
 
 from gspo_ops.integrations.transformers import output_head  # noqa: E402
 from gspo_ops.trainer.config import TaskConfig  # noqa: E402
-from gspo_ops.trainer.loop import Batch, Trainer  # noqa: E402
+from gspo_ops.trainer.learner import Batch  # noqa: E402
+from gspo_ops.trainer.loop import Trainer  # noqa: E402
 from gspo_ops.trainer.model import load_model  # noqa: E402
 from gspo_ops.trainer.report import Summary  # noqa: E402
 from gspo_ops.trainer.rollout import (  # noqa: E402
@@ -328,7 +329,7 @@ class TestTraining:
 
     def test_problems_come_in_epochs(self, model, tokenizer, tmp_path):
         trainer = Trainer(config(tmp_path, steps=4), model, tokenizer, task())
-        batches = [trainer.deck.draw(trainer.task.train, 4) for _ in range(4)]
+        batches = [trainer.sampler.deck.draw(trainer.sampler.task.train, 4) for _ in range(4)]
         for epoch in (batches[0] + batches[1], batches[2] + batches[3]):
             assert {p.question for p in epoch} == {p.question for p in task().train}
 
@@ -346,8 +347,8 @@ class TestLossFromHidden:
         trainer = Trainer(config(tmp_path), model, tokenizer, task())
         batch = off_policy_batch(trainer)
         with model.get_output_embeddings().register_forward_pre_hook(fail):
-            trainer._log_probs(trainer.model, batch.rollout)
-            assert trainer._update(batch)["grad_norm"] > 0
+            trainer.learner.log_probs(batch.rollout)
+            assert trainer.learner.update(batch)["grad_norm"] > 0
             with pytest.raises(AssertionError, match="the head was called"):
                 model(batch.rollout.prompts)  # the hook would have noticed
 
@@ -389,9 +390,10 @@ class TestLossFromHidden:
 
 def off_policy_batch(trainer):
     """Half of its ratios are clipped, some advantages are zero."""
-    rollout, _ = trainer._sample(list(trainer.task.train[:4]), 4, trainer.generator)
+    problems = list(trainer.sampler.task.train[:4])
+    rollout = trainer.sampler.respond(problems, 4, trainer.random_numbers("training")).rollout
     advantages = torch.linspace(-1, 1, 16, device=trainer.model.device)
-    old = trainer._log_probs(trainer.model, rollout)
+    old = trainer.learner.log_probs(rollout)
     shift = torch.tensor([0.2, -0.2], device=old.device).repeat(8)
     old = old + shift.repeat_interleave(rollout.mask.sum(1))
     return Batch(rollout, torch.where(advantages.abs() < 0.2, 0.0, advantages), old)
@@ -399,10 +401,11 @@ def off_policy_batch(trainer):
 
 def gradients(trainer, batch, loss_from="hidden"):
     """Of one update, which is not carried out."""
-    update = dataclasses.replace(trainer.config.update, loss_from=loss_from)
-    trainer.config = dataclasses.replace(trainer.config, update=update)
+    learner = trainer.learner
+    update = dataclasses.replace(learner.config.update, loss_from=loss_from)
+    learner.config = dataclasses.replace(learner.config, update=update)
     trainer.model.zero_grad()
-    trainer._loss(batch).loss.backward()
+    learner.loss(batch).loss.backward()
     return {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
 
 

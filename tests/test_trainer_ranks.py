@@ -64,20 +64,24 @@ def trainer_of(folder, *more):
     return Trainer.of(load_config(None, arguments(folder, folder / "unused", *more)))
 
 
+def sample(trainer):
+    return trainer.sampler.groups(trainer.random_numbers("training"))
+
+
 # One update
 
 
 def batch_of(trainer, rollout, advantages):
     """Old log-probs a little off the new ones, so that some ratios are clipped."""
-    batch, _ = trainer._prepare(rollout, advantages)
+    batch, _ = trainer.learner.prepare(rollout, advantages)
     # by the token, not by its place: the same on whichever rank it is
     shift = torch.where(rollout.targets() % 3 == 0, 4e-4, -4e-4)
     return batch._replace(old_log_probs=batch.old_log_probs + shift)
 
 
 def gradients(trainer, batch):
-    trainer.optimizer.zero_grad()
-    trainer._loss(batch)[0].backward()
+    trainer.learner.optimizer.zero_grad()
+    trainer.learner.loss(batch)[0].backward()
     return {n: whole(p.grad) for n, p in trainer.model.named_parameters() if p.requires_grad}
 
 
@@ -98,8 +102,8 @@ def test_an_update_is_that_of_one_process(ranks, folder, size, more):
     if "lora" in str(more):
         pytest.importorskip("peft")
     trainer = trainer_of(folder, *more)
-    _, rollout, rewards, _ = trainer._sample_groups()
-    advantages = trainer._advantages(rewards)
+    groups = sample(trainer)
+    rollout, advantages = groups.rollout, groups.advantages()
     advantages[:8] = 0  # nothing of the first rank has a gradient
     expected = gradients(trainer, batch_of(trainer, rollout, advantages))
     norm = torch.stack([g.norm() for g in expected.values()]).norm()
@@ -118,9 +122,9 @@ def on_rank_update(folder, more, rollout, advantages):
     mine = rollout.split(trainer.ranks.size)[trainer.ranks.rank]
     batch = batch_of(trainer, mine, advantages.chunk(trainer.ranks.size)[trainer.ranks.rank])
     found = gradients(trainer, batch)
-    trainer.optimizer.zero_grad()
+    trainer.learner.optimizer.zero_grad()
     before = {name: whole(p).clone() for name, p in trainer.model.named_parameters()}
-    assert trainer._update(batch)["grad_norm"] > 0
+    assert trainer.learner.update(batch)["grad_norm"] > 0
     after = {name: whole(p).clone() for name, p in trainer.model.named_parameters()}
     moved = [name for name, x in after.items() if not torch.equal(x, before[name])]
     assert moved == [name for name, g in found.items() if g.any()]
@@ -144,23 +148,23 @@ def test_problems_are_divided(ranks, folder, size):
 
 def on_rank_sampling(folder):
     trainer = trainer_of(folder, "rollout.refill=5", "task.train_size=40")
-    task, score = trainer.task, trainer.task.reward
+    task, score = trainer.sampler.task, trainer.sampler.task.reward
     dead = set()  # the first rank's problems, none of the others'
     if trainer.ranks.is_first:
-        deck = json.dumps(trainer.deck.state_dict())
-        drawn = trainer.ranks.part(trainer.deck.draw(task.train, 8))
-        trainer.deck.load_state_dict(json.loads(deck))
+        deck = json.dumps(trainer.sampler.deck.state_dict())
+        drawn = trainer.ranks.part(trainer.sampler.deck.draw(task.train, 8))
+        trainer.sampler.deck.load_state_dict(json.loads(deck))
         dead = {problem.question for problem in drawn}
-    trainer.task = task.__class__(
+    trainer.sampler.task = task.__class__(
         **vars(task) | {"reward": lambda r, p: 0.0 if p.question in dead else score(r, p)}
     )
-    problems, rollout, rewards, refilled = trainer._sample_groups()
+    problems, rollout, rewards, refilled = sample(trainer)
     assert refilled == (8 // trainer.ranks.size if trainer.ranks.is_first else 0)
     mixed = rewards.view(-1, 4).amin(1) != rewards.view(-1, 4).amax(1)
     responses = rollout.responses.flatten().tolist()
     return (
         [p.question for p in problems], responses, int((~mixed).sum()),
-        str(trainer.deck.state_dict()),
+        str(trainer.sampler.deck.state_dict()),
     )  # fmt: skip
 
 
@@ -176,13 +180,14 @@ def test_evaluation_asks_each_problem_once(ranks, folder, size):
 def on_rank_evaluation(folder):
     trainer = trainer_of(folder)
     asked = []
-    place = {problem.question: i for i, problem in enumerate(trainer.task.held_out)}
+    place = {problem.question: i for i, problem in enumerate(trainer.sampler.task.held_out)}
 
     def reward(response, problem):
         asked.append(problem.question)
         return float(place[problem.question])
 
-    trainer.task = trainer.task.__class__(**vars(trainer.task) | {"reward": reward})
+    sampler = trainer.sampler
+    sampler.task = sampler.task.__class__(**vars(sampler.task) | {"reward": reward})
     accuracies = trainer.evaluate().tolist()
     assert accuracies == list(map(float, range(7)))
     return asked, accuracies
@@ -203,15 +208,15 @@ def test_one_rank_s_nan_is_skipped_by_all(ranks, folder):
 
 def on_rank_nan(folder):
     trainer = trainer_of(folder)
-    _, rollout, rewards, _ = trainer._sample_groups()
-    batch, _ = trainer._prepare(rollout, trainer._advantages(rewards))
+    groups = sample(trainer)
+    batch, _ = trainer.learner.prepare(groups.rollout, groups.advantages())
     before = [whole(p).clone() for p in trainer.model.parameters()]
     if trainer.ranks.rank == 1:
         batch = batch._replace(advantages=batch.advantages * float("nan"))
-    assert trainer._update(batch) is None
+    assert trainer.learner.update(batch) is None
     for p, q in zip(trainer.model.parameters(), before, strict=True):
         assert torch.equal(whole(p), q)
-    return trainer.bad_updates
+    return trainer.learner.bad_updates
 
 
 def test_adapters_are_saved_whole(ranks, folder, tmp_path):

@@ -18,7 +18,8 @@ pytest.importorskip("reasoning_gym")
 pytest.importorskip("matplotlib")
 
 from gspo_ops.trainer import checkpoint  # noqa: E402
-from gspo_ops.trainer.loop import Diverged, Trainer  # noqa: E402
+from gspo_ops.trainer.learner import Diverged  # noqa: E402
+from gspo_ops.trainer.loop import Trainer  # noqa: E402
 from gspo_ops.trainer.model import load_model  # noqa: E402
 from gspo_ops.trainer.ranks import Ranks  # noqa: E402
 from gspo_ops.trainer.report import read_metrics  # noqa: E402
@@ -195,10 +196,22 @@ def test_resumed_is_uninterrupted(make, tmp_path, more, monkeypatch):
 
 def test_another_run_is_not_continued(make, tmp_path):
     make("steps=2").run()
-    with pytest.raises(ValueError, match=r"update: the run in .* has .*learning_rate"):
-        make("steps=3", "update.learning_rate=1e-4").run(resume=True)
+    with pytest.raises(ValueError, match=r"^update\.epochs: the run in .* has 1, which .* to 2$"):
+        make("steps=3", "update.epochs=2").run(resume=True)
     make("steps=3").run(resume=True)  # more steps are no other run
     assert len(rows_of(tmp_path / "run")) == 3
+
+
+def test_resumed_with_another_learning_rate(make, tmp_path):
+    make("steps=1", "update.warmup_steps=3").run()
+    trainer = make("steps=2", "update.warmup_steps=3", "update.learning_rate=1e-12")
+    trainer._resume()
+    # two updates were made of the four in which it rises
+    assert trainer.learner.optimizer.param_groups[0]["lr"] == pytest.approx(3 / 4 * 1e-12)
+    before = [p.clone() for p in trainer.model.parameters()]
+    assert trainer.step()["grad_norm"] > 0
+    for p, q in zip(before, trainer.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-11, rtol=0)
 
 
 def test_an_old_run_is_moved_aside(make, tmp_path):
@@ -284,7 +297,7 @@ def test_stopped_by_a_signal(directory, reward_module, tmp_path):
 
 class TestBadUpdates:
     def poison(self, trainer, monkeypatch, calls):
-        loss = trainer._loss
+        loss = trainer.learner.loss
         seen = []
 
         def poisoned(batch):
@@ -292,7 +305,7 @@ class TestBadUpdates:
             found = loss(batch)
             return found._replace(loss=found.loss * float("nan")) if len(seen) in calls else found
 
-        monkeypatch.setattr(trainer, "_loss", poisoned)
+        monkeypatch.setattr(trainer.learner, "loss", poisoned)
 
     def test_one_is_skipped_and_counted(self, make, monkeypatch):
         trainer = make()
@@ -301,7 +314,7 @@ class TestBadUpdates:
         assert trainer.step()["skipped_updates"] == 2
         assert all(map(torch.equal, before, trainer.model.parameters()))
         row = trainer.step()
-        assert row["skipped_updates"] == trainer.bad_updates == 0
+        assert row["skipped_updates"] == trainer.learner.bad_updates == 0
         assert not all(map(torch.equal, before, trainer.model.parameters()))
 
     def test_many_end_the_run(self, make, monkeypatch, tmp_path, capsys):
@@ -330,6 +343,12 @@ def test_lora_trains_and_saves_what_peft_loads(make, tmp_path):
             assert not torch.equal(loaded(tokens).logits, trainer.model(tokens).logits)
 
 
+def respond(trainer, group_size):
+    """To the first two problems."""
+    problems = list(trainer.sampler.task.train[:2])
+    return trainer.sampler.respond(problems, group_size, trainer.random_numbers("training"))
+
+
 class TestOldLogProbs:
     def test_sampling_and_training_agree_in_fp32(self, make):
         row = make("dtype=float32").step()
@@ -347,10 +366,10 @@ class TestOldLogProbs:
     @pytest.mark.parametrize("name", ["gspo", "grpo"])
     def test_rollout_weights(self, make, name):
         trainer = make("update.rollout_weight_cap=1.5", f"objective.name={name}")
-        rollout, _ = trainer._sample(list(trainer.task.train[:2]), 3, trainer.generator)
+        rollout = respond(trainer, 3).rollout
         lengths = rollout.mask.sum(1)
         difference = torch.linspace(-2, 2, int(lengths.sum()))
-        weights = trainer._rollout_weights(rollout, difference)
+        weights = trainer.learner.rollout_weights(rollout, difference)
         of = difference if name == "grpo" else torch.stack(
             [d.sum() for d in difference.split(lengths.tolist())]
         )  # fmt: skip
@@ -361,22 +380,24 @@ class TestOldLogProbs:
 def test_refill_replaces_groups_without_a_gradient(make, monkeypatch):
     """Only one problem in two has rewards that differ."""
     trainer = make("rollout.refill=3")
-    reward = trainer.task.reward
-    dead = {p.question for p in trainer.task.train[::2]}
-    task = trainer.task.__class__(
+    reward = trainer.sampler.task.reward
+    dead = {p.question for p in trainer.sampler.task.train[::2]}
+    task = trainer.sampler.task.__class__(
         **{
-            **vars(trainer.task),
+            **vars(trainer.sampler.task),
             "reward": lambda r, p: 0.0 if p.question in dead else reward(r, p),
         }
     )
-    trainer.task = task
-    problems, rollout, rewards, refilled = trainer._sample_groups()
+    trainer.sampler.task = task
+    problems, rollout, rewards, refilled = trainer.sampler.groups(
+        trainer.random_numbers("training")
+    )
     assert refilled >= 1
     live = [p.question not in dead for p in problems]
     assert sum(live) == 4
     assert len(rollout.responses) == len(rewards) == 16
     asked = [p for p in problems for _ in range(4)]
-    again = [task.reward(a, p) for a, p in zip(trainer._texts(rollout), asked, strict=True)]
+    again = [task.reward(a, p) for a, p in zip(trainer.sampler.texts(rollout), asked, strict=True)]
     torch.testing.assert_close(rewards[:, 0], torch.tensor(again))
     prompts = trainer.tokenizer.batch_decode(
         [x[m] for x, m in zip(rollout.prompts, rollout.prompt_mask, strict=True)]
@@ -387,11 +408,10 @@ def test_refill_replaces_groups_without_a_gradient(make, monkeypatch):
 class TestTurns:
     def test_each_turn_has_its_own_advantage(self, make):
         trainer = make("task.name=two_step", "objective.name=gspo-token", "rollout.group_size=3")
-        problems = list(trainer.task.train[:2])
-        rollout, rewards = trainer._sample(problems, 3, trainer.generator)
+        _, rollout, rewards, _ = respond(trainer, 3)
         assert rewards.shape == (6, 2)
         advantages = torch.arange(12.0).view(6, 2)
-        batch, _ = trainer._prepare(rollout, advantages)
+        batch, _ = trainer.learner.prepare(rollout, advantages)
         start = 0
         for i, turn in enumerate(rollout.turn):
             sampled = turn[turn >= 0]
@@ -417,7 +437,7 @@ class TestTurns:
 
     def test_tokens_of_later_questions_do_not_count(self, make):
         trainer = make("task.name=two_step", "objective.name=gspo-token")
-        rollout, _ = trainer._sample(list(trainer.task.train[:2]), 2, trainer.generator)
+        rollout = respond(trainer, 2).rollout
         asked = rollout.real & ~rollout.mask
         assert asked.any(1).all()
         assert (rollout.log_probs[asked] == 0).all()
@@ -429,7 +449,7 @@ class TestTurns:
 
     def test_shapes(self, make):
         trainer = make()
-        rollout, _ = trainer._sample(list(trainer.task.train[:2]), 2, trainer.generator)
+        rollout = respond(trainer, 2).rollout
         longer = append_turn(rollout, [[7], [8, 9], [7], [7]], rollout, 0)
         assert (longer.turn == 1).sum() == rollout.mask.sum()
         both = concatenate([rollout, longer], 0)
@@ -444,7 +464,7 @@ class TestSources:
         lines = [json.dumps({"prompt": f"say {i}:", "answer": i}) for i in range(40)]
         path.write_text("\n\n".join(lines))
         trainer = make(f"task.name={path}")
-        assert {p.answer for p in trainer.task.train} <= set(map(str, range(40)))
+        assert {p.answer for p in trainer.sampler.task.train} <= set(map(str, range(40)))
         assert trainer.step()["grad_norm"] > 0
         path.write_text("\n".join([*lines, '{"prompt": 3}']))
         with pytest.raises(ValueError, match=r'line 41 of .* is not \{"prompt"'):
@@ -470,11 +490,11 @@ def test_kl_to_the_model_before_training(make):
 
 def test_chat_template(make):
     trainer = make()
-    trainer.config = load_config(None, ["task.chat=true"])
+    trainer.sampler.config = load_config(None, ["task.chat=true"])
     trainer.tokenizer.chat_template = "<{{ messages[0]['content'] }}>"
-    problem = trainer.task.train[0]
-    text = trainer.tokenizer.decode(trainer._prompt_tokens(problem))
-    assert text == f"<{trainer.task.prompt(problem)}>"
+    problem = trainer.sampler.task.train[0]
+    text = trainer.tokenizer.decode(trainer.sampler.prompt_tokens(problem))
+    assert text == f"<{trainer.sampler.task.prompt(problem)}>"
 
 
 def test_several_runs_in_one_picture(make, tmp_path, capsys):

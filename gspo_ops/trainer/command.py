@@ -33,7 +33,8 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError(f"either a file or a preset, got {source} and {args.preset}")
         config = load_config(source, overrides, preset=args.preset)
         _require_packages()
-        from .loop import Diverged, Interrupted, Trainer  # imports transformers, for seconds
+        from .learner import Diverged  # imports transformers, for seconds
+        from .loop import Interrupted, Trainer
 
         trainer = Trainer.of(config)
         summary = trainer.run(resume=args.resume)

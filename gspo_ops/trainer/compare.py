@@ -171,14 +171,14 @@ def token_weights(common: TrainConfig) -> dict[str, list[float]]:
     rollout, advantages = _rollout(trainer)
     parts = rollout.split(common.update.mini_batches)
     chunks = advantages.chunk(common.update.mini_batches)
-    batches = [trainer._prepare(*pair)[0] for pair in zip(parts, chunks, strict=True)]
+    batches = [trainer.learner.prepare(*pair)[0] for pair in zip(parts, chunks, strict=True)]
     for batch in batches[:-1]:
-        trainer._update(batch)
+        trainer.learner.update(batch)
     last = batches[-1]
     lengths = last.rollout.mask.sum(1)
     found = {}
     for objective in (GRPO(), GSPO()):
-        log_probs = trainer._log_probs(trainer.model, last.rollout).requires_grad_()
+        log_probs = trainer.learner.log_probs(last.rollout).requires_grad_()
         loss, _ = policy_loss_from_log_probs(
             log_probs, last.old_log_probs, last.advantages,
             cu_seqlens=last.rollout.cu_seqlens(), objective=objective,
@@ -210,11 +210,11 @@ def expert_churn_table(common: TrainConfig) -> list[dict[str, float]]:
         def routing(part: Any = chunk[0], trainer: Any = trainer) -> RoutingReplay:
             recorded = RoutingReplay()
             with torch.no_grad(), recorded.record(trainer.model):
-                trainer._log_probs(trainer.model, part)
+                trainer.learner.log_probs(part)
             return recorded
 
         before = routing()
-        trainer._update(trainer._prepare(*chunk)[0])
+        trainer.learner.update(trainer.learner.prepare(*chunk)[0])
         prompts = len(chunk[0].prompts)
         real = torch.cat([chunk[0].prompt_mask, chunk[0].real.reshape(prompts, -1)], 1)
         table.append({"learning_rate": rate, "churn": expert_churn(before, routing(), real)})
@@ -222,8 +222,8 @@ def expert_churn_table(common: TrainConfig) -> list[dict[str, float]]:
 
 
 def _rollout(trainer: Any) -> tuple[Any, Any]:
-    _, rollout, rewards, _ = trainer._sample_groups()
-    return rollout, trainer._advantages(rewards)
+    groups = trainer.sampler.groups(trainer.random_numbers("training"))
+    return groups.rollout, groups.advantages()
 
 
 # Figures and report

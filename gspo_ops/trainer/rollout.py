@@ -155,6 +155,11 @@ def _fills(pad_id: int) -> dict[str, int]:
     }  # fmt: skip
 
 
+def autocast(device: torch.device, dtype: str) -> Autocast:
+    """What makes the context in which a body runs, for `"bfloat16"` or `"float32"`."""
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,

@@ -1,0 +1,272 @@
+"""Scored responses to updates of the model: old log-probs, the fused loss, an optimizer step."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
+
+from .. import (
+    log_probs_from_hidden,
+    log_probs_from_logits,
+    policy_loss_from_hidden,
+    policy_loss_from_log_probs,
+    policy_loss_from_logits,
+    reference,
+)
+from ..integrations.transformers import as_forward, output_head
+from .config import TrainConfig
+from .model import add_lora
+from .ranks import Ranks, whole
+from .rollout import Rollout, autocast, response_hidden
+from .routing_replay import RoutingReplay, find_routers
+
+# The ops by `update.loss_from`.
+_LOG_PROBS: dict[str, Callable[..., Tensor]] = {
+    "hidden": log_probs_from_hidden,
+    "logits": log_probs_from_logits,
+    "eager": reference.log_probs_from_logits,
+}
+_POLICY_LOSS: dict[str, Callable[..., tuple[Tensor, dict[str, Tensor]]]] = {
+    "hidden": policy_loss_from_hidden,
+    "logits": policy_loss_from_logits,
+    "eager": reference.policy_loss_from_logits,
+}
+
+
+class Diverged(Exception):
+    """Too many updates in a row whose loss or gradient was not finite."""
+
+
+class Batch(NamedTuple):
+    """One mini-batch: sequences, their advantages, and the log-probs they are compared with.
+
+    Attributes:
+        rollout: B responses.
+        advantages: (B,) fp32, or (N,) with an objective that takes one per token.
+        old_log_probs: (N,) fp32, packed.
+        ref_log_probs: (N,) of the model before training, for the KL term.
+        rollout_weights: (B,) or (N,) importance weights from sampling to old log-probs.
+        routing: what `RoutingReplay` recorded with the old log-probs.
+    """
+
+    rollout: Rollout
+    advantages: Tensor
+    old_log_probs: Tensor
+    ref_log_probs: Tensor | None = None
+    rollout_weights: Tensor | None = None
+    routing: RoutingReplay | None = None
+
+
+class Learner:
+    """A model in training, and its optimizer.
+
+    Attributes:
+        adapter: peft's wrapper of the model, with LoRA.
+        reference: the model before training, with a KL term and without LoRA.
+        bad_updates: those skipped since the last good one.
+    """
+
+    def __init__(self, config: TrainConfig, model: PreTrainedModel, ranks: Ranks) -> None:
+        """Put adapters into the model, or spread it over the processes, as is asked for.
+
+        Args:
+            config: the settings.
+            model: fp32 weights on their device; trained in place.
+            ranks: the processes of the run.
+
+        Raises:
+            ValueError: `update.routing_replay` with a model that has no routers.
+            ImportError: peft is needed and not installed.
+        """
+        if config.update.routing_replay:
+            try:
+                find_routers(model)
+            except ValueError as error:
+                raise ValueError(f"update.routing_replay: {error}") from None
+        self.config, self.model, self.ranks = config, model, ranks
+        self.objective = config.objective.build()
+        rank = config.model.lora_rank
+        self.adapter = add_lora(model, rank, config.seed) if rank else None
+        self.reference = None
+        if self.objective.kl_coef > 0 and self.adapter is None:
+            self.reference = copy.deepcopy(model).requires_grad_(False)
+            ranks.shard(self.reference)
+        ranks.shard(model)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            trainable, lr=config.update.learning_rate, weight_decay=0.0, fused=True
+        )
+        self.scheduler = self._schedule(updates=0)
+        self.bad_updates = 0
+
+    def prepare(self, rollout: Rollout, advantages: Tensor) -> tuple[Batch, dict[str, Tensor]]:
+        """A mini-batch, and how sampling's log-probs differ from those of training.
+
+        Args:
+            rollout: B responses.
+            advantages: (B, turns).
+        """
+        if advantages.shape[1] == 1:
+            advantages = advantages[:, 0]
+        else:
+            ids = torch.arange(len(advantages), device=advantages.device)
+            ids = ids.repeat_interleave(rollout.mask.sum(1))
+            advantages = advantages[ids, rollout.turn[rollout.mask]]
+        routing = RoutingReplay() if self.config.update.routing_replay else None
+        with nullcontext() if routing is None else routing.record(self.model):
+            recomputed = self.log_probs(rollout)
+        sampled = rollout.log_probs[rollout.mask]
+        mismatch = self._mismatch(rollout, advantages, recomputed, sampled)
+        is_rollout = self.config.update.old_log_probs == "rollout"
+        batch = Batch(
+            rollout,
+            advantages,
+            sampled if is_rollout else recomputed,
+            self._ref_log_probs(rollout),
+            self.rollout_weights(rollout, recomputed - sampled),
+            routing,
+        )
+        return batch, mismatch
+
+    @torch.no_grad()
+    def log_probs(self, rollout: Rollout, model: PreTrainedModel | None = None) -> Tensor:
+        """(N,) log-probs before any update, by the very forward that the update will run.
+
+        Sampling's own log-probs would not do: they come from cached decoding, in other shapes, and
+        a bf16 body rounds differently in other shapes. That noise in the ratio is wider than
+        GSPO's clip range, and no loss op removes it (the op removes the head's share). With the
+        same mini-batches, padding and order the noise is the same on both sides: before the first
+        update s == 1 exactly, and `first_ratio_error` in the metrics records that it is.
+
+        Args:
+            rollout: B responses with N sampled tokens.
+            model: another than the one in training.
+        """
+        model = model or self.model
+
+        def forward() -> Tensor:
+            inputs, options = self._distributions(model, rollout)
+            return _LOG_PROBS[self.config.update.loss_from](*inputs, rollout.targets(), **options)
+
+        return as_forward(model, forward)
+
+    def update(self, batch: Batch) -> dict[str, Tensor] | None:
+        """One optimizer step; returns the loss's stats, or None if it was skipped.
+
+        Raises:
+            Diverged: `update.max_bad_updates` in a row were skipped.
+        """
+        replay = nullcontext() if batch.routing is None else batch.routing.replay(self.model)
+        with replay:
+            loss, stats = self.loss(batch)
+            loss.backward()
+        trained = self.optimizer.param_groups[0]["params"]
+        norm = whole(torch.nn.utils.clip_grad_norm_(trained, self.config.update.max_grad_norm))
+        if self.ranks.any(not bool(torch.isfinite(loss.detach() + norm))):
+            self._skip(loss, norm)
+            return None
+        self.bad_updates = 0
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        return stats | {"loss": loss.detach(), "grad_norm": norm}
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of a mini-batch, this process's share of the mean, and the statistics."""
+        cu_seqlens = batch.rollout.cu_seqlens()
+        denominator = self.ranks.denominator(self.objective, cu_seqlens)
+
+        def forward() -> tuple[Tensor, dict[str, Tensor]]:
+            inputs, options = self._distributions(self.model, batch.rollout)
+            return _POLICY_LOSS[self.config.update.loss_from](
+                *inputs, batch.rollout.targets(), batch.old_log_probs, batch.advantages,
+                cu_seqlens=cu_seqlens, objective=self.objective, denominator=denominator,
+                ref_log_probs=batch.ref_log_probs, rollout_weights=batch.rollout_weights,
+                **options,
+            )  # fmt: skip
+
+        return as_forward(self.model, forward)
+
+    def rollout_weights(self, rollout: Rollout, difference: Tensor) -> Tensor | None:
+        """min(exp(sum of the differences), cap): of a sequence, or of each token for GRPO."""
+        cap = self.config.update.rollout_weight_cap
+        if cap == 0:
+            return None
+        if self.objective.ratio_level != "token":
+            of_sequence = difference.new_zeros(rollout.mask.shape)
+            difference = of_sequence.masked_scatter(rollout.mask, difference).sum(1)
+        return difference.clamp(max=math.log(cap)).exp()
+
+    def state_dict(self) -> dict[str, int]:
+        """What is not a tensor."""
+        return {"updates": self.scheduler.last_epoch, "bad_updates": self.bad_updates}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from there, with the learning rate that the settings have now."""
+        self.scheduler = self._schedule(state["updates"])
+        self.bad_updates = state["bad_updates"]
+
+    def _schedule(self, updates: int) -> LambdaLR:
+        """As it is after that many."""
+        warmup = self.config.update.warmup_steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = self.config.update.learning_rate
+        return LambdaLR(
+            self.optimizer, lambda n: min(1.0, (n + 1) / (warmup + 1)), last_epoch=updates - 1
+        )
+
+    def _ref_log_probs(self, rollout: Rollout) -> Tensor | None:
+        if self.objective.kl_coef == 0:
+            return None
+        if self.reference is not None:
+            return self.log_probs(rollout, self.reference)
+        assert self.adapter is not None
+        with self.adapter.disable_adapter():
+            return self.log_probs(rollout)
+
+    def _mismatch(
+        self, rollout: Rollout, advantages: Tensor, recomputed: Tensor, sampled: Tensor
+    ) -> dict[str, Tensor]:
+        """Log-ratios from sampling's log-probs to training's, and what they alone would clip."""
+        stats = policy_loss_from_log_probs(
+            recomputed, sampled, advantages, cu_seqlens=rollout.cu_seqlens(),
+            objective=replace(self.objective, kl_coef=0.0),
+        ).stats  # fmt: skip
+        tokens = (recomputed - sampled).abs()
+        return {
+            "mismatch_token_mean": tokens.mean(), "mismatch_token_max": tokens.max(),
+            "mismatch_sequence_mean": stats["log_ratio"].abs().mean(),
+            "mismatch_sequence_max": stats["log_ratio"].abs().max(),
+            "mismatch_clip_frac": stats["clip_frac_tokens"],
+        }  # fmt: skip
+
+    def _skip(self, loss: Tensor, norm: Tensor) -> None:
+        self.optimizer.zero_grad()
+        self.bad_updates += 1
+        if self.bad_updates >= self.config.update.max_bad_updates:
+            raise Diverged(
+                f"{self.bad_updates} updates in a row had a loss or a gradient that is not finite "
+                f"(the last: loss {loss.item():g}, gradient norm {norm.item():g}); they were "
+                "skipped, so the weights are those before the first of them. --resume goes on "
+                "from the last checkpoint, and takes a lower update.learning_rate"
+            )
+
+    def _distributions(
+        self, model: PreTrainedModel, rollout: Rollout
+    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """What the ops make log-probs from: hidden states and head, or logits; and options."""
+        temperature = self.config.rollout.temperature
+        hidden = response_hidden(model, rollout, autocast(model.device, self.config.dtype))
+        head = output_head(model)
+        if self.config.update.loss_from != "hidden":
+            return (head.logits(hidden),), {"temperature": temperature}
+        return (hidden, head.weight), head.options(temperature)

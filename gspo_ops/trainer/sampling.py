@@ -1,0 +1,204 @@
+"""Problems to scored responses: in turns, in groups, with dead groups replaced."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .. import group_advantages
+from .config import TrainConfig
+from .ranks import Ranks
+from .rollout import Rollout, Vocabulary, append_turn, autocast, concatenate, generate
+from .tasks import Deck, Problem, Task
+
+# Held-out problems answered at once.
+_EVAL_BATCH = 64
+
+
+class Groups(NamedTuple):
+    """G responses to each of Q problems, B = Q * G in all.
+
+    Attributes:
+        problems: Q of them.
+        rollout: the responses.
+        rewards: (B, turns) fp32.
+        refilled: how many groups took the place of one without a gradient.
+    """
+
+    problems: list[Problem]
+    rollout: Rollout
+    rewards: Tensor
+    refilled: int = 0
+
+    @property
+    def are_mixed(self) -> Tensor:
+        """(Q,) bool: which groups have different rewards in some turn, and so a gradient."""
+        turns = self.rewards.shape[1]
+        groups = self.rewards.view(-1, self.rollout.group_size, turns)
+        return (groups.amin(1) != groups.amax(1)).any(1)
+
+    def advantages(self) -> Tensor:
+        """(B, turns), each turn's rewards compared within the group."""
+        size = self.rollout.group_size
+        of_turns = [group_advantages(r, group_size=size) for r in self.rewards.unbind(1)]
+        return torch.stack(of_turns, 1)
+
+    def replace_dead(self, others: Groups, pad_id: int) -> Groups:
+        """With a mixed one of the others in the place of each that is not, while they last."""
+        dead = (~self.are_mixed).nonzero().squeeze(1)
+        live = others.are_mixed.nonzero().squeeze(1)[: len(dead)]
+        places = torch.arange(len(self.problems), device=live.device)
+        places[dead[: len(live)]] = len(self.problems) + live
+        rewards = torch.cat([self.rewards, others.rewards])
+        rewards = rewards.view(-1, self.rollout.group_size, rewards.shape[1])[places]
+        return Groups(
+            [[*self.problems, *others.problems][i] for i in places.tolist()],
+            concatenate([self.rollout, others.rollout], pad_id).select(places),
+            rewards.flatten(0, 1),
+            self.refilled + len(live),
+        )
+
+
+class Sampler:
+    """Draws problems, has the model respond, and scores the responses."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        ranks: Ranks,
+    ) -> None:
+        """Nothing is drawn yet.
+
+        Args:
+            config: the settings.
+            model: on its device.
+            tokenizer: the model's.
+            task: problems to train on and to hold out.
+            ranks: the processes that the problems are divided among.
+        """
+        self.config, self.model, self.tokenizer = config, model, tokenizer
+        self.task, self.ranks = task, ranks
+        newline = config.rollout.stop == "newline"
+        self.vocabulary = Vocabulary.of(tokenizer, model.device, newline=newline)
+        self.deck = Deck(len(task.train), config.seed)
+
+    def groups(self, generator: torch.Generator) -> Groups:
+        """Those of a step; all processes draw the same problems, and each takes its part.
+
+        A group whose rewards are all equal has no gradient; `rollout.refill` rounds replace such
+        groups by others that have one, as far as they turn up.
+        """
+        drawn = self.deck.draw(self.task.train, self.config.rollout.prompts)
+        problems = self.ranks.part(drawn)
+        return self.ranks.with_whole_weights(
+            self.model, lambda: self._refill(self._groups_of(problems, generator), generator)
+        )
+
+    def accuracies(self, generator: torch.Generator) -> Tensor:
+        """(eval_size,) mean reward of the responses to each held-out problem."""
+        ranks, samples = self.ranks, self.config.evaluation.samples
+        held_out = self.task.held_out[ranks.rank :: ranks.size]
+        batches = [held_out[i : i + _EVAL_BATCH] for i in range(0, len(held_out), _EVAL_BATCH)]
+        bar = tqdm(batches, desc="held-out problems", leave=False, disable=not ranks.is_first)
+        rewards = ranks.with_whole_weights(
+            self.model,
+            lambda: [self.respond(list(b), samples, generator).rewards.mean(1) for b in bar],
+        )
+        mine = torch.cat([torch.empty(0), *(r.cpu() for r in rewards)])
+        mine = mine.view(len(held_out), samples).mean(1)
+        found = torch.empty(len(self.task.held_out))
+        for rank, part in enumerate(ranks.gather(mine)):
+            found[rank :: ranks.size] = part
+        return found
+
+    def respond(
+        self, problems: list[Problem], group_size: int, generator: torch.Generator
+    ) -> Groups:
+        """Responses to these problems, in as many turns as the task has, and their rewards."""
+        prompts = [self.prompt_tokens(problem) for problem in problems]
+        rollout = self._generate(prompts, group_size, generator)
+        asked = [problem for problem in problems for _ in range(group_size)]
+        answers = self.texts(rollout)
+        rewards = [self._rewards(answers, asked)]
+        for _ in range(self.task.turns - 1):
+            following = [self.task.follow_up(p, a) for p, a in zip(asked, answers, strict=True)]
+            asked = [problem for problem in following if problem is not None]
+            texts = [
+                problem.question if answer.endswith("\n") else "\n" + problem.question
+                for problem, answer in zip(asked, answers, strict=True)
+            ]
+            questions = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+            so_far = [
+                prompts[b // group_size] + rollout.responses[b, rollout.real[b]].tolist() + question
+                for b, question in enumerate(questions)
+            ]
+            turn = self._generate(so_far, 1, generator)
+            answers = self.texts(turn)
+            rewards.append(self._rewards(answers, asked))
+            rollout = append_turn(rollout, questions, turn, self.vocabulary.pad_id)
+        scored = torch.tensor(rewards, device=self.model.device).float().mT
+        return Groups(problems, rollout, scored)
+
+    def prompt_tokens(self, problem: Problem) -> list[int]:
+        """Of a problem as the model is asked it."""
+        text = self.task.prompt(problem)
+        if not self.config.task.chat:
+            return self.tokenizer(text)["input_ids"]
+        message = [{"role": "user", "content": text}]
+        return self.tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+
+    def texts(self, rollout: Rollout) -> list[str]:
+        """Of the responses, with the questions of later turns."""
+        return self.tokenizer.batch_decode(
+            [r[m] for r, m in zip(rollout.responses.cpu(), rollout.real.cpu(), strict=True)],
+            skip_special_tokens=True,
+        )
+
+    def show(self, groups: Groups, advantages: Tensor) -> list[dict[str, Any]]:
+        """Some responses to look at, spread over the batch."""
+        count, texts = self.config.logging.samples, self.texts(groups.rollout)
+        places = [i * len(texts) // count for i in range(count)]
+        return [
+            {
+                "prompt": self.task.prompt(groups.problems[i // groups.rollout.group_size]),
+                "response": texts[i], "rewards": groups.rewards[i].tolist(),
+                "advantages": advantages[i].tolist(),
+            }
+            for i in places
+        ]  # fmt: skip
+
+    def _groups_of(self, problems: list[Problem], generator: torch.Generator) -> Groups:
+        return self.respond(problems, self.config.rollout.group_size, generator)
+
+    def _refill(self, groups: Groups, generator: torch.Generator) -> Groups:
+        for _ in range(self.config.rollout.refill):
+            counts = self.ranks.gather(int((~groups.are_mixed).sum()))
+            if not sum(counts):
+                break
+            others = self.ranks.part(self.deck.draw(self.task.train, sum(counts)), counts)
+            if others:
+                more = self._groups_of(others, generator)
+                groups = groups.replace_dead(more, self.vocabulary.pad_id)
+        return groups
+
+    def _generate(
+        self, prompts: list[list[int]], group_size: int, generator: torch.Generator
+    ) -> Rollout:
+        config = self.config.rollout
+        return generate(
+            self.model, prompts, self.vocabulary, group_size=group_size,
+            max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+            autocast=autocast(self.model.device, self.config.rollout_dtype), generator=generator,
+        )  # fmt: skip
+
+    def _rewards(self, answers: list[str], asked: list[Problem]) -> list[float]:
+        return [self.task.reward(a, p) for a, p in zip(answers, asked, strict=True)]
