@@ -1,9 +1,10 @@
 """`gspo-ops compare`: the paper's claims about GSPO and GRPO, checked at a size that runs here.
 
 Trains a dense and a mixture-of-experts model with GSPO, GRPO and GRPO with Routing Replay, several
-seeds of each, and draws what the paper (arXiv 2507.18071) has figures of: reward against compute,
-the fraction of clipped tokens, Routing Replay, and the weights that tokens' gradients get. The
-report says what the seeds show, and where they show nothing.
+seeds of each at several learning rates, and draws what the paper (arXiv 2507.18071) has figures of:
+reward against compute, the fraction of clipped tokens, Routing Replay, and the weights that tokens'
+gradients get. Each objective is shown at the rate that suits it best. The report says what the
+seeds show, and where they show nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -29,7 +30,10 @@ ARMS = {
     "GRPO, Routing Replay": ["objective.name=grpo", "update.routing_replay=true"],
 }
 MODELS = {"tiny-dense": ("GSPO", "GRPO"), "tiny-moe": tuple(ARMS)}
+RATES = (5e-5, 1e-4, 2e-4, 5e-4, 1e-3)
 CHURN_RATES = (1e-5, 1e-4, 1e-3)
+_KEPT = ("reward", "clip_frac_tokens", "response_tokens")  # of each step's metrics
+_LAST = 10  # steps whose reward decides between learning rates
 # Student's t for 95%, by the number of seeds: so many standard errors are no accident.
 _T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}
 
@@ -40,31 +44,31 @@ class Run:
 
     model: str
     arm: str
+    rate: float
     seed: int
 
     def overrides(self, out: Path, common: Sequence[str]) -> list[str]:
         return [
-            *common, f"model.name={self.model}", *ARMS[self.arm], f"seed={self.seed}",
-            f"out={self.folder(out)}",
+            *common, f"model.name={self.model}", *ARMS[self.arm],
+            f"update.learning_rate={self.rate}", f"seed={self.seed}", f"out={self.folder(out)}",
         ]  # fmt: skip
 
     def folder(self, out: Path) -> Path:
-        return (
-            out
-            / self.model
-            / self.arm.lower().replace(", ", "-").replace(" ", "-")
-            / (f"seed-{self.seed}")
-        )
+        arm = self.arm.lower().replace(", ", "-").replace(" ", "-")
+        return out / self.model / arm / f"rate-{self.rate:g}" / f"seed-{self.seed}"
 
 
 def main(argv: Sequence[str]) -> int:
     """Run `gspo-ops compare`; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="gspo-ops compare", description="GSPO against GRPO, dense and MoE, several seeds."
+        prog="gspo-ops compare",
+        description="GSPO against GRPO, dense and MoE, several seeds and learning rates.",
     )
     add = parser.add_argument
     add("override", nargs="*", metavar="key=value", help="on top of the preset 'compare'")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    add("--rates", type=float, nargs="+", default=list(RATES), help="learning rates, default: "
+        + " ".join(f"{rate:g}" for rate in RATES))  # fmt: skip
     add("--out", type=Path, default=Path("runs/compare"), help="default: %(default)s")
     add("--jobs", type=int, default=min(os.cpu_count() or 1, 2), help="runs at a time")
     args = parser.parse_intermixed_args(argv)
@@ -74,7 +78,12 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError("--seeds: at least two different ones, for a spread")
         if args.jobs < 1:
             raise ValueError(f"--jobs: at least 1, got {args.jobs}")
-        compare(common, args.override, args.seeds, args.out, args.jobs)
+        if any(text.startswith("update.learning_rate") for text in args.override):
+            raise ValueError("update.learning_rate: --rates has those of all runs")
+        rates = sorted(set(args.rates))
+        if not all(0 < rate < math.inf for rate in rates):
+            raise ValueError(f"--rates: expected positive numbers, got {args.rates}")
+        compare(common, args.override, args.seeds, rates, args.out, args.jobs)
     except (ValueError, ImportError) as error:
         print(f"gspo-ops compare: error: {error}", file=sys.stderr)
         return 2
@@ -83,7 +92,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def compare(
-    common: TrainConfig, overrides: Sequence[str], seeds: Sequence[int], out: Path, jobs: int
+    common: TrainConfig,
+    overrides: Sequence[str],
+    seeds: Sequence[int],
+    rates: Sequence[float],
+    out: Path,
+    jobs: int,
 ) -> dict:
     """Train all arms, and write `compare.json`, `compare.png` and `report.md`.
 
@@ -91,6 +105,7 @@ def compare(
         common: settings of all arms.
         overrides: the `key=value` that they were made with.
         seeds: of the runs of each arm.
+        rates: learning rates of the runs of each arm.
         out: directory; runs that this commit has finished there are not done again.
         jobs: runs at a time.
 
@@ -103,12 +118,13 @@ def compare(
     made = provenance()
     for model in MODELS:
         load_model(model)  # makes it, once
-    runs = [Run(m, arm, seed) for m, arms in MODELS.items() for arm in arms for seed in seeds]
+    arms = [(model, arm) for model, arms in MODELS.items() for arm in arms]
+    runs = [Run(*arm, rate, seed) for arm in arms for rate in rates for seed in seeds]
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(lambda run: _train(run, out, overrides, jobs, made["commit"]), runs))
     results = {
         "benchmark": "compare", **made,
-        "config": to_tables(common), "seeds": list(seeds),
+        "config": to_tables(common), "seeds": list(seeds), "rates": list(rates),
         "runs": [_read(run, out) for run in runs],
         "weights": token_weights(common), "churn": expert_churn_table(common),
     }  # fmt: skip
@@ -146,11 +162,9 @@ def _read(run: Run, out: Path) -> dict[str, Any]:
 
     rows = read_metrics(run.folder(out))
     summary = json.loads((run.folder(out) / "summary.json").read_text())
-    kept = ("step", "reward", "clip_frac_tokens", "response_tokens", "accuracy")
-    return {
-        "model": run.model, "arm": run.arm, "seed": run.seed, "summary": summary,
-        "rows": [{key: row[key] for key in kept if key in row} for row in rows],
-    }  # fmt: skip
+    # a step whose updates were all skipped has clipped nothing
+    by_step = {key: [round(row.get(key, 0.0), 6) for row in rows] for key in _KEPT}
+    return {**asdict(run), "summary": summary, **by_step}
 
 
 # Measurements on one batch
@@ -234,20 +248,30 @@ def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return mean(values), stdev(values) / math.sqrt(len(values))
 
 
+def _runs(results: dict, model: str, arm: str, rate: float | None = None) -> list[dict]:
+    """Of an arm, one for each seed, at a learning rate or at its best one."""
+    rate = best_rate(results, model, arm) if rate is None else rate
+    return [r for r in results["runs"] if (r["model"], r["arm"], r["rate"]) == (model, arm, rate)]
+
+
+def best_rate(results: dict, model: str, arm: str) -> float:
+    """The learning rate with the highest reward in training's last steps, not on the held-out."""
+    return max(results["rates"], key=lambda rate: mean(_last(_runs(results, model, arm, rate))))
+
+
+def _last(runs: Sequence[dict]) -> list[float]:
+    """Mean reward of each run's last steps."""
+    return [mean(run["reward"][-_LAST:]) for run in runs]
+
+
 def _curves(results: dict, model: str, arm: str, key: str) -> tuple[list[float], list[list[float]]]:
     """Sampled tokens so far, and the values of each seed, smoothed over 5 steps."""
-    runs = [r for r in results["runs"] if (r["model"], r["arm"]) == (model, arm)]
+    runs = _runs(results, model, arm)
     rollout = results["config"]["rollout"]
     per_step = rollout["prompts"] * rollout["group_size"]
-    tokens = [
-        mean(sum(row["response_tokens"] for row in run["rows"][: i + 1]) for run in runs) * per_step
-        for i in range(len(runs[0]["rows"]))
-    ]
-    values = []
-    for run in runs:
-        raw = [row.get(key, math.nan) for row in run["rows"]]
-        values.append([mean(raw[max(0, i - 4) : i + 1]) for i in range(len(raw))])
-    return tokens, values
+    steps = range(len(runs[0][key]))
+    tokens = [mean(sum(run["response_tokens"][: i + 1]) for run in runs) * per_step for i in steps]
+    return tokens, [[mean(run[key][max(0, i - 4) : i + 1]) for i in steps] for run in runs]
 
 
 _COLORS = {"GSPO": "C3", "GRPO": "C0", "GRPO, Routing Replay": "C2"}
@@ -268,7 +292,8 @@ def draw(results: dict, path: Path) -> None:
                 low = [m - s for m, s in zip(middle, spread, strict=True)]
                 high = [m + s for m, s in zip(middle, spread, strict=True)]
                 x = [t / 1e3 for t in tokens]
-                axis.plot(x, middle, color=_COLORS[arm], label=arm)
+                rate = best_rate(results, model, arm)
+                axis.plot(x, middle, color=_COLORS[arm], label=f"{arm} at {rate:g}")
                 axis.fill_between(x, low, high, color=_COLORS[arm], alpha=0.2, lw=0)
             axis.set_xlabel("sampled tokens, thousands")
             axis.grid(alpha=0.3)
@@ -278,68 +303,72 @@ def draw(results: dict, path: Path) -> None:
         axes[0, column].legend(frameon=False, fontsize=8)
     weights = axes[0, 2]
     data = [results["weights"]["GRPO"], results["weights"]["GSPO"]]
-    live = [x for of in data for x in of if x]
+    live = [x for of in data for x in of if x] or [1.0]
     edges = [min(live) + (max(live) - min(live)) * i / 60 for i in range(61)]
     for values, arm in zip(data, ("GRPO", "GSPO"), strict=True):
-        clipped = sum(not v for v in values) / len(values)
         weights.hist(
             [v for v in values if v], bins=edges, color=_COLORS[arm], alpha=0.5,
-            label=f"{arm}: {clipped:.1%} clipped to 0",
+            label=f"{arm}: {_zeros(values):.1%} clipped to 0",
         )  # fmt: skip
     weights.set(
         title="Weight of a token's gradient, same batch", xlabel="factor of $A_i / |y_i|$",
         ylabel="tokens", yscale="log",
     )  # fmt: skip
     weights.legend(frameon=False, fontsize=8, loc="upper left")
-    weights.set_ylim(top=10 * len(data[0]))
+    weights.set_ylim(top=10 * len(data[0]) + 1)
     weights.grid(alpha=0.3)
     gains = axes[1, 2]
-    names = [(model, arm) for model, arms in MODELS.items() for arm in arms]
-    for place, (model, arm) in enumerate(names):
-        of_arm = _gains(results, model, arm)
-        gains.plot([place] * len(of_arm), of_arm, "o", color=_COLORS[arm], mfc="none")
-        gains.errorbar(
-            [place + 0.2], [mean(of_arm)], [_mean_and_error(of_arm)[1]], fmt="s",
-            color=_COLORS[arm], capsize=3,
-        )  # fmt: skip
+    for model, style in zip(MODELS, ("--", "-"), strict=True):
+        for arm in MODELS[model]:
+            of_rates = [_gains(_runs(results, model, arm, rate)) for rate in results["rates"]]
+            centres, errors = zip(*map(_mean_and_error, of_rates), strict=True)
+            gains.errorbar(
+                results["rates"], centres, errors, color=_COLORS[arm], ls=style, marker="o", ms=3,
+                capsize=3, label=f"{model}: {arm}",
+            )  # fmt: skip
     gains.axhline(0, color="grey", lw=0.8)
-    labels = [f"{model}\n{arm.replace(', ', chr(10))}" for model, arm in names]
-    gains.set_xticks(range(len(names)), labels, fontsize=7)
-    gains.set(title="Gain on held-out problems", ylabel="accuracy after - before")
+    gains.set(
+        title="Gain on held-out problems", xlabel="learning rate", xscale="log",
+        ylabel="accuracy after - before",
+    )  # fmt: skip
+    gains.legend(frameon=False, fontsize=8)
     gains.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
 
-def _gains(results: dict, model: str, arm: str) -> list[float]:
-    return [r["summary"]["gain"] for r in results["runs"] if (r["model"], r["arm"]) == (model, arm)]
+def _gains(runs: Sequence[dict]) -> list[float]:
+    return [run["summary"]["gain"] for run in runs]
 
 
 def report(results: dict) -> list[str]:
     """What the seeds show, as Markdown: differences within their 95% interval are called none."""
-    config, seeds = results["config"], results["seeds"]
+    config, seeds, rates = results["config"], results["seeds"], results["rates"]
     rollout, update = config["rollout"], config["update"]
     lines = [
         f"{config['steps']} steps of {rollout['prompts']} problems x {rollout['group_size']} "
-        f"responses in {update['mini_batches']} mini-batches, learning rate "
-        f"{update['learning_rate']:g}, {config['dtype']}, task {config['task']['name']}; "
-        f"{len(seeds)} seeds; mean and standard error over them.",
+        f"responses in {update['mini_batches']} mini-batches, {config['dtype']}, task "
+        f"{config['task']['name']}; {len(seeds)} seeds; mean and standard error over them. Gain in "
+        f"held-out accuracy by learning rate; in bold at the rate with the highest reward over the "
+        f"last {_LAST} steps, of which the other columns and the figures are.",
         "",
-        "| model | | held-out accuracy before | gain | reward, last 10 steps | clipped tokens |",
-        "|---|---|---|---|---|---|",
-    ]
+        "| model | | before | " + "".join(f"gain at {rate:g} | " for rate in rates)
+        + "reward, last steps | clipped tokens |",
+        f"|{'---|' * (5 + len(rates))}",
+    ]  # fmt: skip
     for model, arms in MODELS.items():
         for arm in arms:
-            runs = [r for r in results["runs"] if (r["model"], r["arm"]) == (model, arm)]
-            before = [r["summary"]["before"] for r in runs]
-            last = [mean(row["reward"] for row in r["rows"][-10:]) for r in runs]
-            clipped = mean(row.get("clip_frac_tokens", 0.0) for r in runs for row in r["rows"])
-            gain, rewards = (
-                "{:+.3f} ± {:.3f}".format(*_mean_and_error(values))
-                for values in (_gains(results, model, arm), last)
-            )
+            best, runs = best_rate(results, model, arm), _runs(results, model, arm)
+            gains = []
+            for rate in rates:
+                of_rate = _gains(_runs(results, model, arm, rate))
+                gain = "{:+.3f} ± {:.3f}".format(*_mean_and_error(of_rate))
+                gains.append(f"**{gain}**" if rate == best else gain)
+            before = mean(run["summary"]["before"] for run in runs)
+            reward = "{:.3f} ± {:.3f}".format(*_mean_and_error(_last(runs)))
+            clipped = mean(x for run in runs for x in run["clip_frac_tokens"])
             lines.append(
-                f"| {model} | {arm} | {mean(before):.3f} | {gain} | {rewards[1:]} "
+                f"| {model} | {arm} | {before:.3f} | {' | '.join(gains)} | {reward} "
                 f"| {100 * clipped:.2g}% |"
             )
     lines += [
@@ -353,32 +382,50 @@ def report(results: dict) -> list[str]:
     return lines
 
 
+# What the paper says of one arm's gain less another's, at their best learning rates.
+_CLAIMS = (
+    ("tiny-dense", "GSPO", "GRPO", "GSPO learns more from the same compute"),
+    ("tiny-moe", "GSPO", "GRPO", "GRPO does not converge on MoE without Routing Replay, GSPO does"),
+    ("tiny-moe", "GRPO, Routing Replay", "GRPO", "Routing Replay is what GRPO needs on MoE"),
+    ("tiny-moe", "GSPO", "GRPO, Routing Replay", "GSPO does not need it"),
+)
+
+
 def _findings(results: dict) -> list[str]:
-    paper = {
-        ("tiny-dense", "GSPO", "GRPO"): "the paper: GSPO learns more from the same compute",
-        ("tiny-moe", "GSPO", "GRPO"): "the paper: GRPO does not converge on MoE without Routing "
-        "Replay, GSPO does",
-        ("tiny-moe", "GRPO, Routing Replay", "GRPO"): "the paper: Routing Replay is what GRPO "
-        "needs on MoE",
-        ("tiny-moe", "GSPO", "GRPO, Routing Replay"): "the paper: GSPO does not need it",
-    }
-    lines = []
-    for (model, a, b), claim in paper.items():
-        pairs = zip(_gains(results, model, a), _gains(results, model, b), strict=True)
-        difference, error = _mean_and_error([x - y for x, y in pairs])
-        shows = f"{'more' if difference > 0 else 'less'} for {a}"
-        if abs(difference) < _T95.get(len(results["seeds"]), 2.3) * error:
-            shows = "no difference that these seeds can tell"
-        lines.append(
-            f"- {model}, gain of {a} less that of {b}: {difference:+.3f} ± {error:.3f}: {shows} "
-            f"({claim})."
-        )
+    lines = [_finding(results, *claim) for claim in _CLAIMS]
+    largest = max(results["rates"])
+    lines += [
+        _finding(results, model, "GSPO", "GRPO", "GSPO is more stable", largest) for model in MODELS
+    ]
     grpo, gspo = (results["weights"][name] for name in ("GRPO", "GSPO"))
-    low, high = min(x for x in grpo if x), max(grpo)
-    s_low, s_high = min((x for x in gspo if x), default=math.nan), max(gspo)
+    low, high, s_low, s_high = (
+        of((x for x in values if x), default=math.nan)
+        for values in (grpo, gspo)
+        for of in (min, max)
+    )
     lines.append(
         f"- Weights in one batch: GRPO's reach from {low:.3g} to {high:.3g} and differ within a "
         f"response, GSPO's from {s_low:.6g} to {s_high:.6g}, one per response; clipped to 0: "
-        f"{grpo.count(0.0) / len(grpo):.1%} and {gspo.count(0.0) / len(gspo):.1%}."
+        f"{_zeros(grpo):.1%} and {_zeros(gspo):.1%}."
     )
     return lines
+
+
+def _finding(
+    results: dict, model: str, a: str, b: str, claim: str, rate: float | None = None
+) -> str:
+    """Whether the seeds, pair by pair, tell a from b: at a learning rate, or at their best ones."""
+    of_a, of_b = (_gains(_runs(results, model, arm, rate)) for arm in (a, b))
+    difference, error = _mean_and_error([x - y for x, y in zip(of_a, of_b, strict=True)])
+    shows = f"{'more' if difference > 0 else 'less'} for {a}"
+    if abs(difference) < _T95.get(len(of_a), 2.3) * error:
+        shows = "no difference that these seeds can tell"
+    where = "" if rate is None else f" at {rate:g}, the largest rate"
+    return (
+        f"- {model}{where}, gain of {a} less that of {b}: {difference:+.3f} ± {error:.3f}: {shows} "
+        f"(the paper: {claim})."
+    )
+
+
+def _zeros(values: Sequence[float]) -> float:
+    return values.count(0.0) / max(len(values), 1)
