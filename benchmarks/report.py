@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 
 from gspo_ops import GSPO
 from gspo_ops.trainer import compare
@@ -201,40 +201,62 @@ def mismatch_table(report: dict) -> list[str]:
 
 def trainer_table(report: dict) -> list[str]:
     """Of `benchmarks/trainer.py`."""
+    seeds = len(report["seeds"])
     lines = [
-        "One run each from the same seed. Medians over steps, the first left out; peak memory is "
-        "that of the whole process, model, optimizer and libraries included.",
+        f"Runs from {seeds} seeds, those of a seed one after the other; medians over steps, the "
+        f"first left out, and seeds, the ratio to eager seed by seed. Peak memory is that of the "
+        f"whole process, model, optimizer and libraries included. Reward by step, mean over seeds.",
         "",
-        "| | loss from | updates of a step, s | old log-probs, s | peak, MiB | reward by step |",
-        "|---|---|---|---|---|---|",
+        "| | loss from | updates of a step, s | to eager | old log-probs, s | peak, MiB "
+        "| reward by step |",
+        f"|{'---|' * 7}",
     ]
     for case, of in report["results"].items():
-        for loss, at in of.items():
-            rewards = " ".join(f"{x:.3f}" for x in at["reward"])
-            lines.append(
-                f"| {case} | {loss} | {at['update_s']:.2f} | {at['old_log_probs_s']:.2f} "
-                f"| {at['peak_bytes'] / 2**20:.0f} | {rewards} |"
-            )
+        lines += _trainer_lines(case, of)
     lines += [
         "",
-        "Sampling in bf16, training in fp32, medians over 2 steps. Absolute difference of the two "
-        "log-probs of a token, and of a response's mean; tokens that the difference alone clips; "
-        "tokens clipped in all updates; largest error of a ratio before the first update.",
+        f"Sampling in bf16, training in fp32, medians over 2 steps of {seeds} seeds. Absolute "
+        "difference of the two log-probs of a token, and of a response's mean; tokens that the "
+        "difference alone clips; tokens clipped in all updates; largest error of a ratio before "
+        "the first update.",
         "",
         "| objective | old log-probs from | token, mean | token, max | response, mean "
         "| response, max | clipped by it | clipped | first ratios |",
         f"|{'---|' * 9}",
     ]
     for row in report["engine"]:
-        differences = " | ".join(
+        apart = " | ".join(
             f"{row[f'mismatch_{key}']:.1e}"
             for key in ("token_mean", "token_max", "sequence_mean", "sequence_max")
         )
         lines.append(
-            f"| {row['objective']} | {row['old_log_probs']} | {differences} "
+            f"| {row['objective']} | {row['old_log_probs']} | {apart} "
             f"| {row['mismatch_clip_frac']:.1%} | {row['clip_frac_tokens']:.1%} "
             f"| {row['first_ratio_error']:.1e} |"
         )
+    return lines
+
+
+def _trainer_lines(case: str, of: dict[str, list[dict]]) -> list[str]:
+    """A line per loss, and what tells their rewards apart."""
+    lines = []
+    for loss, runs in of.items():
+        pairs = zip(runs, of["eager"], strict=True)
+        ratio = median(run["update_s"] / eager["update_s"] for run, eager in pairs)
+        update, old, peak = (
+            median(run[key] for run in runs)
+            for key in ("update_s", "old_log_probs_s", "peak_bytes")
+        )
+        rewards = zip(*(run["reward"] for run in runs), strict=True)
+        curve = " ".join(f"{mean(at):.3f}" for at in rewards)
+        lines.append(
+            f"| {case} | {loss} | {update:.2f} | {ratio:.2f} | {old:.2f} | {peak / 2**20:.0f} "
+            f"| {curve} |"
+        )
+    pairs = zip(of["hidden"], of["eager"], strict=True)
+    apart = [mean(ours["reward"]) - mean(eager["reward"]) for ours, eager in pairs]
+    error = stdev(apart) / len(apart) ** 0.5
+    lines.append(f"| | difference | | | | | {mean(apart):+.4f} ± {error:.4f} over all steps |")
     return lines
 
 

@@ -2,7 +2,8 @@
 
     python -m gspo_ops.benchmarks.trainer --out NAME.json
 
-Each run has a process of its own, so that its peak memory is its own.
+Each run has a process of its own, so that its peak memory is its own; runs that are compared take
+turns, from several seeds.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from statistics import median
 from .measure import in_a_process, process_peak_bytes, provenance, write
 
 LOSSES = ("hidden", "eager")
+SEEDS = (0, 1, 2)
 CASES = {
     "demo: short answers": [
         "--preset", "demo", "steps=6", "evaluation.samples=1", "task.eval_size=2",
@@ -67,22 +69,32 @@ def main() -> None:
     if args.run is not None:
         print("\n" + json.dumps(train(args.run)))
         return
-    report: dict = {"benchmark": "trainer", **provenance(), "results": {}, "engine": []}
+    report: dict = {
+        "benchmark": "trainer",
+        **provenance(),
+        "seeds": SEEDS,
+        "results": {},
+        "engine": [],
+    }
     for case, arguments in CASES.items():
-        of = report["results"][case] = {}
-        for loss in LOSSES:
-            of[loss] = run([*arguments, f"update.loss_from={loss}"])
-            print(
-                f"{case:28} {loss:8} update {of[loss]['update_s']:.2f} s, old log-probs "
-                f"{of[loss]['old_log_probs_s']:.2f} s, peak {of[loss]['peak_bytes'] / 2**20:.0f} "
-                f"MiB, last reward {of[loss]['reward'][-1]:.3f}",
-                flush=True,
-            )
+        of: dict[str, list[dict]] = {}
+        report["results"][case] = of
+        for seed in SEEDS:
+            for loss in LOSSES:
+                found = run([*arguments, f"update.loss_from={loss}", f"seed={seed}"])
+                of.setdefault(loss, []).append(found)
+                print(
+                    f"{case:28} {loss:8} seed {seed} update {found['update_s']:.2f} s, old "
+                    f"log-probs {found['old_log_probs_s']:.2f} s, peak "
+                    f"{found['peak_bytes'] / 2**20:.0f} MiB, last reward {found['reward'][-1]:.3f}",
+                    flush=True,
+                )
     for objective in ("gspo", "grpo"):
         for old in ("recompute", "rollout"):
-            options = [f"objective.name={objective}", f"update.old_log_probs={old}"]
-            seen = run([*ENGINE, *options])["seen"]
-            report["engine"].append({"objective": objective, "old_log_probs": old, **seen})
+            options = [*ENGINE, f"objective.name={objective}", f"update.old_log_probs={old}"]
+            seen = [run([*options, f"seed={seed}"])["seen"] for seed in SEEDS]
+            medians = {key: median(of[key] for of in seen) for key in SEEN}
+            report["engine"].append({"objective": objective, "old_log_probs": old, **medians})
             print(report["engine"][-1], flush=True)
     if args.out:
         write(args.out, report)
