@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import log_probs_from_logits
@@ -171,6 +172,7 @@ def generate(
     temperature: float,
     autocast: Autocast,
     generator: torch.Generator | None = None,
+    bar: bool = False,
 ) -> Rollout:
     """Sample responses with a KV cache; each has at least one token and none is PAD.
 
@@ -183,6 +185,7 @@ def generate(
         temperature: logits are divided by it; 0 takes the likeliest token.
         autocast: makes the context in which the model's body runs.
         generator: of the random numbers.
+        bar: show the progress, in tokens of the longest response so far.
 
     Returns:
         The rollout, T being the longest response sampled.
@@ -205,7 +208,7 @@ def generate(
     responses = rows.new_full((len(rows), max_new_tokens), vocabulary.pad_id)
     turn = torch.full_like(responses, -1)
     log_probs = responses.new_zeros(responses.shape, dtype=torch.float32)
-    for t in range(max_new_tokens):
+    for t in tqdm(range(max_new_tokens), desc="rollout", leave=False, disable=not bar):
         logits = output_head(model).logits(last)
         chosen = _choose(logits, vocabulary.pad_id, temperature, generator)
         responses[rows, t] = chosen

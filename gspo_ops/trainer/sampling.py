@@ -119,11 +119,16 @@ class Sampler:
         return found
 
     def respond(
-        self, problems: list[Problem], group_size: int, generator: torch.Generator
+        self,
+        problems: list[Problem],
+        group_size: int,
+        generator: torch.Generator,
+        *,
+        bar: bool = False,
     ) -> Groups:
         """Responses to these problems, in as many turns as the task has, and their rewards."""
         prompts = [self.prompt_tokens(problem) for problem in problems]
-        rollout = self._generate(prompts, group_size, generator)
+        rollout = self._generate(prompts, group_size, generator, bar)
         asked = [problem for problem in problems for _ in range(group_size)]
         answers = self.texts(rollout)
         rewards = [self._rewards(answers, asked)]
@@ -139,7 +144,7 @@ class Sampler:
                 prompts[b // group_size] + rollout.responses[b, rollout.real[b]].tolist() + question
                 for b, question in enumerate(questions)
             ]
-            turn = self._generate(so_far, 1, generator)
+            turn = self._generate(so_far, 1, generator, bar)
             answers = self.texts(turn)
             rewards.append(self._rewards(answers, asked))
             rollout = append_turn(rollout, questions, turn, self.vocabulary.pad_id)
@@ -177,7 +182,8 @@ class Sampler:
         ]  # fmt: skip
 
     def _groups_of(self, problems: list[Problem], generator: torch.Generator) -> Groups:
-        return self.respond(problems, self.config.rollout.group_size, generator)
+        size = self.config.rollout.group_size
+        return self.respond(problems, size, generator, bar=self.ranks.is_first)
 
     def _refill(self, groups: Groups, generator: torch.Generator) -> Groups:
         for _ in range(self.config.rollout.refill):
@@ -191,13 +197,14 @@ class Sampler:
         return groups
 
     def _generate(
-        self, prompts: list[list[int]], group_size: int, generator: torch.Generator
+        self, prompts: list[list[int]], group_size: int, generator: torch.Generator, bar: bool
     ) -> Rollout:
         config = self.config.rollout
         return generate(
             self.model, prompts, self.vocabulary, group_size=group_size,
             max_new_tokens=config.max_new_tokens, temperature=config.temperature,
             autocast=autocast(self.model.device, self.config.rollout_dtype), generator=generator,
+            bar=bar,
         )  # fmt: skip
 
     def _rewards(self, answers: list[str], asked: list[Problem]) -> list[float]:
