@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from gspo_ops.trainer.report import read_metrics  # noqa: E402
 from gspo_ops.trainer.tiny import character_tokenizer  # noqa: E402
 
 sizes = pytest.mark.parametrize("size", [2, 4])
+EXPERTS = 4
 REWARD = """\
 def score(response, problem):
     return (ord(response[0]) % 7) / 7 if response else 0.0
@@ -33,17 +35,23 @@ def score(response, problem):
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A model that answers at random, and a reward that differs among its answers."""
+    """Models that answer at random, and a reward that differs among their answers."""
     path = tmp_path_factory.mktemp("trainer")
     tokenizer = character_tokenizer()
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, pad_token_id=0,
-        bos_token_id=1, eos_token_id=1, tie_word_embeddings=True,
-    )  # fmt: skip
+    sizes = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
+    }  # fmt: skip
     torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(path / "model")
-    tokenizer.save_pretrained(path / "model")
+    llama = transformers.LlamaConfig(**sizes, tie_word_embeddings=True)
+    transformers.LlamaForCausalLM(llama).save_pretrained(path / "model")
+    moe = transformers.Qwen3MoeConfig(
+        **sizes, head_dim=8, num_experts=EXPERTS, num_experts_per_tok=2, moe_intermediate_size=16
+    )
+    transformers.Qwen3MoeForCausalLM(moe).save_pretrained(path / "moe")
+    for name in ("model", "moe"):
+        tokenizer.save_pretrained(path / name)
     (path / "first_letter.py").write_text(REWARD)
     return path
 
@@ -61,6 +69,7 @@ def arguments(folder, out, *more):
 def trainer_of(folder, *more):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+    more = [text.format(folder=folder) for text in more]
     return Trainer.of(load_config(None, arguments(folder, folder / "unused", *more)))
 
 
@@ -72,8 +81,13 @@ def sample(trainer):
 
 
 def batch_of(trainer, rollout, advantages):
-    """Old log-probs a little off the new ones, so that some ratios are clipped."""
+    """Old log-probs a little off the new ones, so that some ratios are clipped.
+
+    A recorded routing is replaced by one that is nowhere native.
+    """
     batch, _ = trainer.learner.prepare(rollout, advantages)
+    if batch.routing is not None:
+        batch.routing.indices = [(x + 1) % EXPERTS for x in batch.routing.indices]
     # by the token, not by its place: the same on whichever rank it is
     shift = torch.where(rollout.targets() % 3 == 0, 4e-4, -4e-4)
     return batch._replace(old_log_probs=batch.old_log_probs + shift)
@@ -81,7 +95,8 @@ def batch_of(trainer, rollout, advantages):
 
 def gradients(trainer, batch):
     trainer.learner.optimizer.zero_grad()
-    trainer.learner.loss(batch)[0].backward()
+    with batch.routing.replay(trainer.model) if batch.routing else nullcontext():
+        trainer.learner.loss(batch)[0].backward()
     return {n: whole(p.grad) for n, p in trainer.model.named_parameters() if p.requires_grad}
 
 
@@ -93,6 +108,8 @@ CASES = {
     "lora": ("model.lora_rank=2",),
     "logits": ("update.loss_from=logits",),
     "eager": ("update.loss_from=eager",),
+    "moe": ("model.name={folder}/moe", "objective.name=grpo"),
+    "routing replay": ("model.name={folder}/moe", "update.routing_replay=true"),
 }
 
 
