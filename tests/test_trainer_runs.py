@@ -18,9 +18,9 @@ pytest.importorskip("reasoning_gym")
 pytest.importorskip("matplotlib")
 
 from gspo_ops.trainer import checkpoint  # noqa: E402
-from gspo_ops.trainer.learner import Diverged  # noqa: E402
 from gspo_ops.trainer.loop import Trainer  # noqa: E402
 from gspo_ops.trainer.model import load_model  # noqa: E402
+from gspo_ops.trainer.progress import Diverged  # noqa: E402
 from gspo_ops.trainer.ranks import Ranks  # noqa: E402
 from gspo_ops.trainer.report import read_metrics  # noqa: E402
 from gspo_ops.trainer.rollout import append_turn, concatenate  # noqa: E402
@@ -324,6 +324,20 @@ class TestBadUpdates:
             trainer.run()
         assert len(rows_of(tmp_path / "run")) == 2
         assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_a_model_beyond_all_numbers_ends_the_run(make, tmp_path, capsys):
+    options = ("update.mini_batches=1", "steps=3")
+    make(*options).run()
+    whole = (tmp_path / "run").rename(tmp_path / "whole")
+    make("update.mini_batches=1", "steps=1").run()
+    with pytest.raises(Diverged, match="logits are not finite in sampling: the model was broken"):
+        make(*options, "update.learning_rate=1e30").run(resume=True)
+    assert capsys.readouterr().err.endswith("\n"), "a bar is not closed"
+    # the step that broke it was finished and saved; what the message advises
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000002")
+    make(*options).run(resume=True)
+    assert_same_run(whole, tmp_path / "run")
 
 
 def test_lora_trains_and_saves_what_peft_loads(make, tmp_path):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .config import load_config, presets
+from .progress import Diverged, Interrupted
 
 _REQUIRED = ("transformers", "reasoning_gym", "tqdm", "matplotlib")
 
@@ -33,8 +34,7 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError(f"either a file or a preset, got {source} and {args.preset}")
         config = load_config(source, overrides, preset=args.preset)
         _require_packages()
-        from .learner import Diverged  # imports transformers, for seconds
-        from .loop import Interrupted, Trainer
+        from .loop import Trainer  # imports transformers, for seconds
 
         trainer = Trainer.of(config)
         summary = trainer.run(resume=args.resume)

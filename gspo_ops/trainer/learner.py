@@ -25,6 +25,7 @@ from .. import (
 from ..integrations.transformers import as_forward, output_head
 from .config import TrainConfig
 from .model import add_lora
+from .progress import Diverged
 from .ranks import Ranks, whole
 from .rollout import Rollout, autocast, response_hidden
 from .routing_replay import RoutingReplay, find_routers
@@ -40,10 +41,6 @@ _POLICY_LOSS: dict[str, Callable[..., tuple[Tensor, dict[str, Tensor]]]] = {
     "logits": policy_loss_from_logits,
     "eager": reference.policy_loss_from_logits,
 }
-
-
-class Diverged(Exception):
-    """Too many updates in a row whose loss or gradient was not finite."""
 
 
 class Batch(NamedTuple):

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from .config import TrainConfig, from_tables, to_tables
 from .learner import Learner
 from .metrics import combine, in_words
 from .model import load_model
-from .progress import Progress, stop_signals
+from .progress import Interrupted, Progress, stop_signals
 from .ranks import Ranks
 from .report import RunFiles, Summary, plot
 from .sampling import Sampler
@@ -37,10 +38,6 @@ _CHANGEABLE = (
     "out", "steps", "time_limit", "device", "evaluation.", "checkpoint.", "logging.",
     "update.learning_rate",
 )  # fmt: skip
-
-
-class Interrupted(Exception):
-    """The run was asked to stop; it has saved where it is."""
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> Summary:
@@ -59,7 +56,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Summary:
     Raises:
         ValueError: the settings do not fit the model, the task, or the run that is resumed.
         Interrupted: SIGINT or SIGTERM came; the step was finished and a checkpoint written.
-        Diverged: loss or gradient was not finite too often.
+        Diverged: loss or gradient was not finite too often, or the model's logits were not.
     """
     return Trainer.of(config).run(resume=resume)
 
@@ -107,37 +104,13 @@ class Trainer:
 
     def run(self, *, resume: bool = False) -> Summary:
         """Evaluate, train, evaluate again, and write the results; see `train`."""
-        config, ranks, start = self.config, self.ranks, time.monotonic()
+        config, start = self.config, time.monotonic()
         files = self._resume() if resume else self._start()
         progress = self.progress
-        with files or nullcontext(), stop_signals(twice=ranks.size == 1) as stopped:
+        with files or nullcontext(), stop_signals(twice=self.ranks.size == 1) as stopped:
             if progress.before is None:
                 progress.before = self.evaluate()
-            train_start = time.monotonic() - progress.train_seconds
-            bar = self._bar(total=config.steps, initial=progress.step, unit="step")
-            while progress.step < config.steps and not ranks.any(
-                progress.train_seconds >= config.time_limit
-            ):
-                row = self.step()
-                every = config.evaluation.every
-                if every and progress.step % every == 0 and progress.step < config.steps:
-                    row["accuracy"] = self.evaluate().mean().item()
-                if files:
-                    files.append({"step": progress.step} | row, self.samples)
-                progress.train_seconds = time.monotonic() - train_start
-                bar.update()
-                bar.set_postfix_str(in_words(row))
-                every = config.checkpoint.every
-                is_last = progress.step == config.steps
-                is_asked = ranks.any(stopped())
-                if is_asked or (every and (is_last or progress.step % every == 0)):
-                    self._save(files)
-                if is_asked:
-                    bar.close()
-                    raise Interrupted(
-                        f"stopped after step {progress.step} of {config.steps}: --resume goes on"
-                    )
-            bar.close()
+            self._train(files, stopped)
             after = self.evaluate()
             summary = Summary.of(
                 progress.before, after, seconds=progress.seconds + time.monotonic() - start
@@ -148,6 +121,32 @@ class Trainer:
         if config.checkpoint.save_model:
             self._save_model()
         return summary
+
+    def _train(self, files: RunFiles | None, stopped: Callable[[], bool]) -> None:
+        config, ranks, progress = self.config, self.ranks, self.progress
+        start = time.monotonic() - progress.train_seconds
+        with self._bar(total=config.steps, initial=progress.step, unit="step") as bar:
+            while progress.step < config.steps and not ranks.any(
+                progress.train_seconds >= config.time_limit
+            ):
+                row = self.step()
+                every = config.evaluation.every
+                if every and progress.step % every == 0 and progress.step < config.steps:
+                    row["accuracy"] = self.evaluate().mean().item()
+                if files:
+                    files.append({"step": progress.step} | row, self.samples)
+                progress.train_seconds = time.monotonic() - start
+                bar.update()
+                bar.set_postfix_str(in_words(row))
+                every = config.checkpoint.every
+                is_last = progress.step == config.steps
+                is_asked = ranks.any(stopped())
+                if is_asked or (every and (is_last or progress.step % every == 0)):
+                    self._save(files)
+                if is_asked:
+                    raise Interrupted(
+                        f"stopped after step {progress.step} of {config.steps}: --resume goes on"
+                    )
 
     def step(self) -> dict[str, float]:
         """Sample responses to the next problems and update the model on them.
@@ -164,8 +163,8 @@ class Trainer:
         prepared = [self.learner.prepare(*pair) for pair in zip(parts, chunks, strict=True)]
         ready = time.monotonic()
         order = [batch for _ in range(config.update.epochs) for batch, _ in prepared]
-        bar = self._bar(order, desc="updates", leave=False)
-        stats = [found for found in map(self.learner.update, bar) if found is not None]
+        with self._bar(order, desc="updates", leave=False) as bar:
+            stats = [found for found in map(self.learner.update, bar) if found is not None]
         self.progress.step += 1
         self.samples = self.sampler.show(groups, advantages)
 

@@ -1,4 +1,4 @@
-"""How far a run is, and what asks it to stop."""
+"""How far a run is, what asks it to stop, and how it ends before its time."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; it has saved where it is."""
+
+
+class Diverged(Exception):
+    """Too many updates in a row, or the model itself, have gone beyond all numbers."""
 
 
 class Progress:

@@ -189,6 +189,9 @@ def generate(
 
     Returns:
         The rollout, T being the longest response sampled.
+
+    Raises:
+        FloatingPointError: logits are NaN or infinite.
     """
     prompt_tokens, prompt_mask = _pad_left(prompts, vocabulary.pad_id, model.device)
     cache = DynamicCache(config=model.config)
@@ -208,25 +211,28 @@ def generate(
     responses = rows.new_full((len(rows), max_new_tokens), vocabulary.pad_id)
     turn = torch.full_like(responses, -1)
     log_probs = responses.new_zeros(responses.shape, dtype=torch.float32)
-    for t in tqdm(range(max_new_tokens), desc="rollout", leave=False, disable=not bar):
-        logits = output_head(model).logits(last)
-        chosen = _choose(logits, vocabulary.pad_id, temperature, generator)
-        responses[rows, t] = chosen
-        turn[rows, t] = 0
-        log_probs[rows, t] = log_probs_from_logits(logits, chosen, temperature=temperature or 1.0)
+    with tqdm(range(max_new_tokens), desc="rollout", leave=False, disable=not bar) as places:
+        for t in places:
+            logits = output_head(model).logits(last)
+            chosen = _choose(logits, vocabulary.pad_id, temperature, generator)
+            responses[rows, t] = chosen
+            turn[rows, t] = 0
+            log_probs[rows, t] = log_probs_from_logits(
+                logits, chosen, temperature=temperature or 1.0
+            )
 
-        going = (~torch.isin(chosen, vocabulary.stop_ids)).nonzero().squeeze(1)
-        if t + 1 == max_new_tokens or not len(going):
-            break
-        rows, attention = rows[going], pad(attention[going], (0, 1), value=True)
-        cache.batch_select_indices(going)
-        with autocast():
-            last = model.base_model(
-                chosen[going, None],
-                attention_mask=attention,
-                position_ids=attention.sum(1, keepdim=True) - 1,
-                past_key_values=cache,
-            ).last_hidden_state[:, -1]
+            going = (~torch.isin(chosen, vocabulary.stop_ids)).nonzero().squeeze(1)
+            if t + 1 == max_new_tokens or not len(going):
+                break
+            rows, attention = rows[going], pad(attention[going], (0, 1), value=True)
+            cache.batch_select_indices(going)
+            with autocast():
+                last = model.base_model(
+                    chosen[going, None],
+                    attention_mask=attention,
+                    position_ids=attention.sum(1, keepdim=True) - 1,
+                    past_key_values=cache,
+                ).last_hidden_state[:, -1]
     sampled = (x[:, : t + 1] for x in (responses, turn >= 0, turn, log_probs))
     return Rollout(prompt_tokens, prompt_mask, *sampled)
 
@@ -283,6 +289,8 @@ def _choose(
     logits: Tensor, pad_id: int, temperature: float, generator: torch.Generator | None
 ) -> Tensor:
     """One token per row of (B, V) logits, never PAD: (B,)."""
+    if not bool(logits.amax(-1).isfinite().all()):
+        raise FloatingPointError("logits are not finite in sampling")
     logits = logits.index_fill(1, torch.tensor(pad_id, device=logits.device), -torch.inf)
     if temperature == 0:
         return logits.argmax(-1)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import group_advantages
 from .config import TrainConfig
+from .progress import Diverged
 from .ranks import Ranks
 from .rollout import Rollout, Vocabulary, append_turn, autocast, concatenate, generate
 from .tasks import Deck, Problem, Task
@@ -106,11 +107,12 @@ class Sampler:
         ranks, samples = self.ranks, self.config.evaluation.samples
         held_out = self.task.held_out[ranks.rank :: ranks.size]
         batches = [held_out[i : i + _EVAL_BATCH] for i in range(0, len(held_out), _EVAL_BATCH)]
-        bar = tqdm(batches, desc="held-out problems", leave=False, disable=not ranks.is_first)
-        rewards = ranks.with_whole_weights(
-            self.model,
-            lambda: [self.respond(list(b), samples, generator).rewards.mean(1) for b in bar],
-        )
+        options: dict[str, Any] = {"leave": False, "disable": not ranks.is_first}
+        with tqdm(batches, desc="held-out problems", **options) as bar:
+            rewards = ranks.with_whole_weights(
+                self.model,
+                lambda: [self.respond(list(b), samples, generator).rewards.mean(1) for b in bar],
+            )
         mine = torch.cat([torch.empty(0), *(r.cpu() for r in rewards)])
         mine = mine.view(len(held_out), samples).mean(1)
         found = torch.empty(len(self.task.held_out))
@@ -126,7 +128,11 @@ class Sampler:
         *,
         bar: bool = False,
     ) -> Groups:
-        """Responses to these problems, in as many turns as the task has, and their rewards."""
+        """Responses to these problems, in as many turns as the task has, and their rewards.
+
+        Raises:
+            Diverged: the model's logits are not finite.
+        """
         prompts = [self.prompt_tokens(problem) for problem in problems]
         rollout = self._generate(prompts, group_size, generator, bar)
         asked = [problem for problem in problems for _ in range(group_size)]
@@ -199,13 +205,19 @@ class Sampler:
     def _generate(
         self, prompts: list[list[int]], group_size: int, generator: torch.Generator, bar: bool
     ) -> Rollout:
-        config = self.config.rollout
-        return generate(
-            self.model, prompts, self.vocabulary, group_size=group_size,
-            max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-            autocast=autocast(self.model.device, self.config.rollout_dtype), generator=generator,
-            bar=bar,
-        )  # fmt: skip
+        config, device = self.config.rollout, self.model.device
+        try:
+            return generate(
+                self.model, prompts, self.vocabulary, group_size=group_size,
+                max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+                autocast=autocast(device, self.config.rollout_dtype), generator=generator, bar=bar,
+            )  # fmt: skip
+        except FloatingPointError as error:
+            raise Diverged(
+                f"{error}: the model was broken when it was loaded, or the last updates were too "
+                "large. Lower update.learning_rate; --resume goes on from before these updates "
+                "once the checkpoints written since are removed"
+            ) from None
 
     def _rewards(self, answers: list[str], asked: list[Problem]) -> list[float]:
         return [self.task.reward(a, p) for a, p in zip(answers, asked, strict=True)]
