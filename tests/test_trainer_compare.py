@@ -85,6 +85,7 @@ def test_stability_is_judged_at_the_largest_rate():
     lines = [x for x in report(found) if "at 0.0001, the largest rate, gain of GSPO less" in x]
     assert len(lines) == len(MODELS)
     assert all("+0.300 ± 0.000: more for GSPO" in line for line in lines)
+    assert "the largest rate" not in "\n".join(report(found | {"rates": [1e-5]}))
 
 
 def test_weights_and_churn_are_told():

@@ -393,10 +393,9 @@ _CLAIMS = (
 
 def _findings(results: dict) -> list[str]:
     lines = [_finding(results, *claim) for claim in _CLAIMS]
-    largest = max(results["rates"])
-    lines += [
-        _finding(results, model, "GSPO", "GRPO", "GSPO is more stable", largest) for model in MODELS
-    ]
+    if len(results["rates"]) > 1:  # with one, it is the best
+        largest, claim = max(results["rates"]), "GSPO is more stable"
+        lines += [_finding(results, m, "GSPO", "GRPO", claim, largest) for m in MODELS]
     grpo, gspo = (results["weights"][name] for name in ("GRPO", "GSPO"))
     low, high, s_low, s_high = (
         of((x for x in values if x), default=math.nan)
