@@ -197,7 +197,7 @@ def launch_product_fwd(dtype, kept=True, keep=True, **options):
 
 
 def wanted(slope):
-    return logit_tiles.Exponentials(empty(N), empty(N), *[empty(N) if slope else None] * 2)
+    return logit_tiles.Exponentials(empty(N), *[empty(N) if slope else None] * 2)
 
 
 def launch_product_weigh(dtype, slope=False, **options):
@@ -239,7 +239,12 @@ def launch_weigh(slope=False, **options):
 
 def launch_rescale(products):
     tiles = make_tiles(BF16, products)
-    tiles._rescale(make_kept(tiles), empty(HEAD_V // tiles.SUMS + 1, N))
+    tiles.rescale(make_kept(tiles), empty(HEAD_V // tiles.SUMS + 1, N))
+
+
+def launch_add_targets(dtype):
+    out = empty(HEAD_V, H, dtype=dtype)
+    make_tiles(BF16, "mm")._add_targets_to_columns(out, empty(N, H, dtype=BF16), empty(N))
 
 
 def launch_target_logits(**options):
@@ -249,7 +254,7 @@ def launch_target_logits(**options):
 PRODUCT_FWD, PRODUCT_WEIGH = launch_product_fwd, launch_product_weigh
 DHIDDEN, DWEIGHT = launch_dhidden, launch_dweight
 FOLD, WEIGH = launch_fold, launch_weigh
-RESCALE, TARGET = launch_rescale, launch_target_logits
+RESCALE, TARGET, ADD_TARGETS = launch_rescale, launch_target_logits, launch_add_targets
 # shown for every target
 PRODUCTS = {
     f"{name} {label}": (pair, options | {"dtype": dtype})
@@ -270,6 +275,8 @@ EPILOGUES = {
     "weigh entropy softcap live": (WEIGH, {"slope": True, "softcap": 30.0, "live": True}),
     "rescale mm": (RESCALE, {"products": "mm"}),
     "rescale triton": (RESCALE, {"products": "triton"}),
+    "add targets": (ADD_TARGETS, {"dtype": BF16}),
+    "add targets fp32": (ADD_TARGETS, {"dtype": FP32}),
     "target": (TARGET, {}),
     "target bias softcap live": (TARGET, {"bias": True, "softcap": 30.0, "live": True}),
 }

@@ -127,8 +127,8 @@ def sum_bytes(hidden: Tensor, weight: Tensor, vocabulary: int) -> int:
 
 
 def kept_width(columns: int) -> int:
-    """Of a row of kept exponentials: the columns, one more for what belongs nowhere, padding."""
-    return (columns // _KEPT_ALIGN + 1) * _KEPT_ALIGN
+    """Of a row of kept exponentials: the columns, and padding."""
+    return -(-columns // _KEPT_ALIGN) * _KEPT_ALIGN
 
 
 def columns_that_fit(budget: int, rows: int, vocabulary: int, itemsize: int) -> int:

@@ -162,19 +162,29 @@ class Exponentials(NamedTuple):
     """What a recomputed tile makes of exponents a: exp2(a) * (constant + slope * a), all (n,).
 
     Attributes:
-        at_target: what stands at the target instead.
         constant, slope: None for 1 and 0.
     """
 
     shift: Tensor
-    at_target: Tensor
     constant: Tensor | None
     slope: Tensor | None
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Exponentials:
         constant = None if self.constant is None else f(self.constant)
         slope = None if self.slope is None else f(self.slope)
-        return Exponentials(f(self.shift), f(self.at_target), constant, slope)
+        return Exponentials(f(self.shift), constant, slope)
+
+
+class RowGrads(NamedTuple):
+    """d loss / d logits of each row, (n,) each.
+
+    Attributes:
+        factor: times what `Exponentials` says, for all tokens but the target.
+        at_target: for the target: by far the largest of its row, so that it is never rounded.
+    """
+
+    factor: Tensor
+    at_target: Tensor
 
 
 class Tile(NamedTuple):
@@ -193,7 +203,7 @@ class Kept(NamedTuple):
     """Exponentials kept from forward to backward, a row for each row worked on.
 
     Attributes:
-        e: (N, more than `columns`); the column behind the last takes what belongs nowhere.
+        e: (N, `columns` or more), 0 at the targets.
         columns: how many tokens of the vocabulary they cover.
     """
 
@@ -232,7 +242,7 @@ def forward(
         if log is not None:
             entropy = entropy_of(d, log_prob, row_sum, log)
         if kept.columns:
-            tiles.finish(kept, keep, sums.shrink(shift), target_logit, row_sum)
+            tiles.rescale(kept, sums.shrink(shift))
 
         def full(x: Tensor) -> Tensor:
             if x.shape != row_sum.shape:
@@ -267,38 +277,41 @@ def backward(
     if mask is not None:
         live &= mask
     with exact_matmul(targets.device), device_guard(head.hidden):
-        factor, wanted = _coefficients(stats, g, h, options)
-        factor = torch.where(live, factor, 0.0)
+        row_grads, wanted = _row_grads(stats, g, h, options)
+        row_grads = RowGrads(*(torch.where(live, x, 0.0) for x in row_grads))
         worked_on = Rows.of(mask, options)
         among = Rows.of(worked_on.take(live), options)  # places of live rows among those
         index = among.index if worked_on.index is None else among.take(worked_on.index)
         rows = Rows(index, among.count, among.live)
         tiles = make_tiles(head, targets, rows, options)
         tiles.gradients(
-            rows.take(factor), rows.take(stats.base()),
+            RowGrads(*map(rows.take, row_grads)), rows.take(stats.base()),
             wanted.map(rows.take),
             kept, among, rows, out, add,
         )  # fmt: skip
 
 
-def _coefficients(
+def _row_grads(
     stats: RowStats, g: Tensor, h: Tensor | None, options: Options
-) -> tuple[Tensor, Exponentials]:
-    """Factor per row, and what it multiplies: together d loss / d logits."""
+) -> tuple[RowGrads, Exponentials]:
+    """d loss / d logits for d loss / d log_prob = g and d loss / d entropy = h."""
     d = stats.log_odds(options.scale)
-    log_q = minus_softplus(-d)
     q = torch.sigmoid(d)
     rho = torch.where(stats.row_sum == 0, 0.0, q / stats.row_sum)
+    at_target = g * q / options.temperature
     if h is None:
-        return -g * rho / options.temperature, Exponentials(stats.shift, -stats.row_sum, None, None)
-    # -p_v * (g + h * (log p_v + entropy)), with log p_v = a_v * ln 2 + log q - log(row_sum)
-    log_p = minus_softplus(d)
-    log_rho = torch.where(stats.row_sum == 0, 0.0, log_q - stats.row_sum.log())
-    constant = rho * (g + h * (log_rho + stats.entropy))
-    at_target = h * times_exp(log_p, log_p + stats.entropy) - g * q
-    return torch.full_like(g, -1.0 / options.temperature), Exponentials(
-        stats.shift, at_target, constant, rho * h * LN_2
-    )
+        factor, wanted = -g * rho / options.temperature, Exponentials(stats.shift, None, None)
+    else:
+        # -p_v * (g + h * (log p_v + entropy)), with log p_v = a_v * ln 2 + log q - log(row_sum)
+        log_p, log_q = minus_softplus(d), minus_softplus(-d)
+        log_rho = torch.where(stats.row_sum == 0, 0.0, log_q - stats.row_sum.log())
+        constant = rho * (g + h * (log_rho + stats.entropy))
+        factor = torch.full_like(g, -1.0 / options.temperature)
+        wanted = Exponentials(stats.shift, constant, rho * h * LN_2)
+        at_target -= h * times_exp(log_p, log_p + stats.entropy) / options.temperature
+    if options.softcap is not None:
+        at_target *= 1.0 - (stats.target_logit / options.softcap).square()
+    return RowGrads(factor, at_target), wanted
 
 
 def make_tiles(head: Head, targets: Tensor, rows: Rows, options: Options) -> TorchTiles:
@@ -455,23 +468,8 @@ class TorchTiles:
             z.sub_(shift[:, None])
         return derivative
 
-    def finish(
-        self, kept: Kept, keep: Tensor | None, shrink: Tensor, target_logit: Tensor, row_sum: Tensor
-    ) -> None:
-        """Bring kept exponentials to one shift per row, and put -row_sum at the targets."""
-        self._rescale(kept, shrink)
-        value = -row_sum
-        if self.options.softcap is not None:
-            value = value * (1.0 - (target_logit / self.options.softcap).square())
-        # a column more takes the targets beyond the kept ones
-        is_kept = (self.targets >= 0) & (self.targets < kept.columns)
-        if keep is not None:
-            is_kept &= keep
-        column = torch.where(is_kept, self.targets, kept.columns).long()
-        # not scatter_, which copies all of a bfloat16 tensor on a CPU
-        kept.e[torch.arange(self.n, device=column.device), column] = value.to(kept.e.dtype)
-
-    def _rescale(self, kept: Kept, shrink: Tensor) -> None:
+    def rescale(self, kept: Kept, shrink: Tensor) -> None:
+        """Bring the tiles of each row to its one shift."""
         for j, row in (shrink < 1).nonzero().tolist():
             c = slice(j * self.SUMS, min((j + 1) * self.SUMS, kept.columns))
             kept.e[row, c] *= shrink[j, row]
@@ -480,7 +478,7 @@ class TorchTiles:
 
     def gradients(
         self,
-        factor: Tensor,
+        row_grads: RowGrads,
         base: Tensor,
         wanted: Exponentials,
         kept: Kept,
@@ -489,7 +487,8 @@ class TorchTiles:
         out: HeadGrads,
         add: Wanted,
     ) -> None:
-        """The two products, one range of columns after the other."""
+        """The two products, one range of columns after the other, then the targets' share."""
+        factor, at_target = row_grads
         lora_x, lora_b = self.lora or (None, None)
         # gradients of rows, their sums, and what tiles are multiplied with for them; the low-rank
         # part is small enough for fp32
@@ -502,33 +501,56 @@ class TorchTiles:
             if to is not None and w is not None
         ]
         # gradients of columns, what the tiles are multiplied with for them, and whether to add
+        ones = torch.ones_like(factor)[:, None]
         to_columns = [
-            (to, self._scaled(x, factor, dtype), adds)
+            (to, x, dtype, adds)
             for to, x, dtype, adds in (
                 (out.weight, self.x, self.grad_dtype, add.weight),
-                (out.bias, torch.ones_like(factor)[:, None], self.stats_dtype, add.bias),
+                (out.bias, ones, self.stats_dtype, add.bias),
                 (out.lora_b, lora_x, self.stats_dtype, add.lora_b),
             )
             if to is not None and x is not None
         ]
+        scaled = [self._scaled(x, factor, dtype) for _, x, dtype, _ in to_columns]
         if self.n == 0:
-            for to, _, adds in to_columns:
+            for to, *_, adds in to_columns:
                 if not adds:
                     to.zero_()
         for c in self._grad_columns(kept.columns) if self.n else []:
             tile = self._tile(c, base, wanted, kept, among)
             for _, total, w, dtype in to_rows:
                 self._add_to_rows(total, tile, w[c].to(dtype))
-            for to, x, adds in to_columns:
+            for (to, *_, adds), x in zip(to_columns, scaled, strict=True):
                 self._add_to_columns(to[c].view(len(to[c]), -1), tile, x, adds)
             del tile  # before the next one is made
-        for to, total, *_ in to_rows:
+        del scaled
+        for to, x, *_ in to_columns if self.n else []:
+            self._add_targets_to_columns(to.view(len(to), -1), x, at_target)
+        for to, total, w, _ in to_rows:
+            self._add_targets_to_rows(total.mul_(factor[:, None]), w, at_target)
             if self.options.vocab_group is not None:
                 summed(total, self.options.vocab_group)  # in fp32, then rounded once
-            total.mul_(factor[:, None])
             if self.live is not None:
                 total.masked_fill_((factor == 0)[:, None], 0.0)
             rows.put(total, to.view(-1, total.shape[1]))
+
+    def _add_targets_to_rows(self, out: Tensor, w: Tensor, at_target: Tensor) -> None:
+        """out[i] += at_target[i] * w[y_i], where the target is among this rank's columns."""
+        y = self.targets
+        known = (y >= 0) & (y < self.V)
+        at_target, y = torch.where(known, at_target, 0.0), torch.where(known, y, 0)
+        for r in slices(self.n, self.ROWS):
+            out[r] += w.index_select(0, y[r]) * at_target[r, None]
+
+    def _add_targets_to_columns(self, out: Tensor, x: Tensor, at_target: Tensor) -> None:
+        """out[v] += sum of at_target[i] * x[i] over the rows i with target v, in their order."""
+        y, order = self.targets.sort(stable=True)
+        order = order[y >= 0]  # the others' columns are another rank's
+        y, counts = y[y >= 0].unique_consecutive(return_counts=True)
+        for c in slices(x.shape[1], max(self.GRAD_ELEMENTS // 4 // self.n, 1)):
+            shares = x[:, c].index_select(0, order) * at_target[order, None]
+            sums = torch.segment_reduce(shares, "sum", lengths=counts)
+            out[y, c] = sums.add_(out[y, c]).to(out.dtype)
 
     def _scaled(self, x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         out = torch.empty_like(x, dtype=dtype)
@@ -581,7 +603,7 @@ class TorchTiles:
         z.exp2_()
         if weight is not None:
             z.mul_(weight.masked_fill_(z == 0, 0.0))
-        z[hit] = wanted.at_target[hit[0]]
+        z[hit] = 0.0
         out.copy_(z if derivative is None else z.mul_(derivative))
 
     def _add_to_rows(self, out: Tensor, tile: Tile, w: Tensor) -> None:
@@ -698,7 +720,20 @@ class MatMulTiles(TorchTiles):
             C, out.stride(0), self.options.scale, self.options.softcap, BLOCK=EPILOGUE,
         )  # fmt: skip
 
-    def _rescale(self, kept: Kept, shrink: Tensor) -> None:
+    def _add_targets_to_columns(self, out: Tensor, x: Tensor, at_target: Tensor) -> None:
+        from .kernels.linear_log_probs import add_targets_kernel
+
+        y, order = self.targets.sort(stable=True)
+        ends = torch.searchsorted(y, y, right=True)
+        width = x.shape[1]
+        block = min(1 << (width - 1).bit_length(), EPILOGUE // 2)
+        add_targets_kernel[(self.n * -(-width // block),)](
+            x, at_target, y, order, ends, out,
+            width, len(out), x.stride(0), out.stride(0),
+            ROWS=8, COLS=block,
+        )  # fmt: skip
+
+    def rescale(self, kept: Kept, shrink: Tensor) -> None:
         from .kernels.linear_log_probs import rescale_kernel
 
         if self.n:

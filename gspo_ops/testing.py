@@ -35,7 +35,7 @@ OBJECTIVES = (GSPO(), GSPOToken(), GRPO())
 
 # Worst allowed value of each quantity: the contract's, but for loss and entropy, which it leaves
 # open. "ulp" counts steps of the gradient's dtype; "allowed" is `ALLOWED` times the error of eager
-# with fp32 logits, and one ulp of bf16; in fp32, for a real model's head, twice that error: how far
+# with fp32 logits and products; in fp32, for a real model's head, twice that error: how far
 # fp32 products are off depends on the size of hidden states and weight, not on the logits alone.
 BOUNDS = {
     "log_prob": 2e-6,
@@ -70,8 +70,8 @@ BOUNDS = {
     "logits op apart, rel L2": 5e-6,
     "logits op apart / allowed": 1,
 }
-ALLOWED = 1.1
-BF16_ULP = 2**-8
+# Of two roundings to 16 bits, of exponentials and of scaled hidden states, on top of the result's.
+ALLOWED = 1.8
 FEW = 4  # tokens, over which the errors of log-probs don't average out yet
 
 
@@ -453,7 +453,9 @@ class _Exact(NamedTuple):
         errors = {name: relative(grads[name], others[name].double()) for name in grads}
         of_eager = {n: relative(self.eager.grads[n], self.exact.grads[n]) for n in grads}
         if any(grad.dtype != torch.float32 for grad in grads.values()):
-            allowed = {n: ALLOWED * error + BF16_ULP for n, error in of_eager.items()}
+            allowed = {
+                n: max(BOUNDS[f"{n}, rel L2"], ALLOWED * error) for n, error in of_eager.items()
+            }
         elif self.is_real:
             allowed = {n: max(BOUNDS[f"{n}, rel L2"], 2 * error) for n, error in of_eager.items()}
         else:

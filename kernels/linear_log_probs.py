@@ -9,14 +9,16 @@ the exponentials of the others, and no maximum has to be found first:
     log_prob = -softplus(d),   q = 1 - p_y = sigmoid(d),   p_v = P_v * q / S
 
 A tile in which a_v exceeds SHIFT_LIMIT, as a target less likely than e^-44 makes it, has a shift of
-its own; tiles whose shift turns out to differ from the row's are corrected at the end. With -S in
-place of P_y, the gradient of a row by its logits is one factor times P:
+its own; tiles whose shift turns out to differ from the row's are corrected at the end. The gradient
+of a row by its logits is one factor times P, and a number at the target:
 
-    d loss / d z_v = -(g * q / S / temperature) * P_v
-    d loss / d hidden = diag(factor) P weight,   d loss / d weight = P^T diag(factor) hidden
+    d loss / d z_v = -(g * q / S / temperature) * P_v,   d loss / d z_y = g * q / temperature
+    d loss / d hidden = diag(factor) P weight + diag(d loss / d z_y) weight[y]
+    d loss / d weight = P^T diag(factor) hidden + the same for the rows of each target
 
-so both products take P as it was stored. Rows are worked on in an order that has the live ones in
-front (`count_ptr`); programs beyond them have nothing to do.
+so both products take P as it was stored. The target's number is as large as all others of its row
+together, so it stays out of P, which may have 16 bits, and is added in fp32. Rows are worked on in
+an order that has the live ones in front (`count_ptr`); programs beyond them have nothing to do.
 """
 
 import triton
@@ -39,12 +41,12 @@ def exponents(z, base, shift, scale, softcap):
 
 
 @triton.jit
-def weighed(a, y, cols, derivative, at_target, constant, slope):
-    """exp2(a) * (constant + slope * a), at_target at the targets; constant None for 1 and 0."""
+def weighed(a, y, cols, derivative, constant, slope):
+    """exp2(a) * (constant + slope * a), 0 at the targets; constant None for 1 and 0."""
     e = tl.exp2(a)
     if constant is not None:
         e = tl.where(e > 0, e * (constant[:, None] + slope[:, None] * a), 0.0)
-    return tl.where(cols[None, :] == y[:, None], at_target[:, None], e) * derivative
+    return tl.where(cols[None, :] == y[:, None], 0.0, e * derivative)
 
 
 @triton.jit
@@ -152,7 +154,7 @@ def fold_kernel(
 def weigh_kernel(
     # inputs: a tile of logits [n, C], contiguous; the rest [n], targets counted from the tile's
     # first column; constant, slope, live may be None
-    z_ptr, targets_ptr, base_ptr, shift_ptr, at_target_ptr, constant_ptr, slope_ptr, live_ptr,
+    z_ptr, targets_ptr, base_ptr, shift_ptr, constant_ptr, slope_ptr, live_ptr,
     # output [n, C]
     out_ptr,
     # shapes and strides
@@ -180,8 +182,7 @@ def weigh_kernel(
             constant = tl.load(constant_ptr + here)
             slope = tl.load(slope_ptr + here)
         y = tl.load(targets_ptr + here)
-        at_target = tl.load(at_target_ptr + here)
-        out = weighed(a, y, cols, derivative, at_target, constant, slope)
+        out = weighed(a, y, cols, derivative, constant, slope)
         out = out.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * stride_on + cols[None, :], out, mask=(cols < C)[None, :])
 
@@ -307,8 +308,8 @@ def linear_log_probs_fwd_kernel(
 @triton.jit
 def linear_weigh_kernel(
     # inputs: x [n, H], weight [C, H], bias [C] or None; the rest [n]; constant, slope may be None
-    x_ptr, weight_ptr, bias_ptr, targets_ptr, base_ptr, shift_ptr, at_target_ptr, constant_ptr,
-    slope_ptr, count_ptr,
+    x_ptr, weight_ptr, bias_ptr, targets_ptr, base_ptr, shift_ptr, constant_ptr, slope_ptr,
+    count_ptr,
     # output [n, C]
     out_ptr,
     # shapes and strides
@@ -331,14 +332,13 @@ def linear_weigh_kernel(
         y = tl.load(targets_ptr + rows, mask=inside, other=-1) - first_col
         base = tl.load(base_ptr + rows, mask=inside, other=0.0)
         shift = tl.load(shift_ptr + rows, mask=inside, other=0.0)
-        at_target = tl.load(at_target_ptr + rows, mask=inside, other=0.0)
         constant = None
         slope = None
         if constant_ptr is not None:
             constant = tl.load(constant_ptr + rows, mask=inside, other=0.0)
             slope = tl.load(slope_ptr + rows, mask=inside, other=0.0)
         a, derivative = exponents(z, base, shift, scale, softcap)
-        out = weighed(a, y, cols, derivative, at_target, constant, slope)
+        out = weighed(a, y, cols, derivative, constant, slope)
         at = out_ptr + rows.to(tl.int64)[:, None] * stride_on + cols[None, :]
         out = out.to(out_ptr.dtype.element_ty)
         tl.store(at, out, mask=inside[:, None] & (cols < C)[None, :])
@@ -409,3 +409,39 @@ def dweight_kernel(
         )  # fmt: skip
         acc = tl.dot(e, x, acc, input_precision="ieee")
     tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=in_out)
+
+
+@triton.jit
+def add_targets_kernel(
+    # inputs: x [n, H], at_target [n]; [n] sorted targets, the rows they belong to, and where each
+    # one's equals end
+    x_ptr, at_target_ptr, targets_ptr, order_ptr, ends_ptr,
+    # output [V, H], added to
+    out_ptr,
+    # shapes and strides
+    H, V, stride_xn, stride_ov,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """out[v] += sum of at_target[i] * x[i] over the rows i with target v, one program per target.
+
+    A program stands at every place of the order; the first one of equal targets does the work.
+    """
+    blocks = tl.cdiv(H, COLS)
+    first = tl.program_id(0) // blocks
+    h = tl.program_id(0) % blocks * COLS + tl.arange(0, COLS)
+    y = tl.load(targets_ptr + first).to(tl.int64)
+    before = tl.load(targets_ptr + first - 1, mask=first > 0, other=-1).to(tl.int64)
+    if (y >= 0) & (y < V) & (before != y):
+        acc = tl.zeros([ROWS, COLS], tl.float32)
+        end = tl.load(ends_ptr + first).to(tl.int32)
+        for start in range(first, end, ROWS):
+            places = start + tl.arange(0, ROWS)
+            rows = tl.load(order_ptr + places, mask=places < end, other=0).to(tl.int64)
+            share = tl.load(at_target_ptr + rows, mask=places < end, other=0.0)
+            # a dead row may hold NaN
+            inside = (share != 0)[:, None] & (h < H)[None, :]
+            x = tl.load(x_ptr + rows[:, None] * stride_xn + h[None, :], mask=inside, other=0.0)
+            acc += share[:, None] * x.to(tl.float32)
+        at = out_ptr + y * stride_ov + h
+        total = tl.sum(acc, axis=0) + tl.load(at, mask=h < H, other=0.0).to(tl.float32)
+        tl.store(at, total.to(out_ptr.dtype.element_ty), mask=h < H)
