@@ -350,20 +350,25 @@ def _triton_bwd(
 
 
 def _row_chunks(logits: Tensor, live: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Chunks of live rows: their indices (R,), and the rows themselves (R, V)."""
+    """Chunks of live rows: their indices (R,), and the rows themselves (R, V).
+
+    Where logits are not contiguous, a chunk is a part of one sequence or several whole ones.
+    """
     V = logits.shape[-1]
     x = logits.unsqueeze(0) if logits.ndim == 2 else logits
     if x.is_contiguous():
         x = x.view(1, -1, V)
     T = x.shape[1]
     size = max(_CHUNK_ELEMENTS // V, 2)
-    for b in range(x.shape[0]):
-        for start in range(0, T, size):
-            block = x[b, start : start + size]
-            index = live[b * T + start : b * T + start + len(block)].nonzero().squeeze(1)
+    sequences = max(size // T, 1)
+    for b in range(0, x.shape[0], sequences):
+        for t in range(0, T, size):
+            block = x[b : b + sequences, t : t + size]
+            first, count = b * T + t, block.shape[:2].numel()
+            index = live[first : first + count].nonzero().squeeze(1)
             if len(index):
-                rows = block if len(index) == len(block) else block.index_select(0, index)
-                yield index + (b * T + start), rows
+                rows = block.flatten(0, 1)
+                yield index + first, rows if len(index) == count else rows.index_select(0, index)
 
 
 def _load(rows: Tensor, softcap: float | None, buffer: Tensor) -> Tensor:
@@ -441,6 +446,11 @@ def minus_softplus(d: Tensor, error: Tensor | None = None) -> Tensor:
     if error is not None:
         y = y + torch.where((d > 0) & (error.abs() < 1), error, 0.0)
     return 0.0 - (d.clamp(min=0) + y)
+
+
+def sigmoid(d: Tensor) -> Tensor:
+    """1 / (1 + exp(-d)); torch.sigmoid on a CPU rounds by an element's place in the tensor."""
+    return (1.0 + (-d).exp()).reciprocal()
 
 
 def checked_targets(targets: Tensor, V: int, rows: Tensor | None = None) -> Tensor:
@@ -567,7 +577,7 @@ def _chunk_grad(z, y, known, x_target, g, with_entropy, temperature, softcap, bu
         if is_part:
             total = total * ((own_max - row_max) / temperature).exp()
     d, error = _log_odds(row_max, row_sum, x_target, temperature)
-    q = torch.sigmoid(d)
+    q = sigmoid(d)
     coef = torch.where(row_sum == 0, 0.0, q * total / row_sum)
     at_target = g * q
     if with_entropy is None or log_e is None:

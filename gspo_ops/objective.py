@@ -22,6 +22,11 @@ class Objective:
     For each token: `min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)`, minus
     `kl_coef` times the KL estimate to the reference, averaged as `aggregation` says.
 
+    Finite inputs have a finite loss and, with a denominator of 1 or more, a finite gradient by the
+    log-probs. A log-ratio beyond +-80 counts as +-80 in its ratio, and what the dtype cannot hold
+    counts as its largest number: a token's term and its derivative, both divided by the length of
+    the sequence for `"seq-mean-token-mean"`, and the loss.
+
     Args:
         ratio_level: `"sequence"` one length-normalised ratio per sequence (GSPO);
             `"sequence_token"` the same value, with each token's own gradient and advantage

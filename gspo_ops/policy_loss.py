@@ -50,7 +50,8 @@ STATS = (
     "active_token_frac",
     "ref_kl",
 )
-ESS_RATIO_CAP = 1e15  # as in kernels/common.py: its square leaves room for sums in fp32
+# as in kernels/common.py: its square, and that of its inverse, leave room for sums in fp32
+ESS_RATIO_CAP = 1e15
 
 
 class PolicyLoss(NamedTuple):
@@ -91,7 +92,8 @@ def policy_loss_from_log_probs(
         old_log_probs: same shape, of the policy that sampled; None means on-policy: every ratio is
             exactly 1, and the gradient flows.
         advantages: (B,), or per token unless the ratio is the sequence's. Packed, with N == B,
-            they are read as (B,), unless they are given as (1, N).
+            they are read as (B,), unless they are given as (1, N). An infinite one, like an
+            infinite weight, makes the loss NaN.
         mask: padded (B, T) or packed (N,); non-zero where a token counts. Nothing at other places
             is used, whatever it holds.
         cu_seqlens: (B + 1,) int32 first rows of packed sequences, and N.
@@ -515,8 +517,13 @@ def _torch_policy_loss(log_probs, policy: PolicyInputs):
     new_minus_old = _difference(log_probs, policy.old_log_probs, valid)
     weights = _rollout_weights(policy, ids, valid)
 
+    dtype = policy.advantages.dtype
+
     def per_sequence(x: Tensor) -> Tensor:
         return segment_sum(x, policy.batch, policy.cu_seqlens)
+
+    def saturated(x: Tensor) -> Tensor:
+        return x.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
 
     sums = torch.stack([per_sequence(x) for x in (valid.double(), new_minus_old, weights)])
     n, log_ratio_sum, weight_sum = _over_context(sums, policy)
@@ -528,26 +535,26 @@ def _torch_policy_loss(log_probs, policy: PolicyInputs):
     advantages = policy.advantages.double()
     if not policy.advantage_per_token:
         advantages = advantages[ids]
-    advantages = torch.where(valid, advantages, 0.0)
+    advantages = _nan_if_infinite(torch.where(valid, advantages, 0.0))
 
     log_low, log_high = _log_clip_range(policy)
     is_high = (advantages > 0) & (token_log_ratio > log_high)
     is_low = (advantages < 0) & (token_log_ratio < log_low)
     is_clipped = is_high | is_low
-    bound = torch.where(is_high, 1 + policy.clip_high, 1 - policy.clip_low)
+    bound = torch.full_like(ratio, 1 - policy.clip_low).masked_fill(is_high, 1 + policy.clip_high)
     loss_terms = -torch.where(is_clipped, bound, ratio) * advantages * weights
     if policy.ratio_level == "sequence":
         # every token's rollout weight reaches every token through the sequence's one ratio
         weights = (weight_sum / n_or_1)[ids]
     g = torch.where(is_clipped, 0.0, -ratio * advantages * weights)
     delta = _difference(log_probs, policy.ref_log_probs, valid)
-    ref_kl, ref_kl_grad = _kl(policy.kl_estimator, delta)
+    ref_kl, ref_kl_grad = (saturated(x) for x in _kl(policy.kl_estimator, delta))
     loss_terms = loss_terms + policy.kl_coef * ref_kl
     g = g + policy.kl_coef * ref_kl_grad
     if policy.aggregation == "seq-mean-token-mean":
         loss_terms = loss_terms / n_or_1[ids]
         g = g / n_or_1[ids]
-    g = torch.where(valid, g, 0.0)
+    loss_terms, g = saturated(loss_terms), torch.where(valid, saturated(g), 0.0)
 
     of_tokens = (loss_terms, is_low, is_high, _k3(new_minus_old), g != 0, ref_kl)
     totals = torch.stack([torch.where(valid, x, 0.0).sum() for x in of_tokens])
@@ -560,15 +567,14 @@ def _torch_policy_loss(log_probs, policy: PolicyInputs):
     stats = torch.stack(
         [
             *_ratio_mean_min_max(*ratio_parts),
-            (clipped_in > 0).sum() / (n > 0).sum().clamp(min=1),
+            (clipped_in > 0).double().sum() / (n > 0).sum().clamp(min=1),
             *(x / tokens for x in (low + high, low, high, -log_ratio_sum.sum(), k3)),
             _effective_sample_size(ratio_parts[0]),
             active / tokens,
             kl / tokens,
         ]
     )
-    dtype = policy.advantages.dtype
-    loss = loss / denominator
+    loss = saturated(loss / denominator)
     return tuple(x.to(dtype) for x in (loss, stats, log_ratio, g, 1.0 / denominator))
 
 
@@ -590,7 +596,7 @@ def _parts_over_context(parts: tuple[Tensor, ...], policy: PolicyInputs) -> tupl
 
 def _ratio_parts(ratio: Tensor, some: Tensor) -> tuple[Tensor, Tensor]:
     """Count and sums of ratios, of capped ones and of their squares; maxima of -ratio and ratio."""
-    capped = ratio.clamp(max=ESS_RATIO_CAP)
+    capped = ratio.clamp(1 / ESS_RATIO_CAP, ESS_RATIO_CAP)
     values = torch.ones_like(ratio), ratio, capped, capped.square()
     sums = torch.stack([torch.where(some, x, 0.0).sum() for x in values])
     extremes = torch.stack([-ratio, ratio]).masked_fill(~some, -math.inf)
@@ -655,7 +661,7 @@ def _capped_exp(log_ratio: Tensor) -> Tensor:
 
 
 def _k3(x: Tensor) -> Tensor:
-    return torch.expm1(x.clamp(-LOG_RATIO_CAP, LOG_RATIO_CAP)) - x
+    return torch.expm1(x.clamp(-LOG_RATIO_CAP, LOG_RATIO_CAP)) - x.clamp(max=LOG_RATIO_CAP)
 
 
 def _kl(estimator: KLEstimator, delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -673,7 +679,12 @@ def _rollout_weights(policy: PolicyInputs, ids: Tensor, valid: Tensor) -> Tensor
     weights = policy.rollout_weights.double()
     if not policy.rollout_weight_per_token:
         weights = weights[ids]
-    return torch.where(valid, weights, 0.0)
+    return _nan_if_infinite(torch.where(valid, weights, 0.0))
+
+
+def _nan_if_infinite(x: Tensor) -> Tensor:
+    """A factor of loss terms; an infinite one must not pass for one that has saturated."""
+    return x.masked_fill(x.isinf(), math.nan)
 
 
 # A user's own objective: N numbers, differentiated by autograd
@@ -735,7 +746,7 @@ def custom_loss(
         layout, log_probs.dtype, rollout_weights, False
     )
     if weights is not None:
-        terms = terms * (weights if weight_per_token else weights[ids])
+        terms = terms * where_valid(weights if weight_per_token else weights[ids])
     # ratio 1, advantage -1: the loss of this linear problem is the average of the terms
     _, stats, log_ratio, _, inv_denominator = policy_loss_fwd(flat.detach(), *inputs)
     terms = where_valid(terms)
@@ -743,7 +754,7 @@ def custom_loss(
         ones = where_valid(torch.ones_like(flat))
         counts = segment_sum(ones.detach(), layout.batch, layout.cu_seqlens).clamp(min=1)
         terms = terms / counts[ids]
-    loss = terms.sum() * inv_denominator
+    loss = (terms * inv_denominator).sum()  # the other way round, large terms would overflow
     named = dict(zip(STATS, stats.unbind(), strict=True))
     kept = ("ratio_mean", "ratio_min", "ratio_max", "approx_kl", "approx_kl_k3",
             "effective_sample_size")  # fmt: skip

@@ -200,7 +200,7 @@ class _Seen:
             return dict.fromkeys(names, zero) | dict.fromkeys(ones, one) | {"log_ratio": log_ratio}
         ratio, low, high = torch.cat(self.ratio), torch.cat(self.low), torch.cat(self.high)
         in_sequence = [bool((a | b).any()) for a, b in zip(self.low, self.high, strict=True)]
-        w = ratio.clamp(max=1e15)
+        w = ratio.clamp(1e-15, 1e15)
         stats = {
             "ratio_mean": ratio.mean(),
             "ratio_min": ratio.min(),

@@ -11,7 +11,7 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 LOG_RATIO_CAP = tl.constexpr(80.0)  # exp(80) still leaves room for sums in fp32
-ESS_RATIO_CAP = tl.constexpr(1e15)  # its square still leaves room for sums in fp32
+ESS_RATIO_CAP = tl.constexpr(1e15)  # its square, and that of its inverse, leave room for sums
 
 
 @triton.jit

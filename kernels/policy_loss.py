@@ -3,6 +3,10 @@
 One program walks one sequence twice: first the sums that the ratio needs, then the loss terms and
 g. The program that finishes last adds up the per-sequence partial sums in a fixed order, so nothing
 depends on scheduling, and g stays free of the batch-wide denominator, which is not known earlier.
+
+Sums of numbers that may be as large as fp32 can hold are taken of `SUM_SCALE` times them, a power
+of two: that changes no bit, and they cannot overflow before they are divided. What fp32 cannot
+hold, a token's loss term, its g, or the loss, saturates at the largest number.
 """
 
 import triton
@@ -29,6 +33,10 @@ ACTIVE = tl.constexpr(14)
 SEQUENCES = tl.constexpr(15)
 NUM_PARTIALS = tl.constexpr(16)
 
+SUM_SCALE = tl.constexpr(2.0**-24)  # as many terms as fp32 can count
+SUM_UNIT = tl.constexpr(2.0**24)
+LARGEST = tl.constexpr(3.4028234663852886e38)
+
 
 @triton.jit
 def cap_log_ratio(x):
@@ -38,9 +46,27 @@ def cap_log_ratio(x):
 
 
 @triton.jit
+def cap_ess_ratio(ratio):
+    return tl.minimum(tl.maximum(ratio, 1.0 / ESS_RATIO_CAP), ESS_RATIO_CAP)
+
+
+@triton.jit
 def k3(x):
-    """exp(x) - 1 - x, never negative in exact arithmetic."""
-    return expm1(cap_log_ratio(x)) - x
+    """exp(x) - 1 - x, never negative in exact arithmetic, also beyond the cap."""
+    return expm1(cap_log_ratio(x)) - tl.minimum(x, LOG_RATIO_CAP)
+
+
+@triton.jit
+def saturate(x):
+    """The largest number in place of what is larger; NaN stays NaN."""
+    return tl.where(x > LARGEST, LARGEST, tl.where(x < -LARGEST, -LARGEST, x))
+
+
+@triton.jit
+def load_finite(ptr, valid):
+    """A factor of a loss term; an infinite one is NaN, so that it doesn't pass for saturated."""
+    x = tl.load(ptr, mask=valid, other=0.0)
+    return tl.where(tl.abs(x) == float("inf"), float("nan"), x)
 
 
 @triton.jit
@@ -73,6 +99,12 @@ def total(partials_ptr, B, BLOCK_B: tl.constexpr):
 
 
 @triton.jit
+def per(x, count):
+    """x / count, exactly 1 where they are equal; 0 for none."""
+    return tl.math.div_rn(x, tl.maximum(count, 1.0))
+
+
+@triton.jit
 def largest(partials_ptr, sign, B, BLOCK_B: tl.constexpr):
     """Maximum of sign * x over one column of the table of partial sums."""
     acc = tl.full([BLOCK_B], float("-inf"), tl.float32)
@@ -101,12 +133,11 @@ def finish(
     else:
         denominator = tl.maximum(sequences, 1.0)
     tl.store(inv_denominator_ptr, 1.0 / denominator)
-    tl.store(loss_ptr, total(partials_ptr + LOSS, B, BLOCK_B) / denominator)
+    loss = total(partials_ptr + LOSS, B, BLOCK_B) / denominator * SUM_UNIT
+    tl.store(loss_ptr, saturate(loss))
 
-    per_token = 1.0 / tl.maximum(tokens, 1.0)
     ratios = total(partials_ptr + RATIO_COUNT, B, BLOCK_B)
-    per_ratio = 1.0 / tl.maximum(ratios, 1.0)
-    ratio_mean = total(partials_ptr + RATIO_SUM, B, BLOCK_B) * per_ratio
+    ratio_sum = total(partials_ptr + RATIO_SUM, B, BLOCK_B)
     ratio_min = -largest(partials_ptr + RATIO_MIN, -1.0, B, BLOCK_B)
     ratio_max = largest(partials_ptr + RATIO_MAX, 1.0, B, BLOCK_B)
     clipped_sequences = total(partials_ptr + CLIPPED_SEQUENCE, B, BLOCK_B)
@@ -116,19 +147,21 @@ def finish(
     ess_square_sum = total(partials_ptr + ESS_SQUARE_SUM, B, BLOCK_B)
     # an empty batch reports what an on-policy one would
     some = ratios > 0
-    ess = ess_sum * per_ratio * (ess_sum / tl.where(some, ess_square_sum, 1.0))
-    tl.store(stats_ptr + 0, tl.where(some, ratio_mean, 1.0))
+    ess = per(ess_sum, ratios) * tl.math.div_rn(ess_sum, tl.where(some, ess_square_sum, 1.0))
+    tl.store(stats_ptr + 0, tl.where(some, per(ratio_sum, ratios) * SUM_UNIT, 1.0))
     tl.store(stats_ptr + 1, tl.where(some, ratio_min, 1.0))
     tl.store(stats_ptr + 2, tl.where(some, ratio_max, 1.0))
-    tl.store(stats_ptr + 3, clipped_sequences / tl.maximum(sequences, 1.0))
-    tl.store(stats_ptr + 4, (clipped_low + clipped_high) * per_token)
-    tl.store(stats_ptr + 5, clipped_low * per_token)
-    tl.store(stats_ptr + 6, clipped_high * per_token)
-    tl.store(stats_ptr + 7, total(partials_ptr + OLD_MINUS_NEW, B, BLOCK_B) * per_token)
-    tl.store(stats_ptr + 8, total(partials_ptr + K3, B, BLOCK_B) * per_token)
+    tl.store(stats_ptr + 3, per(clipped_sequences, sequences))
+    tl.store(stats_ptr + 4, per(clipped_low + clipped_high, tokens))
+    tl.store(stats_ptr + 5, per(clipped_low, tokens))
+    tl.store(stats_ptr + 6, per(clipped_high, tokens))
+    old_minus_new = total(partials_ptr + OLD_MINUS_NEW, B, BLOCK_B)
+    tl.store(stats_ptr + 7, per(old_minus_new, tokens) * SUM_UNIT)
+    tl.store(stats_ptr + 8, per(total(partials_ptr + K3, B, BLOCK_B), tokens) * SUM_UNIT)
     tl.store(stats_ptr + 9, tl.where(some, ess, 1.0))
-    tl.store(stats_ptr + 10, total(partials_ptr + ACTIVE, B, BLOCK_B) * per_token)
-    tl.store(stats_ptr + 11, total(partials_ptr + REF_KL, B, BLOCK_B) * per_token)
+    tl.store(stats_ptr + 10, per(total(partials_ptr + ACTIVE, B, BLOCK_B), tokens))
+    ref_kl = per(total(partials_ptr + REF_KL, B, BLOCK_B), tokens) * SUM_UNIT
+    tl.store(stats_ptr + 11, saturate(ref_kl))
 
 
 @triton.jit
@@ -168,13 +201,13 @@ def policy_loss_fwd_kernel(
         rows = first + start + t
         valid = load_valid(mask_ptr, rows, start + t < length)
         count += tl.where(valid, 1.0, 0.0)
-        log_ratio_sum += difference(log_probs_ptr, old_log_probs_ptr, rows, valid)
+        log_ratio_sum += SUM_SCALE * difference(log_probs_ptr, old_log_probs_ptr, rows, valid)
         if ROLLOUT_WEIGHT_PER_TOKEN:
-            rollout_sum += tl.load(rollout_weights_ptr + rows, mask=valid, other=0.0)
+            rollout_sum += load_finite(rollout_weights_ptr + rows, valid)
     n = tl.sum(count, axis=0)
     log_ratio_total = tl.sum(log_ratio_sum, axis=0)
     inv_n = 1.0 / tl.maximum(n, 1.0)
-    sequence_log_ratio = log_ratio_total * inv_n
+    sequence_log_ratio = log_ratio_total * inv_n * SUM_UNIT
     tl.store(log_ratio_ptr + b, sequence_log_ratio)
     sequence_ratio = tl.exp(cap_log_ratio(sequence_log_ratio))
 
@@ -188,9 +221,9 @@ def policy_loss_fwd_kernel(
     if RATIO_LEVEL == "token":
         tl.store(row_ptr + RATIO_COUNT, n)
     else:
-        ess_ratio = tl.where(is_some, tl.minimum(sequence_ratio, ESS_RATIO_CAP), 0.0)
+        ess_ratio = tl.where(is_some, cap_ess_ratio(sequence_ratio), 0.0)
         tl.store(row_ptr + RATIO_COUNT, sequences)
-        tl.store(row_ptr + RATIO_SUM, tl.where(is_some, sequence_ratio, 0.0))
+        tl.store(row_ptr + RATIO_SUM, tl.where(is_some, SUM_SCALE * sequence_ratio, 0.0))
         tl.store(row_ptr + RATIO_MIN, tl.where(is_some, sequence_ratio, float("inf")))
         tl.store(row_ptr + RATIO_MAX, tl.where(is_some, sequence_ratio, float("-inf")))
         tl.store(row_ptr + ESS_SUM, ess_ratio)
@@ -201,13 +234,13 @@ def policy_loss_fwd_kernel(
         weight = inv_n
     advantage = tl.zeros([BLOCK_T], tl.float32)
     if not ADVANTAGE_PER_TOKEN:
-        advantage += tl.load(advantages_ptr + b)
+        advantage += load_finite(advantages_ptr + b, True)
     rollout_weight = tl.full([BLOCK_T], 1.0, tl.float32)
     rollout_mean = 1.0
     if ROLLOUT_WEIGHT_PER_TOKEN:
         rollout_mean = tl.sum(rollout_sum, axis=0) * inv_n
     elif rollout_weights_ptr is not None:
-        rollout_mean = tl.load(rollout_weights_ptr + b)
+        rollout_mean = load_finite(rollout_weights_ptr + b, True)
         rollout_weight *= rollout_mean
 
     # loss terms and g
@@ -233,18 +266,18 @@ def policy_loss_fwd_kernel(
             log_ratio = tl.where(valid, sequence_log_ratio, 0.0)
         ratio = tl.exp(cap_log_ratio(log_ratio))
         if ADVANTAGE_PER_TOKEN:
-            advantage = tl.load(advantages_ptr + rows, mask=valid, other=0.0)
+            advantage = load_finite(advantages_ptr + rows, valid)
         if ROLLOUT_WEIGHT_PER_TOKEN:
-            rollout_weight = tl.load(rollout_weights_ptr + rows, mask=valid, other=0.0)
+            rollout_weight = load_finite(rollout_weights_ptr + rows, valid)
         is_high = valid & (advantage > 0) & (log_ratio > log_clip_high)
         is_low = valid & (advantage < 0) & (log_ratio < log_clip_low)
         bound = tl.where(is_high, 1.0 + clip_high, 1.0 - clip_low)
         is_clipped = is_high | is_low
-        surrogate = tl.where(is_clipped, bound, ratio) * advantage
-        loss_term = -surrogate * rollout_weight
+        # weights first: what fits into fp32 in the end fits on the way, and no inf meets a 0
+        loss_term = -(tl.where(is_clipped, bound, ratio) * weight) * (advantage * rollout_weight)
         # every token's rollout weight reaches every token through the sequence's one ratio
         g_weight = rollout_mean if RATIO_LEVEL == "sequence" else rollout_weight
-        g = tl.where(is_clipped, 0.0, -ratio * advantage * g_weight)
+        g = tl.where(is_clipped, 0.0, -(ratio * weight) * (advantage * g_weight))
         if ref_log_probs_ptr is not None:
             delta = difference(log_probs_ptr, ref_log_probs_ptr, rows, valid)
             if KL_ESTIMATOR == "k1":
@@ -252,24 +285,25 @@ def policy_loss_fwd_kernel(
                 ref_kl_grad = 1.0
             elif KL_ESTIMATOR == "k2":
                 ref_kl = 0.5 * delta * delta
-                ref_kl_grad = delta
+                ref_kl_grad = saturate(delta)
             else:
                 ref_kl = k3(-delta)
                 ref_kl_grad = -expm1(cap_log_ratio(-delta))
-            ref_kl_sum += tl.where(valid, ref_kl, 0.0)
-            loss_term += kl_coef * ref_kl
-            g += kl_coef * ref_kl_grad
-        g = tl.where(valid, g * weight, 0.0)
+            ref_kl = saturate(ref_kl)
+            ref_kl_sum += tl.where(valid, SUM_SCALE * ref_kl, 0.0)
+            loss_term += (kl_coef * weight) * ref_kl
+            g += (kl_coef * weight) * ref_kl_grad
+        g = tl.where(valid, saturate(g), 0.0)
         tl.store(g_ptr + rows, g, mask=in_range)
 
-        loss += tl.where(valid, loss_term * weight, 0.0)
+        loss += tl.where(valid, SUM_SCALE * saturate(loss_term), 0.0)
         clipped_low += tl.where(is_low, 1.0, 0.0)
         clipped_high += tl.where(is_high, 1.0, 0.0)
-        k3_sum += k3(token_log_ratio)
+        k3_sum += SUM_SCALE * k3(token_log_ratio)
         active += tl.where(g != 0, 1.0, 0.0)
         if RATIO_LEVEL == "token":
-            ess_ratio = tl.where(valid, tl.minimum(ratio, ESS_RATIO_CAP), 0.0)
-            ratio_sum += tl.where(valid, ratio, 0.0)
+            ess_ratio = tl.where(valid, cap_ess_ratio(ratio), 0.0)
+            ratio_sum += tl.where(valid, SUM_SCALE * ratio, 0.0)
             ratio_min = tl.minimum(ratio_min, tl.where(valid, ratio, float("inf")))
             ratio_max = tl.maximum(ratio_max, tl.where(valid, ratio, float("-inf")))
             ess_sum += ess_ratio

@@ -18,6 +18,7 @@ from gspo_ops.testing import OBJECTIVES, log_ratios, relative, worst
 pytestmark = [
     pytest.mark.kernels,
     pytest.mark.filterwarnings("ignore:aggregation=.* weights sequences by their length"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in"),  # of the interpreter's numpy
 ]
 
 LEVELS = {"sequence": (3e-4, 4e-4), "sequence_token": (3e-4, 4e-4), "token": (0.2, 0.27)}
@@ -157,6 +158,17 @@ def test_on_policy_is_exact(device):
         assert torch.equal(log_probs.grad != 0, live)
 
 
+@pytest.mark.parametrize(("level", "shape"), [("sequence", (41, 1)), ("token", (1, 41))])
+def test_on_policy_is_exact_for_every_count(device, level, shape):
+    """41 * (1 / 41) is not 1 in fp32."""
+    log_probs = torch.full(shape, -1.0, device=device)
+    advantages = torch.ones(shape[0], device=device)
+    objective = make_objective(level)
+    _, stats = policy_loss_from_log_probs(log_probs, None, advantages, objective=objective)
+    for name in ("ratio_mean", "effective_sample_size", "active_token_frac"):
+        assert stats[name].item() == 1.0
+
+
 @pytest.mark.parametrize("T", [1, 1023, 1025, 131072])
 @pytest.mark.parametrize("level", LEVELS)
 def test_long_and_short_sequences(device, level, T):
@@ -193,6 +205,69 @@ def test_huge_log_ratios_stay_finite(device, level, log_ratio, sign):
     assert stats["effective_sample_size"].isfinite()
 
 
+def at_the_cap(log_ratio, advantage, dtype=torch.float32, device="cpu", **options):
+    """Loss, stats and gradient of two sequences of 4096 tokens with one log-ratio."""
+    log_probs = torch.full((2, 4096), -1.0, dtype=dtype, device=device, requires_grad=True)
+    loss, stats = policy_loss_from_log_probs(
+        log_probs, log_probs.detach() - log_ratio,
+        torch.full((2,), advantage, dtype=dtype, device=device), **options,
+    )  # fmt: skip
+    return loss.detach(), stats, torch.autograd.grad(loss, log_probs)[0]
+
+
+@pytest.mark.parametrize("log_ratio", [1e3, -1e3, 1e38])
+@pytest.mark.parametrize("level", LEVELS)
+def test_sums_that_fit_after_the_division_do_not_overflow(device, level, log_ratio):
+    for aggregation in AGGREGATIONS:
+        objective = make_objective(level, aggregation)
+        loss, stats, grad = at_the_cap(log_ratio, -1.0, device=device, objective=objective)
+        exact = at_the_cap(log_ratio, -1.0, torch.float64, device, objective=objective)
+        largest = torch.finfo(torch.float32).max
+        torch.testing.assert_close(loss, exact[0].clamp(max=largest).float(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(grad, exact[2].float(), rtol=1e-6, atol=0)
+        for name, value in exact[1].items():
+            torch.testing.assert_close(stats[name], value.float(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_fp32_cannot_hold_saturates(device, level):
+    """A token's share of the loss, its gradient before the division by D, and the loss."""
+    largest, advantage = torch.finfo(torch.float32).max, 3e4
+    too_large = math.exp(80) * advantage
+    expected = {  # loss, and the gradient of each token
+        "seq-mean-token-mean": (largest, too_large / 4096 / 2),
+        "token-mean": (largest, largest / 8192),
+        "seq-mean-token-sum": (largest, largest / 2),
+        "token-sum": (largest, largest),
+    }
+    for aggregation, (value, g) in expected.items():
+        objective = make_objective(level, aggregation)
+        loss, _, grad = at_the_cap(100.0, -advantage, device=device, objective=objective)
+        assert loss.item() == value
+        torch.testing.assert_close(grad, torch.full_like(grad, g), rtol=1e-6, atol=0)
+    # an infinite advantage or weight is not taken for one of these
+    weights = torch.full((2,), math.inf, device=device)
+    for bad in ({"advantage": math.inf}, {"advantage": 1.0, "rollout_weights": weights}):
+        loss, _, grad = at_the_cap(0.0, **bad, device=device, objective=make_objective(level))
+        assert loss.isnan()
+        assert grad.isnan().all()
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_an_infinite_kl_saturates(device, estimator):
+    log_probs = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]], device=device, requires_grad=True)
+    ref = torch.tensor([[-1.0, -math.inf], [-3.0, torch.finfo().min]], device=device)
+    inputs = log_probs, log_probs.detach() - 0.1, torch.tensor([1.0, -1.0], device=device)
+    without = policy_loss_from_log_probs(*inputs, objective=GRPO())
+    for coef in (0.0, 3.0):
+        objective = GRPO(kl_coef=coef, kl_estimator=estimator)
+        loss, stats = policy_loss_from_log_probs(*inputs, objective=objective, ref_log_probs=ref)
+        assert loss.isfinite()
+        assert stats["ref_kl"].isfinite()
+        assert torch.autograd.grad(loss, log_probs)[0].isfinite().all()
+        assert coef or torch.equal(loss, without.loss)
+
+
 def test_masked_positions_may_hold_anything(device):
     inputs = make_inputs(device, GSPO(kl_coef=0.1), False, ref=True, weights="token")
     clean = policy_loss_from_log_probs(**inputs)
@@ -206,6 +281,48 @@ def test_masked_positions_may_hold_anything(device):
         assert torch.equal(value, poisoned.stats[name]), name
     assert (inputs["log_probs"].grad[~inputs["mask"]] == 0).all()
     assert inputs["log_probs"].grad.isfinite().all()
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_masked_positions_may_hold_anything_with_a_user_s_objective(device, per_token):
+    """Of which every term reads every row, so that a NaN would come back to all of them."""
+
+    def coupled(log_probs, old_log_probs, advantages, sequence_ids):
+        return -(log_probs - old_log_probs).mean().exp() * advantages + log_probs.square().sum()
+
+    inputs = make_inputs(device, GSPOToken(), False, weights="token")
+    inputs["objective"] = coupled
+    empty = ~inputs["mask"].any(1)
+    if not per_token:
+        for name in ("advantages", "rollout_weights"):
+            inputs[name] = inputs[name][:, 0]
+    log_probs = inputs.pop("log_probs")
+    results = []
+    for garbage in (0.0, math.nan, math.inf):
+        poisoned = {
+            name: x.masked_fill(~inputs["mask"] if x.ndim == 2 else empty, garbage)
+            if name in ("old_log_probs", "advantages", "rollout_weights")
+            else x
+            for name, x in inputs.items()
+        }
+        x = log_probs.masked_fill(~inputs["mask"], garbage).requires_grad_()
+        loss, stats = policy_loss_from_log_probs(x, **poisoned)
+        loss.backward()
+        results.append((loss, x.grad, *stats.values()))
+    assert results[0][1].isfinite().all()
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_user_s_large_terms_do_not_overflow(device):
+    def large(log_probs, old_log_probs, advantages, sequence_ids):
+        return (log_probs - old_log_probs).exp() * -advantages
+
+    large.aggregation = "token-mean"
+    loss, _, grad = at_the_cap(80.0, -1.0, device=device, objective=large)
+    assert loss.item() == pytest.approx(math.exp(80), rel=1e-5)
+    torch.testing.assert_close(grad, torch.full_like(grad, math.exp(80) / 8192), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)

@@ -175,6 +175,26 @@ def hidden_log_probs_and_entropy(x: Batch) -> tuple[Tensor, ...]:
     )
 
 
+def batch_results(x: Batch) -> tuple[Tensor, ...]:
+    """What is computed of a batch before its loss."""
+    token_mean = gspo_ops.GRPO(aggregation="token-mean")
+    return (
+        gspo_ops.group_advantages(x.targets.flatten(), T),
+        gspo_ops.group_advantages(x.advantages, group_ids=x.targets[0]),
+        gspo_ops.global_denominator([{"mask": x.mask}]),
+        gspo_ops.global_denominator([{"cu_seqlens": cu_seqlens(x)}], objective=token_mean),
+    )
+
+
+def reference_results(x: Batch) -> tuple[Tensor, ...]:
+    loss, stats = gspo_ops.reference.policy_loss_from_hidden(
+        x.hidden, x.weight, x.targets, x.old_log_probs, x.advantages, mask=x.mask,
+        objective=gspo_ops.GSPO(kl_coef=0.1), ref_log_probs=x.old_log_probs - 0.1,
+        rollout_weights=x.advantages.abs(), return_entropy=True, **SOFTMAX,
+    )  # fmt: skip
+    return loss, *stats.values()
+
+
 class Case(NamedTuple):
     call: Callable[[Batch], tuple[Tensor, ...]]
     leaf: str  # the field of Batch that is differentiated
@@ -199,7 +219,8 @@ class Case(NamedTuple):
         """A scalar whose derivative by each output element is different."""
         total = outputs[0].new_zeros(())
         for y in outputs[: self.differentiable]:
-            total = total + (y * torch.linspace(0.5, 1.5, y.numel()).to(y).view(y.shape)).sum()
+            weights = torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype, device=y.device)
+            total = total + (y * weights.view(y.shape)).sum()
         return total
 
 
@@ -225,11 +246,12 @@ CASES = [
     Case(from_hidden_on_policy, "hidden"),
 ]
 all_cases = pytest.mark.parametrize("case", CASES, ids=repr)
-with_own_objective = pytest.mark.parametrize(
-    "case",
-    [*CASES, Case(own_objective, "logits"), Case(own_objective_from_hidden, "weight")],
-    ids=repr,
-)
+WITH_OWN_OBJECTIVE = [
+    *CASES,
+    Case(own_objective, "logits"),
+    Case(own_objective_from_hidden, "weight"),
+]
+with_own_objective = pytest.mark.parametrize("case", WITH_OWN_OBJECTIVE, ids=repr)
 
 
 def assert_same_bits(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
@@ -581,6 +603,27 @@ def test_autocast_changes_nothing(case, dtype, device):
     expected = case.results(x)
     with torch.autocast(device.type, torch.bfloat16):
         assert_same_bits(case.results(x), expected)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16] if INTERPRETED else [torch.bfloat16, torch.float16, torch.float64],
+    ids=str,
+)
+def test_defaults_of_the_process_change_nothing(dtype, device):
+    """Neither the default dtype nor the default device; what is made on `meta` can't be used."""
+    x = make_batch(device=device)
+    calls = [case.results for case in WITH_OWN_OBJECTIVE] + [batch_results, reference_results]
+    expected = [call(x) for call in calls]
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            actual = [call(x) for call in calls]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, e in zip(actual, expected, strict=True):
+        assert_same_bits(a, e)
 
 
 @pytest.mark.kernels

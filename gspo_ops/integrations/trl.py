@@ -135,11 +135,11 @@ class GSPOTrainer(GRPOTrainer):
         is_training = self.model.training
         steps = self.current_gradient_accumulation_steps if is_training else 1
         if self.loss_type == "bnpo":
-            return mask.sum().clamp(min=1.0) * float(steps)
+            return mask.sum().float().clamp(min=1.0) * float(steps)
         if self.loss_type == "dr_grpo":
             return float(len(mask) * self.max_completion_length * steps)
         if self.loss_type == "dapo":
-            items = inputs["num_items_in_batch"].clamp(min=1.0).float()
+            items = inputs["num_items_in_batch"].float().clamp(min=1.0)
             items = items / self.accelerator.num_processes  # which average their gradients
             return items * (steps / self.args.steps_per_generation) if is_training else items
         return float(len(mask) * steps)

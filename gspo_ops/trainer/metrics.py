@@ -27,7 +27,7 @@ def combine(parts: Sequence[Mapping[str, Tensor | float]]) -> Row:
     """
     row = {}
     for name in parts[0] if parts else ():
-        values = torch.stack([torch.as_tensor(part[name]).double() for part in parts])
+        values = torch.stack([torch.as_tensor(part[name], dtype=torch.float64) for part in parts])
         if name in _SUMS:
             value = values.sum()
         elif name == "ratio_min":

@@ -113,9 +113,10 @@ class Sampler:
                 self.model,
                 lambda: [self.respond(list(b), samples, generator).rewards.mean(1) for b in bar],
             )
-        mine = torch.cat([torch.empty(0), *(r.cpu() for r in rewards)])
+        none = torch.empty(0, dtype=torch.float32, device="cpu")
+        mine = torch.cat([none, *(r.cpu() for r in rewards)])
         mine = mine.view(len(held_out), samples).mean(1)
-        found = torch.empty(len(self.task.held_out))
+        found = none.new_empty(len(self.task.held_out))
         for rank, part in enumerate(ranks.gather(mine)):
             found[rank :: ranks.size] = part
         return found
@@ -154,7 +155,7 @@ class Sampler:
             answers = self.texts(turn)
             rewards.append(self._rewards(answers, asked))
             rollout = append_turn(rollout, questions, turn, self.vocabulary.pad_id)
-        scored = torch.tensor(rewards, device=self.model.device).float().mT
+        scored = torch.tensor(rewards, dtype=torch.float32, device=self.model.device).mT
         return Groups(problems, rollout, scored)
 
     def prompt_tokens(self, problem: Problem) -> list[int]:
