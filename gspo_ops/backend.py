@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -75,38 +74,68 @@ def graph_is_kept() -> bool:
     return query is None or query()
 
 
-@contextlib.contextmanager
-def exact_matmul(device: torch.device) -> Iterator[None]:
-    """Products in the dtype of their operands, added up in fp32, whatever the caller allows.
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Keep the caller's autocast out; it belongs to the thread, so nobody else notices."""
+    return torch.autocast(device.type, enabled=False)
 
-    No TF32, no partial sums in bfloat16, no autocast.
+
+def rounds_fp32(device: torch.device) -> bool:
+    """Whether the process lets products of float32 be rounded there, as to TF32 or bfloat16.
+
+    These settings belong to the process: they are read, and left as they are.
     """
-    cuda = torch.backends.cuda.matmul
-    settings: list[tuple[Any, str, Any]] = [(cuda, "allow_bf16_reduced_precision_reduction", False)]
-    if hasattr(cuda, "fp32_precision"):  # torch >= 2.9
-        backends: tuple[Any, ...] = cuda, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-        settings += [(backend, "fp32_precision", "ieee") for backend in backends]
-        older = None
-    else:
+    is_cpu = device.type == "cpu"
+    backend = torch.backends.mkldnn if is_cpu else torch.backends.cuda
+    # torch >= 2.9
+    precision = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
+    if precision is None:
         older = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-    before = [getattr(where, name) for where, name, _ in settings]
-    for where, name, value in settings:
-        setattr(where, name, value)
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for (where, name, _), value in zip(settings, before, strict=True):
-            setattr(where, name, value)
-        if older is not None:
-            torch.set_float32_matmul_precision(older)
+        precision = {"high": "tf32", "medium": "bf16"}.get(older, "ieee")
+    if not is_cpu:
+        return precision == "tf32"
+    # a CPU rounds where it has instructions for it
+    return (precision == "bf16" and has_bf16(device)) or (
+        precision == "tf32" and getattr(torch.cpu, "_is_amx_fp16_supported", lambda: True)()
+    )
 
 
-def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, accumulated and returned in fp32 (float64 for float64)."""
-    if a.dtype in (torch.float32, torch.float64):
-        return torch.mm(a, b)
-    if a.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):  # torch >= 2.8
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float())
+def matmul_fp32(a: Tensor, b: Tensor, *, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """a @ b, multiplied exactly and added up in fp32 (float64 for float64), whatever is allowed.
+
+    The product goes to `out`, of any dtype, or is added to it.
+    """
+    dtype = compute_dtype(a.dtype)
+    is_rounded = dtype == torch.float32 and rounds_fp32(a.device)
+    is_narrow = a.dtype.itemsize == 2
+    # on a GPU, sums that end in 16 bits may be made in them
+    is_direct = not a.is_cuda if is_narrow else not is_rounded
+    if out is not None and out.dtype == a.dtype and is_direct:
+        return out.addmm_(a, b, beta=int(add))
+    if is_narrow and _has_fp32_products(a):
+        product = torch.mm(a, b, out_dtype=torch.float32)
+    else:
+        exact = torch.float64 if is_rounded else dtype  # which nobody rounds
+        product = torch.mm(a.to(exact), b.to(exact)).to(dtype)
+    if out is None:
+        return product
+    return out.add_(product) if add else out.copy_(product)
+
+
+def _has_fp32_products(x: Tensor) -> bool:
+    """Whether torch multiplies this 16-bit dtype to fp32, and no setting makes the sums coarser."""
+    if not x.is_cuda or not hasattr(torch.ops.aten.mm, "dtype"):  # torch >= 2.8
+        return False
+    return x.dtype == torch.bfloat16 or not getattr(
+        torch.backends.cuda.matmul, "allow_fp16_accumulation", False
+    )
+
+
+@operator(
+    "matmul(Tensor a, Tensor b) -> Tensor",
+    lambda a, b: a.new_empty(a.shape[0], b.shape[1], dtype=compute_dtype(a.dtype)),
+)
+def exact_matmul(a, b):
+    """The same of dtypes that may differ, for autograd.Functions."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    with no_autocast(a.device):
+        return matmul_fp32(a.to(dtype), b.to(dtype)).to(compute_dtype(a.dtype))

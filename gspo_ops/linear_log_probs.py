@@ -17,7 +17,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from .backend import compute_dtype, operator, refuse_graph, use_triton
+from .backend import compute_dtype, exact_matmul, operator, refuse_graph, use_triton
 from .head import (
     LoRA,
     PlanName,
@@ -195,14 +195,31 @@ def make_head(
     lora: LoRA | None,
     mask: Tensor | None,
 ) -> Head:
-    """The operands; with LoRA, hidden @ a^T is left to autograd."""
+    """The operands; with LoRA, hidden @ a^T is a node of its own."""
     if lora is None:
         return Head(hidden, weight, bias, None, None)
     clean = hidden if mask is None else torch.where((mask != 0).unsqueeze(-1), hidden, 0.0)
     dtype = compute_dtype(product_dtype(hidden, weight))
-    with torch.autocast(hidden.device.type, enabled=False):
-        x = clean.reshape(-1, hidden.shape[-1]).to(dtype) @ lora.a.to(dtype).mT * lora.scale
+    x = _ExactProduct.apply(clean.reshape(-1, hidden.shape[-1]), lora.a).to(dtype) * lora.scale
     return Head(hidden, weight, bias, x, lora.b)
+
+
+class _ExactProduct(torch.autograd.Function):
+    """x @ a^T, forwards and backwards in fp32, whatever the process allows."""
+
+    @staticmethod
+    def forward(ctx, x, a):  # type: ignore[override]
+        ctx.save_for_backward(x, a)
+        return exact_matmul(x, a.mT)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        x, a = ctx.saved_tensors
+        needs_x, needs_a = ctx.needs_input_grad
+        return (
+            exact_matmul(grad, a).to(x.dtype) if needs_x else None,
+            exact_matmul(grad.mT, x).to(a.dtype) if needs_a else None,
+        )
 
 
 def resolve_products(products: Products, hidden: Tensor) -> str:

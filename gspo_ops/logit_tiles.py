@@ -8,18 +8,28 @@ epilogues) and `TritonTiles` (Triton products). The derivation stands in
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .backend import compute_dtype, device_guard, exact_matmul, matmul_fp32
+from .backend import compute_dtype, device_guard, matmul_fp32, no_autocast
 from .head import Wanted, grad_product_dtype, product_dtype
-from .log_probs import checked_targets, entropy_of, loadable, minus_softplus, times_exp
+from .log_probs import (
+    checked_targets,
+    entropy_of,
+    loadable,
+    minus_softplus,
+    sigmoid,
+    times_exp,
+)
 from .parallel import VocabShard, gathered_rows, summed
+from .threads import for_each
 
 SHIFT_LIMIT = 64.0  # exponents beyond it, in powers of two, are shifted; as in the kernels
 LN_2 = math.log(2.0)
@@ -224,7 +234,7 @@ def forward(
     `kept` receives the exponentials of those where grad_mask is non-zero, too.
     """
     targets = targets.reshape(-1)
-    with exact_matmul(targets.device), device_guard(head.hidden):
+    with no_autocast(targets.device), device_guard(head.hidden):
         rows = Rows.of(None if mask is None else mask.reshape(-1) != 0, options)
         tiles = make_tiles(head, targets, rows, options)
         keep = None if grad_mask is None else rows.take(grad_mask.reshape(-1) != 0)
@@ -276,7 +286,7 @@ def backward(
     live = g != 0 if h is None else (g != 0) | (h != 0)
     if mask is not None:
         live &= mask
-    with exact_matmul(targets.device), device_guard(head.hidden):
+    with no_autocast(targets.device), device_guard(head.hidden):
         row_grads, wanted = _row_grads(stats, g, h, options)
         row_grads = RowGrads(*(torch.where(live, x, 0.0) for x in row_grads))
         worked_on = Rows.of(mask, options)
@@ -296,7 +306,7 @@ def _row_grads(
 ) -> tuple[RowGrads, Exponentials]:
     """d loss / d logits for d loss / d log_prob = g and d loss / d entropy = h."""
     d = stats.log_odds(options.scale)
-    q = torch.sigmoid(d)
+    q = sigmoid(d)
     rho = torch.where(stats.row_sum == 0, 0.0, q / stats.row_sum)
     at_target = g * q / options.temperature
     if h is None:
@@ -320,14 +330,15 @@ def make_tiles(head: Head, targets: Tensor, rows: Rows, options: Options) -> Tor
 
 
 class TorchTiles:
-    """Tiles of logits of some rows, in torch; small ones, that stay in cache."""
+    """Tiles of logits of some rows, in torch; small ones, that stay in the cache of one core."""
 
-    ROWS = 1024
+    ROWS = 256
     LEAST_ROWS = 16  # of products that make logits
     LEAST_GRAD_ROWS = 4  # of those that make gradients of rows
     COLUMNS = SUMS = 1024  # of a tile, and of an entry of `Sums`
     GRAD_ELEMENTS = 1 << 22  # of a tile for the products of the backward
-    GRAD_COLUMNS = 8192
+    GRAD_WIDTH = 8192
+    GRAD_ROWS = GRAD_COLUMNS = 512  # of the output of a product of one thread
 
     def __init__(self, head: Head, targets: Tensor, rows: Rows, options: Options) -> None:
         self.weight, self.bias = head.weight, head.bias
@@ -345,7 +356,7 @@ class TorchTiles:
         self.targets = options.shard.local(targets, self.V)  # (n,)
         self.live = rows.live
         self.count = rows.count
-        self.buffer = torch.empty(0, dtype=self.stats_dtype, device=self.x.device)
+        self.local = threading.local()  # a buffer for each thread
 
     @property
     def n(self) -> int:
@@ -369,9 +380,12 @@ class TorchTiles:
         """The same where the target is among this rank's columns."""
         out = self.x.new_empty(self.n, dtype=self.stats_dtype)
         y = self.targets.clamp(min=0)
-        for r in slices(self.n, self.ROWS):
+
+        def dot(r: slice) -> None:
             w = self.weight.index_select(0, y[r]).to(self.dtype)
             out[r] = _row_sum(self.x[r].to(self.dtype) * w)
+
+        for_each(dot, slices(self.n, self.ROWS), self.x.device)
         if self.bias is not None:
             out += self.bias[y]
         if self.lora is not None:
@@ -382,15 +396,18 @@ class TorchTiles:
     def exponentials(self, base: Tensor, kept: Kept, keep: Tensor | None) -> Sums:
         """Sums over each row's exponentials but for its target's; `kept` receives them."""
         sums = self._empty_sums(base)
-        for j, c in enumerate(slices(self.V, self.COLUMNS)):
+
+        def fold(c: slice) -> None:
             head = self._head(c)
             for r in slices(self.n, self.ROWS):
                 e = kept.e[r, c.start : min(c.stop, kept.columns)]
                 self._fold(
                     self._logits(r, head), r, c, base[r],
                     e if c.start < kept.columns else None, None if keep is None else keep[r],
-                    *(None if x is None else x[j, r] for x in sums),
+                    *(None if x is None else x[c.start // self.COLUMNS, r] for x in sums),
                 )  # fmt: skip
+
+        for_each(fold, slices(self.V, self.COLUMNS), self.x.device)
         return sums
 
     def _empty_sums(self, base: Tensor) -> Sums:
@@ -410,7 +427,7 @@ class TorchTiles:
         weight, bias, lora_b = head
         z = self._product(self.x[r].to(self.dtype), weight)
         if self.lora is not None and lora_b is not None:
-            z.addmm_(self.lora[0][r], lora_b)
+            matmul_fp32(self.lora[0][r], lora_b, out=z, add=True)
         return z if bias is None else z.add_(bias)
 
     def _product(self, x: Tensor, w: Tensor) -> Tensor:
@@ -422,9 +439,10 @@ class TorchTiles:
         n = len(x)
         x = _with_rows(x, self.LEAST_ROWS)
         size = len(x) * w.shape[1]
-        if self.buffer.numel() < size:
-            self.buffer = self.buffer.new_empty(size)
-        return torch.mm(x, w, out=self.buffer[:size].view(len(x), -1))[:n]
+        buffer = getattr(self.local, "buffer", None)
+        if buffer is None or buffer.numel() < size:
+            self.local.buffer = buffer = x.new_empty(size)
+        return matmul_fp32(x, w, out=buffer[:size].view(len(x), -1))[:n]
 
     def _hits(self, r: slice, c: slice) -> tuple[Tensor, Tensor]:
         """Rows and columns of the targets that lie in a tile, counted from its first ones."""
@@ -437,15 +455,15 @@ class TorchTiles:
         hit = self._hits(r, c)
         derivative = self._exponents(z, base, None, want_derivative=e is not None)
         z[hit] = -math.inf
-        top = z.amax(1)
+        top = z.amax(1) / LN_2
         shift.copy_(torch.where(top > SHIFT_LIMIT, top, 0.0))
         if shift.any():
-            z -= shift[:, None]
+            z -= shift[:, None] * LN_2
         a = None if log is None else z.clone()
-        z.exp2_()
+        z.exp_()
         total.copy_(_row_sum(z))
         if a is not None:
-            log.copy_(_row_sum(a.mul_(z).masked_fill_(z == 0, 0.0)))
+            log.copy_(_row_sum(a.mul_(z).masked_fill_(z == 0, 0.0)) / LN_2)
         if e is not None:
             if derivative is not None:
                 z *= derivative
@@ -456,16 +474,21 @@ class TorchTiles:
                 e[keep] = z[keep].to(e.dtype)
 
     def _exponents(self, z, base, shift, *, want_derivative: bool) -> Tensor | None:
-        """z becomes (softcap(z) - base) * scale - shift; returns softcap's derivative."""
+        """z becomes (softcap(z) - base) / temperature - shift * ln 2; returns softcap's derivative.
+
+        Not in powers of two: on a CPU torch.exp2 rounds a row's last elements in another way.
+        """
         derivative = None
         softcap = self.options.softcap
         if softcap is not None:
             z.div_(softcap).tanh_()
             derivative = 1.0 - z.square() if want_derivative else None
             z.mul_(softcap)
-        z.sub_(base[:, None]).mul_(self.options.scale)
-        if shift is not None:
-            z.sub_(shift[:, None])
+        z.sub_(base[:, None])
+        if self.options.temperature != 1.0:
+            z.div_(self.options.temperature)
+        if shift is not None and shift.any():
+            z.sub_(shift[:, None] * LN_2)
         return derivative
 
     def rescale(self, kept: Kept, shrink: Tensor) -> None:
@@ -518,11 +541,13 @@ class TorchTiles:
                     to.zero_()
         for c in self._grad_columns(kept.columns) if self.n else []:
             tile = self._tile(c, base, wanted, kept, among)
+            pieces = []
             for _, total, w, dtype in to_rows:
-                self._add_to_rows(total, tile, w[c].to(dtype))
+                pieces += self._row_pieces(total, tile, w[c].to(dtype))
             for (to, *_, adds), x in zip(to_columns, scaled, strict=True):
-                self._add_to_columns(to[c].view(len(to[c]), -1), tile, x, adds)
-            del tile  # before the next one is made
+                pieces += self._column_pieces(to[c].view(len(to[c]), -1), tile, x, adds)
+            for_each(lambda piece: piece(), pieces, self.x.device)
+            del tile, pieces  # before the next tile is made
         del scaled
         for to, x, *_ in to_columns if self.n else []:
             self._add_targets_to_columns(to.view(len(to), -1), x, at_target)
@@ -570,7 +595,7 @@ class TorchTiles:
     @classmethod
     def grad_width(cls, rows: int) -> int:
         """Columns of a tile for the products of the backward."""
-        width = min(cls.GRAD_ELEMENTS // max(rows, 1), cls.GRAD_COLUMNS)
+        width = min(cls.GRAD_ELEMENTS // max(rows, 1), cls.GRAD_WIDTH)
         return max(width // 128 * 128, 128)
 
     def _tile(self, c: slice, base: Tensor, wanted: Exponentials, kept: Kept, among: Rows) -> Tile:
@@ -578,8 +603,11 @@ class TorchTiles:
         if c.stop <= kept.columns:
             return self._kept_tile(kept.e[:, c], among)
         out = self.x.new_empty(self.n, c.stop - c.start, dtype=self.grad_dtype)
-        for part in _slices_of(c, self.COLUMNS):
+
+        def recompute(part: slice) -> None:
             self._recompute(part, base, wanted, out[:, part.start - c.start : part.stop - c.start])
+
+        for_each(recompute, _slices_of(c, self.COLUMNS), self.x.device)
         return Tile(out, None)
 
     def _kept_tile(self, e: Tensor, among: Rows) -> Tile:
@@ -599,33 +627,43 @@ class TorchTiles:
         derivative = self._exponents(z, base, wanted.shift, want_derivative=True)
         weight = None
         if wanted.slope is not None and wanted.constant is not None:
-            weight = z * wanted.slope[:, None] + wanted.constant[:, None]
-        z.exp2_()
+            weight = z * (wanted.slope[:, None] / LN_2) + wanted.constant[:, None]
+        z.exp_()
         if weight is not None:
             z.mul_(weight.masked_fill_(z == 0, 0.0))
         z[hit] = 0.0
         out.copy_(z if derivative is None else z.mul_(derivative))
+
+    def _row_pieces(self, out: Tensor, tile: Tile, w: Tensor) -> list[Callable[[], None]]:
+        """Of out += tile @ w."""
+        return [
+            partial(self._add_to_rows, out[r], Tile(tile.e[r], None), w)
+            for r in slices(len(out), self.GRAD_ROWS)
+        ]
+
+    def _column_pieces(
+        self, out: Tensor, tile: Tile, x: Tensor, add: bool
+    ) -> list[Callable[[], None]]:
+        """Of out = (or +=) tile^T @ x."""
+        return [
+            partial(self._add_to_columns, out[c], Tile(tile.e[:, c], None), x, add)
+            for c in slices(len(out), self.GRAD_COLUMNS)
+        ]
 
     def _add_to_rows(self, out: Tensor, tile: Tile, w: Tensor) -> None:
         # fewer rows are summed one column after the other, with errors 10 times as large
         least = self.LEAST_GRAD_ROWS if w.shape[1] > 1 else 0
         e = _with_rows(tile.e.to(w.dtype), least)
         if out.dtype == w.dtype and len(e) == len(out):
-            out.addmm_(e, w)
+            matmul_fp32(e, w, out=out, add=True)
         else:
             out.add_(self._grad_product(e, w)[: len(out)])
 
     def _add_to_columns(self, out: Tensor, tile: Tile, x: Tensor, add: bool) -> None:
-        e = tile.e.mT.to(x.dtype)
-        if out.dtype == x.dtype:
-            out.addmm_(e, x, beta=int(add))
-        elif add:
-            out.add_(matmul_fp32(e, x))
-        else:
-            out.copy_(matmul_fp32(e, x))
+        matmul_fp32(tile.e.mT.to(x.dtype), x, out=out, add=add)
 
     def _grad_product(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.mm(a, b)
+        return torch.mm(a, b) if a.dtype == torch.bfloat16 else matmul_fp32(a, b)
 
 
 def _with_rows(x: Tensor, least: int) -> Tensor:
@@ -668,6 +706,7 @@ class MatMulTiles(TorchTiles):
     LEAST_GRAD_ROWS = 0
     COLUMNS = SUMS = 8192
     GRAD_ELEMENTS = 1 << 26
+    GRAD_ROWS = GRAD_COLUMNS = 1 << 30
 
     def __init__(self, head: Head, targets: Tensor, rows: Rows, options: Options) -> None:
         super().__init__(head, targets, rows, options)
@@ -786,6 +825,14 @@ class TritonTiles(MatMulTiles):
                 self.options.scale, self.options.softcap,
                 **product_blocks("N", "V", "H", self.dtype),
             )  # fmt: skip
+
+    def _row_pieces(self, out: Tensor, tile: Tile, w: Tensor) -> list[Callable[[], None]]:
+        return [partial(self._add_to_rows, out, tile, w)]
+
+    def _column_pieces(
+        self, out: Tensor, tile: Tile, x: Tensor, add: bool
+    ) -> list[Callable[[], None]]:
+        return [partial(self._add_to_columns, out, tile, x, add)]
 
     def _add_to_rows(self, out: Tensor, tile: Tile, w: Tensor) -> None:
         from .kernels.linear_log_probs import dhidden_kernel
