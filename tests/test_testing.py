@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+import gspo_ops
 from gspo_ops import testing
 
 ROOT = Path(__file__).parent.parent
@@ -196,6 +198,24 @@ def test_contracts_from_hidden(device, dtype):
     assert {m.op for m in measured} == {"log_probs_from_hidden", "policy_loss_from_hidden"}
     for m in measured:
         assert m.ok, m
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="is about the interpreter")
+def test_interpreter_leaves_no_product_to_a_blas(monkeypatch):
+    """Some round a row by its place, and then a kernel seems to depend on the batch, or not to."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the BLAS of this machine takes part")
+
+    monkeypatch.setattr(np, "matmul", refuse)
+    hidden, weight, _ = testing.synthetic_head(1, 3, 16, 130, device=torch.device("cpu"))
+    targets = torch.tensor([0, 129, 64])
+    log_probs = gspo_ops.log_probs_from_hidden(hidden[0], weight, targets, products="triton")
+    expected = testing.reference.log_probs_from_hidden(
+        hidden[0].double(), weight.double(), targets
+    )
+    assert testing.worst(log_probs - expected) <= testing.BOUNDS["log_prob from hidden"]
 
 
 def test_the_cases_straddle_the_clip_edges():
