@@ -8,11 +8,13 @@ measured with every plan, and 16-bit gradients of theirs against those of eager 
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -879,3 +881,25 @@ def patch_interpreter() -> None:
 
     interpreter.InterpreterBuilder.create_dot = create_dot
     interpreter.InterpreterBuilder.cast_impl = cast_impl
+    _hasten_interpreter()
+
+
+def _hasten_interpreter() -> None:
+    """Halve its time: it patches the language anew for each launch and each call of a device
+    function, makes a table of dtypes for each dtype, and computes overflows that it never reports.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    for_good = SimpleNamespace(restore=lambda: None)
+    interpreter._patch_lang = lambda fn: for_good
+
+    of_scalar = functools.cache(interpreter._get_np_dtype)
+    pointer = np.dtype(np.uint64)
+    interpreter._get_np_dtype = lambda dtype: (
+        pointer if dtype.scalar.is_ptr() else of_scalar(dtype.scalar)
+    )
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(
+        sanitize_overflow=False
+    )

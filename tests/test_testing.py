@@ -212,9 +212,7 @@ def test_interpreter_leaves_no_product_to_a_blas(monkeypatch):
     hidden, weight, _ = testing.synthetic_head(1, 3, 16, 130, device=torch.device("cpu"))
     targets = torch.tensor([0, 129, 64])
     log_probs = gspo_ops.log_probs_from_hidden(hidden[0], weight, targets, products="triton")
-    expected = testing.reference.log_probs_from_hidden(
-        hidden[0].double(), weight.double(), targets
-    )
+    expected = testing.reference.log_probs_from_hidden(hidden[0].double(), weight.double(), targets)
     assert testing.worst(log_probs - expected) <= testing.BOUNDS["log_prob from hidden"]
 
 
