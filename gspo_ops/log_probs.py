@@ -443,6 +443,11 @@ def minus_softplus(d: Tensor, error: Tensor | None = None) -> Tensor:
     return 0.0 - (d.clamp(min=0) + y)
 
 
+def _sigmoid(d: Tensor) -> Tensor:
+    """torch.sigmoid rounds the last few of many elements otherwise than the others on a CPU."""
+    return 1.0 / (1.0 + d.neg().exp())
+
+
 def checked_targets(targets: Tensor, V: int, rows: Tensor | None = None) -> Tensor:
     """Targets as int64; one outside [0, V) is refused, with its place in `rows`."""
     targets = targets.long()
@@ -567,7 +572,7 @@ def _chunk_grad(z, y, known, x_target, g, with_entropy, temperature, softcap, bu
         if is_part:
             total = total * ((own_max - row_max) / temperature).exp()
     d, error = _log_odds(row_max, row_sum, x_target, temperature)
-    q = torch.sigmoid(d)
+    q = _sigmoid(d)
     coef = torch.where(row_sum == 0, 0.0, q * total / row_sum)
     at_target = g * q
     if with_entropy is None or log_e is None:

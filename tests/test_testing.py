@@ -74,7 +74,7 @@ KERNELS = {
     ),
 }  # fmt: skip
 CPU_PATH = {
-    "nothing": ("gspo_ops/log_probs.py", "q = torch.sigmoid(d)", "q = torch.sigmoid(d)"),
+    "nothing": ("gspo_ops/log_probs.py", "q = _sigmoid(d)", "q = _sigmoid(d)"),
     "missing softmax term": (
         "gspo_ops/log_probs.py",
         "torch.mul(p, (-g * coef)[:, None], out=out)",
