@@ -7,14 +7,22 @@ ifneq ($(PY),$(VENV)/bin/python)
 READY :=
 endif
 
-.PHONY: demo test bench gpu static report lint verify clean
+.PHONY: demo test quick bench gpu static report lint verify clean
 
 demo: $(READY)
 	$(PY) -m gspo_ops.cli train --preset demo
 
+QUICK := $(foreach x,testing log_probs linear_log_probs policy_loss bad_input,tests/test_$(x).py)
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
+
 test: $(READY)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PY) -m pytest -n 2 -m kernels
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) -m kernels
+
+# Under a minute: the contracts of every op, in torch and, with a few other tests, in the kernels.
+quick: $(READY)
+	$(PYTEST) $(QUICK) -k "not notices and not memory and not flops"
+	TRITON_INTERPRET=1 $(PYTEST) -m kernels $(QUICK) -k "float32 and contracts or lora or depend"
 
 # All that the bench extra brings; where an environment is given (PY=), the peers that it has.
 bench: $(READY) $(READY:.ready=.peers)

@@ -158,10 +158,10 @@ def _work_bytes(hidden: Tensor, weight: Tensor, choice: Choice) -> tuple[int, in
     width = tiles.grad_width(rows)
     if choice.kept_columns < V:
         backward += rows * width * size
+    if hidden.requires_grad and weight.dtype != grad_dtype:
+        backward += min(width, V) * H * size  # a copy of these columns' weight
     if choice.name == "chunk" and weight.requires_grad and size < stats_size:
         # an unrounded product of bf16 exponentials, on a CPU converted to fp32 before
         converted = 0 if use_triton(hidden) else rows
         backward += min(width, V) * (H + converted) * stats_size
-    elif hidden.requires_grad and weight.dtype != grad_dtype:
-        backward += min(width, V) * H * size  # a copy of the head's rows
     return forward, backward

@@ -1,4 +1,6 @@
 import contextlib
+import itertools
+import multiprocessing
 import os
 import pickle
 import re
@@ -51,6 +53,48 @@ def python_blocks() -> Callable[[str], dict[str, list[str]]]:
         return blocks
 
     return of_document
+
+
+# Programs
+
+
+class Forked:
+    """Python code in a process of its own, without the seconds that its imports take."""
+
+    CONTEXT = multiprocessing.get_context("forkserver")
+
+    def __init__(self, code: str, errors: Path) -> None:
+        self.errors = errors
+        streams = f"""
+import os
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+os.dup2(os.open({str(errors)!r}, os.O_WRONLY | os.O_CREAT), 2)
+"""
+        self.process = self.CONTEXT.Process(target=exec, args=(streams + code, {}))
+        self.process.start()
+
+    def status(self) -> int | None:
+        """None while it runs; negative after a signal."""
+        return self.process.exitcode
+
+    def kill(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def wait(self) -> tuple[int | None, str]:
+        """Exit status, and what it wrote to stderr."""
+        self.process.join(timeout=300)
+        return self.status(), self.errors.read_text()
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory) -> Callable[[str], Forked]:
+    """`forked(code)` runs code in a process that has imported what the trainer needs."""
+    Forked.CONTEXT.set_forkserver_preload(
+        ["gspo_ops.trainer.loop", "transformers.models.llama.modeling_llama", "matplotlib.pyplot"]
+    )
+    folder = tmp_path_factory.mktemp("errors")
+    numbers = itertools.count()
+    return lambda code: Forked(code, folder / str(next(numbers)))
 
 
 # Several ranks

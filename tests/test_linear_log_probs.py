@@ -491,7 +491,9 @@ def test_strided_inputs(device, which, name, dtype, products):
         log_probs.backward(upstream)
         results.append([log_probs.detach(), *leaves.grads().values()])
     for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+        # another order in memory is another order of summation: an ulp of 16 bits
+        rtol = max(1e-5, torch.finfo(ours.dtype).eps)
+        torch.testing.assert_close(ours, expected, rtol=rtol, atol=1e-6)
 
 
 @kernels
@@ -1290,12 +1292,12 @@ def test_triton_products_leave_dead_rows_out(plan, frozen, monkeypatch):
         return dot(builder, a, b, *args)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", counting_dot)
-    N, H, V, T = 640, 128, 256, 32
+    N, H, V, T = 512, 64, 256, 32
     blocks = product_blocks("N", "V", "H", torch.bfloat16)
     rows_of_a_sum = product_blocks("V", "H", "N", torch.bfloat16)["BLOCK_N"]
     inputs = make(N, H, V, "cpu").map(Tensor.bfloat16)
     targets = sample(inputs)
-    for f in (1.0, 0.6, 0.35, 0.1, 0.0):
+    for f in (1.0, 0.35, 0.0):
         hidden = inputs.hidden.detach().requires_grad_()
         weight = inputs.weight.detach().requires_grad_(not frozen)
         advantages = torch.zeros(N // T)

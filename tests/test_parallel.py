@@ -470,7 +470,10 @@ def on_rank_bitwise() -> None:
             own = parts[rank].sort().values
             assert torch.equal(log_probs_from_logits(logits[own], targets[own]), of_logits[own])
             ours = log_probs_from_hidden(hidden[own], head.weight, targets[own], products=products)
-            assert torch.equal(ours, of_hidden[own])
+            if INTERPRETED:
+                assert torch.equal(ours, of_hidden[own])
+            else:  # in whose order a BLAS adds up is its own affair
+                assert worst(ours - of_hidden[own]) <= BOUNDS["log_prob from hidden"]
 
             per_token = case.advantages.shape == targets.shape
             mine = [targets[own], case.old_log_probs[own]]

@@ -3,10 +3,10 @@
 import ast
 import dataclasses
 import inspect
+import math
 import re
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import get_type_hints
@@ -14,7 +14,6 @@ from typing import get_type_hints
 import pytest
 
 import gspo_ops
-from gspo_ops.benchmarks.measure import interleaved
 
 PACKAGE = Path(gspo_ops.__file__).resolve().parent
 PUBLIC = {name: getattr(gspo_ops, name) for name in gspo_ops.__all__}
@@ -251,5 +250,10 @@ def test_import_takes_no_longer_than_that_of_torch_and_triton():
     """CPU time, the least of some runs: what runs beside this may not count."""
     code = "import time, {}; print(time.process_time())"
     bare, ours = "torch, triton", "torch, triton, gspo_ops"
-    taken = interleaved({names: partial(python, code.format(names)) for names in (bare, ours)}, 8)
-    assert min(taken[ours]) <= 1.15 * min(taken[bare])
+    least = dict.fromkeys((bare, ours), math.inf)
+    for _ in range(8):
+        for names in least:
+            least[names] = min(least[names], python(code.format(names)))
+        if least[ours] <= 1.15 * least[bare]:
+            return
+    pytest.fail(f"{least}")

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -262,21 +263,38 @@ finds_workers = pytest.mark.skipif(
 )
 
 
-def start(folder, out, processes, *more):
+def torchrun(folder, out, *more):
     return subprocess.Popen(
         [
-            sys.executable, "-m", "torch.distributed.run", "--standalone",
-            f"--nproc-per-node={processes}", "-m", "gspo_ops.cli", "train", "--resume",
-            *arguments(folder, out, *more),
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+            "-m", "gspo_ops.cli", "train", "--resume", *arguments(folder, out, *more),
         ],
         env=os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
-def finish(process, status=0):
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == status, error
+@pytest.fixture(scope="session")
+def train(folder, forked):
+    """`train(out, size)` does what torchrun does for so many processes, without their imports."""
+
+    def train(out, size, *more):
+        command = ["train", "--resume", *arguments(folder, out, *more)]
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        ranks = [
+            forked(
+                f"import os, sys; sys.path.insert(0, {str(folder)!r})\n"
+                f"os.environ |= dict(RANK='{rank}', LOCAL_RANK='{rank}', WORLD_SIZE='{size}', "
+                f"MASTER_ADDR='127.0.0.1', MASTER_PORT='{port}', TORCHELASTIC_RUN_ID='none')\n"
+                f"from gspo_ops.cli import main; sys.exit(main({command!r}))"
+            )
+            for rank in range(size)
+        ]
+        for status, error in [rank.wait() for rank in ranks]:
+            assert status == 0, error
+
+    return train
 
 
 def workers(process):
@@ -290,29 +308,30 @@ def rows_of(run):
 
 
 @pytest.fixture(scope="session")
-def two_ranks(folder):
+def two_ranks(folder, train):
     """A run of two processes that nothing interrupted."""
     out = folder / "whole"
-    finish(start(folder, out, 2))
+    train(out, 2)
     return out
 
 
 @finds_workers
-def test_a_rank_is_killed_and_another_number_goes_on(folder, two_ranks, tmp_path):
+def test_a_rank_is_killed_and_another_number_goes_on(folder, train, two_ranks, tmp_path):
     out = tmp_path / "run"
-    process = start(folder, out, 2)
+    process = torchrun(folder, out)
     while process.poll() is None and not list(out.glob("checkpoints/step-??????")):
         time.sleep(0.001)
     time.sleep(random.Random(0).uniform(0, 0.1))
     os.kill(workers(process)[-1], signal.SIGKILL)
-    finish(process, 1)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 1, error
     done = len(rows_of(out))
     assert 1 <= done < 6
 
     runs = {size: tmp_path / f"on{size}" for size in (1, 2, 4)}
     for size, run in runs.items():
         subprocess.run(["cp", "-r", out, run], check=True)
-        finish(start(folder, run, size))
+        train(run, size)
     # the same number of processes ends where it would have, to the bit
     assert rows_of(runs[2]) == rows_of(two_ranks)
     weights = "model/model.safetensors"
@@ -329,7 +348,7 @@ def test_a_rank_is_killed_and_another_number_goes_on(folder, two_ranks, tmp_path
 @finds_workers
 def test_ctrl_c_saves(folder, tmp_path):
     out = tmp_path / "run"
-    process = start(folder, out, 2, "checkpoint.every=0", "steps=500")
+    process = torchrun(folder, out, "checkpoint.every=0", "steps=500")
     metrics = out / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
         time.sleep(0.01)
@@ -340,8 +359,7 @@ def test_ctrl_c_saves(folder, tmp_path):
     assert list(out.glob("checkpoints/step-??????"))
 
 
-def test_two_ranks_learn(folder, tmp_path):
-    options = "steps=30", "rollout.group_size=16", "checkpoint.every=0"
-    finish(start(folder, tmp_path / "run", 2, *options))
+def test_two_ranks_learn(train, tmp_path):
+    train(tmp_path / "run", 2, "steps=30", "rollout.group_size=16", "checkpoint.every=0")
     rewards = [row["reward"] for row in rows_of(tmp_path / "run")]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2

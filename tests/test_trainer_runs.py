@@ -4,8 +4,6 @@ import json
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -220,78 +218,76 @@ def test_an_old_run_is_moved_aside(make, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run-1", "run-2"]
 
 
-def start(directory, reward_module, out):
-    code = f"import sys; sys.path.insert(0, {str(reward_module)!r}); from gspo_ops.cli import main"
-    return subprocess.Popen(
-        [
-            sys.executable, "-c", f"{code}; sys.exit(main(sys.argv[1:]))", "train", "--resume",
-            *arguments(directory, out, "steps=20"),
-        ],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+@pytest.fixture(scope="session")
+def start(directory, reward_module, forked):
+    """`start(out)` trains in a process of its own; it goes on where there is something."""
+
+    def start(out):
+        command = ["train", "--resume", *arguments(directory, out, "steps=20")]
+        return forked(
+            f"import sys; sys.path.insert(0, {str(reward_module)!r})\n"
+            f"from gspo_ops.cli import main; sys.exit(main({command!r}))"
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def whole(start, tmp_path_factory):
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    status, error = start(out).wait()
+    assert status == 0, error
+    return out
 
 
 def checkpoints(out, pattern="*"):
     return {path.name for path in out.glob(f"checkpoints/{pattern}")}
 
 
-def kill_and_resume(directory, reward_module, out, kills, seed):
+def kill_and_resume(start, out, kills, seed):
     """Kill at random instants of the training, half of them while a checkpoint is written."""
     chance = random.Random(seed)
     landed = 0
     while landed < kills:
         before = checkpoints(out, "step-??????")
-        process = start(directory, reward_module, out)
-        while process.poll() is None and checkpoints(out, "step-??????") <= before:
+        process = start(out)
+        while process.status() is None and checkpoints(out, "step-??????") <= before:
             time.sleep(0.001)
         if landed % 2:
-            while process.poll() is None and not checkpoints(out, "*.partial"):
+            while process.status() is None and not checkpoints(out, "*.partial"):
                 pass
         else:
             time.sleep(chance.uniform(0, 0.2))
-        process.kill()
-        if process.wait() == -signal.SIGKILL:
+        if process.status() is None:
+            process.kill(signal.SIGKILL)
+        status, error = process.wait()
+        if status == -signal.SIGKILL:
             landed += 1
         else:  # it was over before: the rest is killed from the beginning
-            assert process.returncode == 0, process.stderr.read()
+            assert status == 0, error
             yield out
             shutil.rmtree(out)
-    process = start(directory, reward_module, out)
-    _, error = process.communicate()
-    assert process.returncode == 0, error
+    status, error = start(out).wait()
+    assert status == 0, error
     yield out
 
 
-def killed_runs_end_like_whole_ones(directory, reward_module, tmp_path, kills):
-    whole = tmp_path / "whole"
-    assert start(directory, reward_module, whole).wait() == 0
-    ended = 0
-    for out in kill_and_resume(directory, reward_module, tmp_path / "run", kills, 0):
+def test_killed_at_twenty_instants(start, whole, tmp_path):
+    for out in kill_and_resume(start, tmp_path / "run", 20, seed=0):
         assert_same_run(whole, out)
-        ended += 1
-    assert ended
 
 
-def test_killed_and_resumed(directory, reward_module, tmp_path):
-    killed_runs_end_like_whole_ones(directory, reward_module, tmp_path, 2)
-
-
-@pytest.mark.slow
-def test_killed_at_twenty_instants(directory, reward_module, tmp_path):
-    killed_runs_end_like_whole_ones(directory, reward_module, tmp_path, 20)
-
-
-def test_stopped_by_a_signal(directory, reward_module, tmp_path):
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    assert start(directory, reward_module, whole).wait() == 0
-    process = start(directory, reward_module, out)
-    while process.poll() is None and not list(out.glob("checkpoints/*")):
+def test_stopped_by_a_signal(start, whole, tmp_path):
+    out = tmp_path / "run"
+    process = start(out)
+    while process.status() is None and not list(out.glob("checkpoints/*")):
         time.sleep(0.001)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate()
-    assert process.returncode == 130, error
+    process.kill(signal.SIGINT)
+    status, error = process.wait()
+    assert status == 130, error
     assert "--resume goes on" in error
-    assert start(directory, reward_module, out).wait() == 0
+    assert start(out).wait()[0] == 0
     assert_same_run(whole, out)
 
 
