@@ -17,6 +17,7 @@ Products = Literal["auto", "mm", "triton"]
 
 _KEPT_ALIGN = 64  # elements: rows of kept exponentials start aligned
 COLUMNS = 1024  # exponentials are kept for a multiple of so many columns
+ROUNDED_AT_ONCE = 1 << 21  # elements of a sum that becomes a gradient in 16 bits
 # smaller chunks lose more to adding up dweight than a recomputation of live rows costs
 _CHUNK_ROWS = 2048
 _CPU_CHUNK_ROWS = 512  # in fp32: a chunk more costs as much as the logits of some 160 live rows

@@ -17,6 +17,7 @@ from torch import Tensor
 from .backend import compute_dtype, graph_is_kept, operator, refuse_graph
 from .head import (
     COLUMNS,
+    ROUNDED_AT_ONCE,
     LoRA,
     PlanName,
     Products,
@@ -240,9 +241,6 @@ def _row_masks(policy: PolicyInputs, options: Options) -> tuple[Tensor | None, T
 # In chunks
 
 
-_PART = 1 << 21  # elements
-
-
 class ChunkGrads(NamedTuple):
     """Gradients of loss * D, in the dtype of sums; empty where not wanted."""
 
@@ -305,7 +303,7 @@ def scaled_gradient(unit, like, grad_loss, inv_denominator):
     """unit * grad_loss / D in the dtype and shape of `like`, whose values are not read."""
     out = _scaled_fake(unit, like, grad_loss, inv_denominator)
     unit, flat, scale = unit.view(-1), out.view(-1), grad_loss * inv_denominator
-    for part in slices(len(flat), _PART):  # or a rounded copy would take as much again
+    for part in slices(len(flat), ROUNDED_AT_ONCE):  # or a rounded copy would take as much again
         flat[part] = unit[part] * scale
     return out
 

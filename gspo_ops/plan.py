@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .backend import compute_dtype, use_triton
 from .head import (
+    ROUNDED_AT_ONCE,
     Choice,
     LoRA,
     PlanName,
@@ -127,7 +129,8 @@ def plan_from_hidden(
         peak = forward
     elif choice.name == "chunk":
         dtype = compute_dtype(product_dtype(hidden, weight))
-        rounded = sum(x.numel() for x in wanted if x.dtype != dtype) * dtype.itemsize
+        sums = [x.numel() for x in wanted if x.dtype != dtype]
+        rounded = (sum(sums) + min(max(sums, default=0), ROUNDED_AT_ONCE)) * dtype.itemsize
         peak = max(kept + sum_bytes(hidden, weight, V) + max(forward, backward), rounded)
     else:
         peak = kept + max(forward - sum(x.nbytes for x in wanted), backward)
@@ -151,6 +154,8 @@ def _work_bytes(hidden: Tensor, weight: Tensor, choice: Choice) -> tuple[int, in
     tile = tile_rows * tiles.COLUMNS * stats_size
     if dtype != hidden.dtype or dtype != weight.dtype:
         tile += (tile_rows + tiles.COLUMNS) * H * dtype.itemsize  # copies of operands
+    if not use_triton(hidden):
+        tile *= torch.get_num_threads()  # each has its own
     # sums of each tile, and what it takes to add them up
     forward = tile + 5 * -(-V // tiles.SUMS) * rows * stats_size
     # scaled hidden states and a sum of dhidden; a tile for the products, if not all is kept
@@ -160,8 +165,11 @@ def _work_bytes(hidden: Tensor, weight: Tensor, choice: Choice) -> tuple[int, in
         backward += rows * width * size
     if hidden.requires_grad and weight.dtype != grad_dtype:
         backward += min(width, V) * H * size  # a copy of these columns' weight
-    if choice.name == "chunk" and weight.requires_grad and size < stats_size:
-        # an unrounded product of bf16 exponentials, on a CPU converted to fp32 before
-        converted = 0 if use_triton(hidden) else rows
-        backward += min(width, V) * (H + converted) * stats_size
+    if weight.requires_grad and size < stats_size:
+        columns = min(width, tiles.GRAD_COLUMNS, V)
+        if use_triton(hidden):
+            backward += columns * H * stats_size  # a product that is not rounded yet
+        elif choice.name == "chunk":  # and, on a CPU, what it is made of in fp32
+            piece = columns * (H + rows) + rows * H
+            backward += torch.get_num_threads() * piece * stats_size
     return forward, backward
