@@ -330,6 +330,7 @@ class Compiled(NamedTuple):
     loops: list[Loop]
     has_f64: bool
     matrix_instructions: int  # of the kind that the target is fast with
+    narrow_products: list[list[str]]  # of integers: `read_narrow_products`
 
 
 ALL = VARIANTS | COMBINATIONS | PRODUCTS | EPILOGUES | PRODUCT_COMBINATIONS
@@ -380,8 +381,18 @@ def read_binary(binary: Any, target: str) -> Compiled:
     shown = " ".join(f"{kind}:{n}" for kind, n in spills.items() if n)
     matrix_instructions = len(re.findall(rf"\b{TENSOR_CORES[target]}", text))
     return Compiled(
-        registers, shown, binary.metadata.shared, loops, has_f64, matrix_instructions
+        registers, shown, binary.metadata.shared, loops, has_f64, matrix_instructions,
+        read_narrow_products(binary.asm["ttir"]),
     )  # fmt: skip
+
+
+def read_narrow_products(ttir: str) -> list[list[str]]:
+    """Of each product of integers in 32 bits, the factors that are no constants."""
+    constants = set(re.findall(r"(%\S+) = arith\.constant", ttir))
+    product = re.compile(
+        r"arith\.muli (%\S+), (%\S+?)(?: \{.*\})? : (?:i32|tensor<[\dx]+xi32>)(?: |$)", re.M
+    )
+    return [[x for x in factors if x not in constants] for factors in product.findall(ttir)]
 
 
 def measure(body, load, store, width, barrier):

@@ -27,11 +27,17 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+# asked once: torch.compile can't trace the question
+CPU_HAS_BF16: bool = (
+    torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+)
+
+
 def has_bf16(device: torch.device) -> bool:
     """Whether products of bfloat16 are fast there: a CPU without instructions for them takes 50
     times as long as for float32."""
     if device.type == "cpu":
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return CPU_HAS_BF16
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
@@ -41,19 +47,66 @@ def device_guard(x: Tensor) -> contextlib.AbstractContextManager:
 
 
 def operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
-    """Declare `gspo_ops::<schema>`; decorates its implementation and returns the callable op."""
+    """Declare `gspo_ops::<schema>`; decorates its implementation and returns the callable op.
+
+    For a float that changes from call to call, torch.compile would compile every value anew, as
+    long as the float itself goes into an operator. One that takes floats therefore has an overload,
+    `variable`, that takes them as tensors on the CPU.
+    """
 
     def register(implementation: Callable) -> Callable:
-        name = schema.split("(")[0]
-        LIBRARY.define(schema)
-        LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"gspo_ops::{name}", fake, lib=LIBRARY)
-        if "(a!)" not in schema:  # one that changes its arguments can't have it: `refuse_graph`
-            # without it the operator would pass for a constant, with a warning at most
-            torch.library.register_autograd(f"gspo_ops::{name}", _refuse_derivative, lib=LIBRARY)
-        return getattr(torch.ops.gspo_ops, name).default
+        op = _declare(schema, implementation, fake)
+        floats = [i for i, x in enumerate(op._schema.arguments) if "float" in str(x.type)]
+        if not floats:
+            return op
+
+        def of_variables(*arguments):
+            return implementation(*_mapped(torch.Tensor.item, arguments, floats))
+
+        name, arguments = schema.replace("float", "Tensor").split("(", 1)
+        variable = _declare(f"{name}.variable({arguments}", of_variables, fake)
+
+        def call(*arguments):
+            if torch.compiler.is_compiling() and any(_is_variable(arguments[i]) for i in floats):
+                return variable(*_mapped(scalar, arguments, floats))
+            return op(*arguments)
+
+        return call
 
     return register
+
+
+def _declare(schema: str, implementation: Callable, fake: Callable) -> torch._ops.OpOverload:
+    name = schema.split("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gspo_ops::{name}", fake, lib=LIBRARY)
+    if "(a!)" not in schema:  # one that changes its arguments can't have it: `refuse_graph`
+        # without it the operator would pass for a constant, with a warning at most
+        torch.library.register_autograd(f"gspo_ops::{name}", _refuse_derivative, lib=LIBRARY)
+    name, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.gspo_ops, name), overload or "default")
+
+
+def _mapped(f: Callable, arguments: tuple, places: list[int]) -> list:
+    """The arguments, with f(x) for those in these places, unless it is None."""
+    return [f(x) if i in places and x is not None else x for i, x in enumerate(arguments)]
+
+
+def _is_variable(x: float | None) -> bool:
+    """Whether torch.compile traces this number for all its values."""
+    from torch.fx.experimental import symbolic_shapes
+
+    # an older torch can't tell: each value is compiled
+    has_static_value = getattr(symbolic_shapes, "has_static_value", None)
+    return x is not None and has_static_value is not None and not has_static_value(x)
+
+
+def scalar(
+    x: float, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
+) -> Tensor:
+    """x as a 0-dim tensor, which stays a variable in torch.compile: torch.full would not."""
+    return torch.ones((), dtype=dtype, device=device) * x
 
 
 def _refuse_derivative(ctx: object, *grads: Tensor) -> None:

@@ -102,7 +102,7 @@ def choose_plan(
 
     `vocabulary` is what the ranks agree on; `weight` may have fewer rows.
     """
-    rows = hidden.shape[:-1].numel()
+    rows = math.prod(hidden.shape[:-1])
     if not has_gradient or plan == "recompute":
         return Choice("recompute", 0, rows)
     budget = memory_budget

@@ -6,6 +6,7 @@ tensor holds it in rows cu_seqlens[b] .. cu_seqlens[b + 1]. Nothing is copied or
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,7 @@ class Layout:
 
     @property
     def rows(self) -> int:
-        return self.shape.numel()
+        return math.prod(self.shape)  # not numel(), which makes a constant of a symbolic size
 
     def flat(self, name: str, x: Tensor) -> Tensor:
         """A per-token argument as a contiguous (N,) tensor."""

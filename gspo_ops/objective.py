@@ -7,6 +7,8 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+import torch
+
 # A log-ratio beyond it counts as this much: its exp stays finite. Also in kernels/common.py.
 LOG_RATIO_CAP = 80.0
 
@@ -55,7 +57,8 @@ class Objective:
         _check_choice("kl_estimator", self.kl_estimator, KLEstimator)
         for name in ("clip_low", "clip_high", "kl_coef"):
             check_number(name, getattr(self, name), minimum=0.0)
-        if self.ratio_level == "sequence" and self.aggregation.startswith("token"):
+        weights_by_length = self.ratio_level == "sequence" and self.aggregation.startswith("token")
+        if weights_by_length and not torch.compiler.is_compiling():  # which can't trace a warning
             # Python shows one warning per place and message
             warnings.warn(
                 f"aggregation={self.aggregation!r} weights sequences by their length; the GSPO "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -135,7 +136,7 @@ def plan_from_hidden(
     else:
         peak = kept + max(forward - sum(x.nbytes for x in wanted), backward)
     return Plan(
-        name=choice.name, rows=hidden.shape[:-1].numel(), vocabulary=V, hidden_size=H,
+        name=choice.name, rows=math.prod(hidden.shape[:-1]), vocabulary=V, hidden_size=H,
         rank=0 if lora is None else len(lora.a),
         kept_columns=choice.kept_columns, chunk_rows=choice.chunk_rows,
         grad_hidden=hidden.requires_grad, grad_weight=weight.requires_grad,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backend import compute_dtype, device_guard, operator, use_triton
+from .backend import compute_dtype, device_guard, operator, scalar, use_triton
 from .layout import Layout, check_constant, check_tensor, resolve_layout, segment_sum, sequence_ids
 from .log_probs import (
     check_logits,
@@ -409,7 +409,7 @@ def _denominator_tensor(
         return None
     if not isinstance(denominator, Tensor):
         check_number("denominator", denominator, minimum=0.0, exclusive=True)
-        return torch.full((), denominator, dtype=dtype, device=layout.device)
+        return scalar(denominator, dtype, layout.device)
     check_tensor("denominator", denominator, layout.device)
     check_constant("denominator", denominator)
     if denominator.ndim != 0:

@@ -196,8 +196,10 @@ def rescale_kernel(
 ):  # fmt: skip
     """One program per row: bring its tiles to the row's shift. Nearly always nothing to do."""
     row = tl.program_id(0).to(tl.int64)
+    shrink_ptr += row
     for start in range(0, columns, TILE):
-        shrink = tl.load(shrink_ptr + start // TILE * n + row)
+        shrink = tl.load(shrink_ptr)
+        shrink_ptr += n
         if shrink < 1:
             for first in range(start, tl.minimum(start + TILE, columns), BLOCK):
                 cols = first + tl.arange(0, BLOCK)
@@ -229,12 +231,13 @@ def product(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
         inside = start + k < K
+        at = (start + k).to(tl.int64)
         a = tl.load(
-            a_ptr + rows_a[:, None] + (start + k)[None, :] * stride_ak,
+            a_ptr + rows_a[:, None] + at[None, :] * stride_ak,
             mask=known_a[:, None] & inside[None, :], other=0.0,
         )  # fmt: skip
         b = tl.load(
-            b_ptr + rows_b[None, :] + (start + k)[:, None] * stride_bk,
+            b_ptr + rows_b[None, :] + at[:, None] * stride_bk,
             mask=known_b[None, :] & inside[:, None], other=0.0,
         )  # fmt: skip
         acc = tl.dot(a, b, acc, input_precision="ieee")

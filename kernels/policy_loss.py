@@ -93,8 +93,9 @@ def total(partials_ptr, B, BLOCK_B: tl.constexpr):
     acc = tl.zeros([BLOCK_B], tl.float32)
     for start in range(0, B, BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
+        at = partials_ptr + b.to(tl.int64) * NUM_PARTIALS
         # .cg: another multiprocessor has written it
-        acc += tl.load(partials_ptr + b * NUM_PARTIALS, mask=b < B, other=0.0, cache_modifier=".cg")
+        acc += tl.load(at, mask=b < B, other=0.0, cache_modifier=".cg")
     return tl.sum(acc, axis=0)
 
 
@@ -110,7 +111,8 @@ def largest(partials_ptr, sign, B, BLOCK_B: tl.constexpr):
     acc = tl.full([BLOCK_B], float("-inf"), tl.float32)
     for start in range(0, B, BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
-        x = tl.load(partials_ptr + b * NUM_PARTIALS, mask=b < B, other=0.0, cache_modifier=".cg")
+        at = partials_ptr + b.to(tl.int64) * NUM_PARTIALS
+        x = tl.load(at, mask=b < B, other=0.0, cache_modifier=".cg")
         acc = tl.maximum(acc, tl.where(b < B, sign * x, float("-inf")))
     return tl.max(acc, axis=0)
 
@@ -212,7 +214,7 @@ def policy_loss_fwd_kernel(
     sequence_ratio = tl.exp(cap_log_ratio(sequence_log_ratio))
 
     # what is known by now goes out by now, to keep registers free
-    row_ptr = partials_ptr + b * NUM_PARTIALS
+    row_ptr = partials_ptr + b.to(tl.int64) * NUM_PARTIALS
     is_some = n > 0
     sequences = tl.where(is_some, 1.0, 0.0)
     tl.store(row_ptr + TOKENS, n)

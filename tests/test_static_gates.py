@@ -43,6 +43,8 @@ def common_problems(compiled):
         yield f"spills {compiled.spills}"
     if compiled.has_f64:
         yield "float64 arithmetic"
+    if overflows := [factors for factors in compiled.narrow_products if len(factors) > 1]:
+        yield f"int32 products, such as of an index and a stride: {overflows}"
 
 
 def problems(name, target):
@@ -54,6 +56,8 @@ def problems(name, target):
     if compiled.shared > SHARED_LIMIT[target] * 1024:
         yield f"{compiled.shared} bytes of shared memory, at most {SHARED_LIMIT[target]} KB"
     if pair is LOSS:
+        if compiled.narrow_products:
+            yield f"int32 products: {compiled.narrow_products}"
         return
     loops = main_loops(name, compiled)
     if len(loops) != (2 if "recompute" in name else 1):

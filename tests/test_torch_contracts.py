@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -12,9 +13,19 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.export import Dim, export
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import gspo_ops
-from gspo_ops import linear_log_probs, linear_policy_loss, log_probs, policy_loss
+from gspo_ops import (
+    backend,
+    linear_log_probs,
+    linear_policy_loss,
+    log_probs,
+    policy_loss,
+    testing,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 compiled_only = pytest.mark.skipif(
@@ -422,7 +433,7 @@ def operator_calls() -> dict[str, list[tuple]]:
     with pytest.MonkeyPatch.context() as patch:
         for module in MODULES:
             for name, op in list(vars(module).items()):
-                if not isinstance(op, torch._ops.OpOverload):
+                if f"gspo_ops::{name}" not in torch._C._dispatch_get_all_op_names():
                     continue
 
                 def record(*args, name=name, op=op):
@@ -462,15 +473,23 @@ def opcheck_utilities(name: str, args: tuple) -> str | tuple[str, ...]:
 @compiled_only
 def test_opcheck():
     calls = operator_calls()
-    names = {f"gspo_ops::{name}" for name in calls}
-    assert names == {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("gspo_ops::")}
+    checked = set()
     for name, all_args in calls.items():
-        op = getattr(torch.ops.gspo_ops, name).default
-        for args in all_args:
-            detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
-            torch.library.opcheck(op, detached, test_utils=opcheck_utilities(name, args))
-        # an input that requires grad: the derivative is refused, registered as such
-        torch.library.opcheck(op, all_args[0], test_utils=("test_schema", "test_faketensor"))
+        packet = getattr(torch.ops.gspo_ops, name)
+        for overload in packet.overloads():
+            op = getattr(packet, overload)
+            checked.add(op.name())
+            if overload == "variable":
+                args = tuple(backend.scalar(a) if isinstance(a, float) else a for a in all_args[0])
+                torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+                continue
+            for args in all_args:
+                detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+                torch.library.opcheck(op, detached, test_utils=opcheck_utilities(name, args))
+            # an input that requires grad: the derivative is refused, registered as such
+            torch.library.opcheck(op, all_args[0], test_utils=("test_schema", "test_faketensor"))
+    ours = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("gspo_ops::")}
+    assert checked == ours
 
 
 @compiled_only
@@ -531,14 +550,182 @@ def test_compile_inductor(case):
     check_compiled(case, "inductor", dynamic=True)
 
 
+def with_every_plan(x: Batch) -> list[Tensor]:
+    """Log-probs and losses, padded and packed: each of a hidden and a weight of its own."""
+    operands = zip(x.hidden.unbind(), x.weight.unbind(), strict=True)
+    results = [
+        gspo_ops.log_probs_from_hidden(*next(operands), x.targets, plan=plan)
+        for plan in ("auto", "keep", "recompute")
+    ]
+    for plan in ("auto", "recompute"):
+        results.append(
+            gspo_ops.policy_loss_from_hidden(
+                *next(operands), x.targets, x.old_log_probs, x.advantages, mask=x.mask, plan=plan
+            ).loss
+        )
+    for plan in ("keep", "chunk"):
+        hidden, weight = next(operands)
+        results.append(
+            gspo_ops.policy_loss_from_hidden(
+                packed(hidden), weight, packed(x.targets), packed(x.old_log_probs), x.advantages,
+                mask=packed(x.mask), cu_seqlens=cu_seqlens(x), plan=plan,
+            ).loss
+        )  # fmt: skip
+    return results
+
+
+BF16, FP16, FP64 = torch.bfloat16, torch.float16, torch.float64
+
+
 @compiled_only
-def test_compiled_temperature_may_change():
+@pytest.mark.parametrize(
+    ("hidden", "weight", "has_bf16"),
+    [(BF16, BF16, False), (BF16, BF16, True), (FP16, FP64, False)],
+)
+def test_compile_dtypes(hidden, weight, has_bf16, monkeypatch):
+    """On a CPU with and without instructions for bfloat16, whichever this one is."""
+    monkeypatch.setattr(backend, "CPU_HAS_BF16", has_bf16)
     torch._dynamo.reset()
     x = make_batch()
-    compiled = torch.compile(gspo_ops.log_probs_from_logits, fullgraph=True, backend="eager")
-    for temperature in (1.0, 0.9, 0.8):
-        expected = gspo_ops.log_probs_from_logits(x.logits, x.targets, temperature=temperature)
-        assert torch.equal(compiled(x.logits, x.targets, temperature=temperature), expected)
+    found = []
+    for call in (
+        with_every_plan, torch.compile(with_every_plan, fullgraph=True, backend="aot_eager")
+    ):  # fmt: skip
+        leaves = [
+            t.to(dtype).repeat(7, *(1 for _ in t.shape)).requires_grad_()
+            for t, dtype in ((x.hidden, hidden), (x.weight, weight))
+        ]
+        results = call(x._replace(hidden=leaves[0], weight=leaves[1]))
+        total = torch.stack([y.double().sum() for y in results]).sum()
+        found.append((*(y.detach() for y in results), *torch.autograd.grad(total, leaves)))
+    assert_same_bits(*found)
+
+
+def loss_with_numbers(x: Batch, lora: gspo_ops.LoRA, **options) -> tuple[Tensor, ...]:
+    return from_hidden(x, lora=lora, ref_log_probs=x.old_log_probs, **options)
+
+
+def losses_with_numbers(x: Batch, clip_low: float, temperature: float, denominator: float):
+    """The objective is made inside: this one with a warning, which can't be traced."""
+    objective = gspo_ops.Objective(
+        ratio_level="sequence", clip_low=clip_low, clip_high=0.1, aggregation="token-mean"
+    )
+    of_logits = gspo_ops.policy_loss_from_logits(
+        x.logits, x.targets, x.old_log_probs, x.advantages, mask=x.mask, objective=objective,
+        temperature=temperature, denominator=denominator,
+    )  # fmt: skip
+    log_probs = gspo_ops.log_probs_from_logits(x.logits, x.targets, temperature=temperature)
+    return of_logits.loss, log_probs, *of_logits.stats.values()
+
+
+@compiled_only
+@pytest.mark.filterwarnings("ignore:aggregation")
+def test_numbers_that_change_are_compiled_once_more():
+    """The first value is taken for a constant, the second makes it a variable."""
+    x = make_batch()
+    a, b = torch.full((2, H), 0.1), torch.full((V, 2), 0.1)
+
+    def numbers_from_hidden(i: int) -> dict:
+        return {
+            "lora": gspo_ops.LoRA(a, b, 0.5 + i), "temperature": 1.0 + i / 8, "softcap": 8.0 + i,
+            "objective": gspo_ops.GRPO(
+                clip_low=0.01 * i, clip_high=0.02 * (1 + i), kl_coef=0.1 * (1 + i)
+            ),
+            "denominator": 2.5 + i, "memory_budget": 1000 * i, "plan": "auto",
+        }  # fmt: skip
+
+    def numbers_from_logits(i: int) -> dict:
+        return {"clip_low": 0.01 * i, "temperature": 2 + i, "denominator": 3 + i}
+
+    for call, leaf, differentiable, numbers in (
+        (loss_with_numbers, "hidden", 1, numbers_from_hidden),
+        (losses_with_numbers, "logits", 2, numbers_from_logits),
+    ):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(call, fullgraph=True, backend=counter)
+        for i in range(12):
+            case = Case(partial(call, **numbers(i)), leaf, differentiable)
+            expected = case.results(x)
+            assert_same_bits(
+                case._replace(call=partial(compiled, **numbers(i))).results(x), expected
+            )
+        assert counter.frame_count == 2
+
+
+# Programs of torch.export and make_fx
+
+
+def everything(x: Batch, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
+    """Every public op, and gradients of the differentiable results."""
+    layout = {"mask": x.mask, "cu_seqlens": cu_seqlens}
+    policy = x.old_log_probs, x.advantages
+    results = [
+        gspo_ops.policy_loss_from_log_probs(x.log_probs, *policy, **layout).loss,
+        *gspo_ops.log_probs_from_logits(x.logits, x.targets, return_entropy=True),
+        *(
+            gspo_ops.policy_loss_from_logits(
+                x.logits, x.targets, *policy, objective=objective, **layout
+            ).loss
+            for objective in (gspo_ops.GSPO(), token_loss)
+        ),
+        *(
+            gspo_ops.log_probs_from_hidden(x.hidden, x.weight, x.targets, plan=plan)
+            for plan in ("auto", "recompute")
+        ),
+        *(
+            gspo_ops.policy_loss_from_hidden(
+                x.hidden, x.weight, x.targets, *policy, plan=plan, **layout
+            ).loss
+            for plan in ("auto", "chunk", "recompute")
+        ),
+    ]
+    return tuple(results)
+
+
+def everything_with_gradients(x: Batch, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
+    names = ("log_probs", "logits", "hidden", "weight")
+    leaves = {name: getattr(x, name).detach().requires_grad_() for name in names}
+    results = everything(x._replace(**leaves), cu_seqlens)
+    total = torch.stack([y.sum() for y in results]).sum()
+    return (*results, *torch.autograd.grad(total, [*leaves.values()]))
+
+
+class Everything(nn.Module):
+    def forward(self, x: Batch, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
+        return everything(x, cu_seqlens)
+
+
+def of_size(batch: int, T: int, is_packed: bool) -> tuple[Batch, Tensor | None]:
+    x = make_batch(T=batch * T // B)
+    shape = (batch * T,) if is_packed else (batch, T)
+    per_row = {
+        name: t.reshape(*shape, *t.shape[2:])
+        for name, t in x._asdict().items()
+        if t.shape[:2] == x.mask.shape
+    }
+    ends = torch.tensor([0, *range(1, batch * T - 1, T)[1:], batch * T]) if is_packed else None
+    return x._replace(**per_row, advantages=torch.linspace(-1, 1, batch)), ends
+
+
+@compiled_only
+@pytest.mark.parametrize("is_packed", [False, True], ids=["padded", "packed"])
+def test_traced_programs_are_right_at_other_sizes(is_packed):
+    """Of every public op, padded in B and T, packed in B and N; make_fx with the gradients."""
+    arguments, others = of_size(3, 4, is_packed), of_size(6, 5, is_packed)
+    program = make_fx(everything_with_gradients, tracing_mode="symbolic")(*arguments)
+    assert_same_bits(program(*others), everything_with_gradients(*others))
+
+    def sizes(t: Tensor | None) -> dict | None:
+        """Those that differ may."""
+        if t is None:
+            return None
+        return {i: Dim.DYNAMIC for i in range(t.ndim) if t.shape[i] not in (V, H)}
+
+    x, ends = arguments
+    dynamic_shapes = Batch(*map(sizes, x)), sizes(ends)
+    exported = export(Everything(), arguments, dynamic_shapes=dynamic_shapes)
+    assert_same_bits(exported.module()(*others), everything(*others))
 
 
 # Determinism
@@ -652,18 +839,28 @@ def test_loss_scale_is_applied_before_the_downcast(case, device):
 
 def far_rows() -> None:
     """Rows 2**30 elements apart in a buffer of which almost nothing is touched."""
+    if INTERPRETED:
+        testing.patch_interpreter()
     V, stride = 5, 2**30
     buffer = torch.empty(2 * stride + V, dtype=torch.bfloat16)
     far = buffer.as_strided((3, V), (stride, 1))
     near = torch.randn(3, V, generator=torch.Generator().manual_seed(0)).bfloat16()
     far.copy_(near)
-    targets = torch.tensor([0, 4, 2])
-    results = []
-    for logits in (near, far):
-        leaf = logits.detach().requires_grad_()
-        result = gspo_ops.log_probs_from_logits(leaf, targets)
-        results.append((result.detach(), *torch.autograd.grad(result.sum(), leaf)))
-    assert_same_bits(*results)
+    for targets, call in (
+        (torch.tensor([0, 4, 2]), gspo_ops.log_probs_from_logits),
+        # as hidden states, and as the weight of three tokens
+        (torch.tensor([0, 2, 1]), partial(hidden_by_weight, products="triton")),
+    ):
+        results = []
+        for rows in (near, far):
+            leaf = rows.detach().requires_grad_()
+            result = call(leaf, targets)
+            results.append((result.detach(), *torch.autograd.grad(result.sum(), leaf)))
+        assert_same_bits(*results)
+
+
+def hidden_by_weight(rows: Tensor, targets: Tensor, products: str) -> Tensor:
+    return gspo_ops.log_probs_from_hidden(rows, rows, targets, products=products)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs memory that is reserved lazily")
