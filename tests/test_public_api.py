@@ -105,7 +105,7 @@ LAYERS = [
     {"gspo_ops"},  # the package itself
     {"linear_policy_loss", "linear_log_probs", "plan"},
     {"policy_loss", "log_probs", "logit_tiles", "advantages", "reference"},
-    {"head", "layout", "parallel", "objective", "backend"},
+    {"head", "layout", "parallel", "objective", "backend", "threads"},
     {"kernels"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
