@@ -32,7 +32,6 @@ from triton.runtime.jit import JITFunction
 from gspo_ops import head, log_probs, logit_tiles, policy_loss
 from gspo_ops.layout import resolve_layout
 from gspo_ops.objective import GRPO, GSPO, GSPOToken
-from gspo_ops.parallel import VocabShard
 
 from .measure import provenance, write
 from .providers import versions
@@ -60,15 +59,15 @@ def make_logits(dtype, V, row_stride=None):
     return empty(B, T, row_stride or V, dtype=dtype)[:, :, :V]
 
 
-def make_shard(V, part):
-    return VocabShard("ranks" if part else None, 0, V)
+def group_of(part):
+    return "ranks" if part else None
 
 
 def launch_fwd(dtype, V=V, row_stride=None, softcap=None, entropy=False, mask=True, part=False):
     logits, targets = make_logits(dtype, V, row_stride), rows(torch.int64)
     mask = rows(torch.uint8) if mask else None
     out = log_probs.RowStats(*(rows() for _ in range(5)))
-    log_probs._triton_fwd(logits, targets, mask, 1.0, softcap, entropy, make_shard(V, part), out)
+    log_probs._triton_fwd(logits, targets, mask, 1.0, softcap, entropy, group_of(part), out)
 
 
 def launch_bwd(
@@ -81,7 +80,7 @@ def launch_bwd(
     log_probs._triton_bwd(
         make_logits(dtype, V), targets, mask, row_max, row_sum, entropy,
         rows() if part else None, rows(), grad_entropy,
-        grad_loss, inv_denominator, 1.0, softcap, make_shard(V, part), empty(B, T, V, dtype=dtype),
+        grad_loss, inv_denominator, 1.0, softcap, group_of(part), empty(B, T, V, dtype=dtype),
     )  # fmt: skip
 
 
@@ -181,7 +180,7 @@ def make_tiles(dtype, products="triton", bias=False, softcap=None, entropy=False
     )  # fmt: skip
     count = empty(dtype=torch.int32) if products == "triton" else None
     rows = logit_tiles.Rows(None, count, empty(N, dtype=torch.bool) if live else None)
-    options = logit_tiles.Options(1.0, softcap, entropy, products, False, None, 0, HEAD_V)
+    options = logit_tiles.Options(1.0, softcap, entropy, products, False, None)
     with mock.patch.object(head, "use_triton", return_value=True):
         return logit_tiles.make_tiles(operands, empty(N, dtype=torch.int64), rows, options)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .layout import check_tensor
 from .objective import check_number
 
 
@@ -38,8 +39,7 @@ def group_advantages(
 
     Source: arXiv 2402.03300, section 4.1.
     """
-    if not isinstance(rewards, Tensor):
-        raise TypeError(f"rewards must be a torch.Tensor, got {type(rewards).__name__}")
+    check_tensor("rewards", rewards)
     if rewards.ndim != 1 or rewards.dtype.is_complex:
         raise ValueError(
             f"rewards must be real, of shape (B,), got {rewards.dtype} {tuple(rewards.shape)}"
@@ -83,8 +83,8 @@ def _group_index(rewards: Tensor, group_size: int | None, group_ids: Tensor | No
                 f"group_size must be positive and divide the {batch} rewards, got {group_size}"
             )
         return torch.arange(batch, device=rewards.device) // group_size
-    if not isinstance(group_ids, Tensor):
-        raise TypeError(f"group_ids must be a torch.Tensor, got {type(group_ids).__name__}")
+    check_tensor("group_ids", group_ids)
+    assert group_ids is not None
     if group_ids.is_floating_point() or group_ids.is_complex():
         raise TypeError(f"group_ids must be integers, got {group_ids.dtype}")
     if group_ids.shape != rewards.shape or group_ids.device != rewards.device:

@@ -91,17 +91,14 @@ class Choice(NamedTuple):
 def choose_plan(
     hidden: Tensor,
     weight: Tensor,
-    vocabulary: int,
     *,
     plan: PlanName,
     memory_budget: int | None,
     has_gradient: bool,
     can_chunk: bool,
 ) -> Choice:
-    """The plan that spends the fewest FLOPs within the budget.
-
-    `vocabulary` is what the ranks agree on; `weight` may have fewer rows.
-    """
+    """The plan that spends the fewest FLOPs within the budget."""
+    vocabulary = weight.shape[0]
     rows = math.prod(hidden.shape[:-1])
     if not has_gradient or plan == "recompute":
         return Choice("recompute", 0, rows)
@@ -112,7 +109,7 @@ def choose_plan(
     row_bytes = vocabulary * itemsize
     if plan == "keep" or (plan == "auto" and rows * row_bytes <= budget):
         return Choice("keep", vocabulary, rows)
-    chunk_rows = max((budget - sum_bytes(hidden, weight, vocabulary)) // row_bytes, 1)
+    chunk_rows = max((budget - sum_bytes(hidden, weight)) // row_bytes, 1)
     least = _CPU_CHUNK_ROWS if hidden.device.type == "cpu" and itemsize > 2 else _CHUNK_ROWS
     if plan == "chunk" or (can_chunk and chunk_rows >= least):
         return Choice("chunk", vocabulary, min(chunk_rows, max(rows, 1)))
@@ -120,11 +117,12 @@ def choose_plan(
     return Choice("keep" if kept else "recompute", kept, rows)
 
 
-def sum_bytes(hidden: Tensor, weight: Tensor, vocabulary: int) -> int:
+def sum_bytes(hidden: Tensor, weight: Tensor) -> int:
     """Of sums over chunks, beyond those of the gradients that they become."""
     dtype = compute_dtype(product_dtype(hidden, weight))
-    sizes = (hidden, hidden.numel()), (weight, vocabulary * weight.shape[1])
-    return sum(n * (dtype.itemsize - x.element_size()) for x, n in sizes if x.requires_grad)
+    return sum(
+        x.numel() * (dtype.itemsize - x.element_size()) for x in (hidden, weight) if x.requires_grad
+    )
 
 
 def kept_width(columns: int) -> int:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+IGNORED = -100  # a target that doesn't count
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -103,14 +105,37 @@ def resolve_layout(
     return Layout(shape, batch, device, cu_seqlens, layout.flat("mask", mask))
 
 
-def check_tensor(name: str, x: object, device: torch.device) -> None:
-    """Refuse what is not a dense tensor on this device."""
+def check_tensor(name: str, x: object, device: torch.device | None = None) -> None:
+    """Refuse what is not a dense tensor, on this device if one is given."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.device != device:
+    if is_dtensor(x):
+        raise TypeError(
+            f"{name} must be a plain tensor, got a DTensor with placements {tuple(x.placements)}: "  # type: ignore[attr-defined]
+            f"pass {name}.full_tensor(), or this rank's part as {name}.to_local()"
+        )
+    if device is not None and x.device != device:
         raise ValueError(f"{name} must be on {device} like the input, got {x.device}")
     if x.layout != torch.strided:
         raise ValueError(f"{name} must be a dense tensor, got {x.layout}")
+
+
+def is_dtensor(x: object) -> bool:
+    return isinstance(x, Tensor) and hasattr(x, "device_mesh")
+
+
+def checked_targets(targets: Tensor, V: int, rows: Tensor | None = None) -> Tensor:
+    """Targets as int64; one outside [0, V) is refused, with its place in `rows`."""
+    targets = targets.long()
+    wrong = ((targets < 0) | (targets >= V)).nonzero().squeeze(1)
+    if len(wrong):
+        first = int(wrong[0])
+        row = first if rows is None else int(rows[first])
+        raise IndexError(
+            f"targets must lie in [0, {V}) where they count, got {int(targets[first])} at row "
+            f"{row} ({len(wrong)} such rows); mask rows out, or mark them with {IGNORED}"
+        )
+    return targets
 
 
 def check_constant(name: str, x: Tensor) -> None:

@@ -12,6 +12,7 @@ dweight = P^T diag(s) hidden, with a factor s per row that is known only then.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, overload
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from .backend import compute_dtype, exact_matmul, operator, refuse_graph, use_triton
 from .head import (
+    Choice,
     LoRA,
     PlanName,
     Products,
@@ -30,17 +32,10 @@ from .head import (
     kept_width,
     product_dtype,
 )
-from .log_probs import IGNORED, check_softmax_options
+from .layout import IGNORED
+from .log_probs import agreed_targets, check_softmax_options
 from .logit_tiles import Head, HeadGrads, Kept, Options, RowStats, backward, forward
-from .parallel import (
-    VOCAB_SHARD,
-    ProcessGroup,
-    VocabShard,
-    local_part,
-    replicated,
-    vocab_shard,
-    widest_part,
-)
+from .parallel import ProcessGroup, SharedChecks, group_name, replicated, vocab_part
 
 
 @overload
@@ -130,10 +125,10 @@ def log_probs_from_hidden(
         main_grad: (V, H) float32 buffer that d loss / d weight is added to; `weight.grad` then
             stays as it is.
         vocab_group: ranks that share the vocabulary: each passes the same hidden states and
-            targets, and its own rows of weight, bias and lora.b, equally many on all and in the
-            order of the ranks, or a DTensor with Shard(0). Exchanged are 3 numbers per row (4 with
-            the entropy) in the forward, and dhidden in the backward, in float32. The results are
-            the same on all ranks, dweight is that of each rank's rows.
+            targets, and its own rows of weight, bias and lora.b, any number of them, in the order
+            of the ranks, or a DTensor with Shard(0). Exchanged are 3 numbers per row (4 with the
+            entropy) in the forward, and dhidden in the backward, in float32. The results are the
+            same on all ranks, dweight is that of each rank's rows.
         return_entropy: also return the entropy in nats, differentiable (the backward then always
             recomputes logits).
 
@@ -145,28 +140,35 @@ def log_probs_from_hidden(
         TypeError, ValueError: an argument does not fit; the message names it.
         IndexError: a target outside [0, V), on CPU. On GPU its log_prob is NaN.
     """
-    hidden, weight, bias, lora, shard = local_head(hidden, weight, bias, lora, vocab_group)
-    check_head(hidden, weight, targets, bias, lora, main_grad)
-    check_softmax_options(temperature, softcap, return_entropy)
-    check_plan(plan, memory_budget, products, allow_sync, lora)
-    if plan == "chunk":
-        raise ValueError(
-            "plan='chunk' needs a loss whose gradient it can make in the forward: "
-            "policy_loss_from_hidden; here plan must be 'auto', 'keep' or 'recompute'"
+    with SharedChecks(hidden, weight, targets, vocab_group=vocab_group):
+        hidden, weight, bias, lora = local_head(hidden, weight, bias, lora, vocab_group)
+        check_head(hidden, weight, targets, bias, lora, main_grad)
+        check_softmax_options(temperature, softcap, return_entropy)
+        check_plan(plan, memory_budget, products, allow_sync, lora)
+        if plan == "chunk":
+            raise ValueError(
+                "plan='chunk' needs a loss whose gradient it can make in the forward: "
+                "policy_loss_from_hidden; here plan must be 'auto', 'keep' or 'recompute'"
+            )
+        ranks = group_name("vocab_group", vocab_group)
+        mask = targets != IGNORED
+        head = make_head(hidden, weight, bias, lora, mask)
+        choice = choose_plan(
+            hidden, weight, plan="recompute" if return_entropy else plan,
+            memory_budget=memory_budget, has_gradient=has_gradient(head), can_chunk=False,
+        )  # fmt: skip
+        options = Options(
+            temperature, softcap, return_entropy, resolve_products(products, hidden), allow_sync,
+            ranks,
+        )  # fmt: skip
+    if ranks is not None:
+        facts = facts_of_head(head, options, choice)
+        targets = agreed_targets(
+            targets, mask, weight.shape[0], options.products == "torch", facts, ranks
         )
-    mask = targets != IGNORED
-    head = make_head(hidden, weight, bias, lora, mask)
-    has_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
-    _, kept_columns, _ = choose_plan(
-        hidden, weight, widest_part(shard, vocab_group),
-        plan="recompute" if return_entropy else plan, memory_budget=memory_budget,
-        has_gradient=has_gradient, can_chunk=False,
-    )  # fmt: skip
-    log_probs, entropy = _LinearLogProbs.apply(
-        *head, main_grad, targets, mask, min(kept_columns, weight.shape[0]),
-        temperature, softcap, return_entropy, resolve_products(products, hidden), allow_sync,
-        *shard,
-    )  # fmt: skip
+    log_probs, entropy = LinearLogProbs.apply(
+        *head, main_grad, targets, mask, choice.kept_columns, *options
+    )
     return (log_probs, entropy) if return_entropy else log_probs
 
 
@@ -176,16 +178,36 @@ def local_head(
     bias: Tensor | None,
     lora: LoRA | None,
     group: ProcessGroup | None,
-) -> tuple[Tensor, Tensor, Tensor | None, LoRA | None, VocabShard]:
-    """The operands as this rank holds them, and which part of the vocabulary they are."""
-    weight, shard = vocab_shard("weight", weight, 0, group)
+) -> tuple[Tensor, Tensor, Tensor | None, LoRA | None]:
+    """The operands as this rank holds them."""
+    weight = vocab_part("weight", weight, 0, group)
     if bias is not None:
-        bias = local_part("bias", bias, shard, group)
+        bias = vocab_part("bias", bias, 0, group)
     if isinstance(lora, LoRA):
         lora = lora._replace(
-            a=replicated("lora.a", lora.a), b=local_part("lora.b", lora.b, shard, group)
+            a=replicated("lora.a", lora.a), b=vocab_part("lora.b", lora.b, 0, group)
         )
-    return replicated("hidden", hidden), weight, bias, lora, shard
+    return replicated("hidden", hidden), weight, bias, lora
+
+
+def facts_of_head(head: Head, options: Options, choice: Choice) -> dict[str, int]:
+    """What ranks that share a vocabulary must have in common, to exchange the same."""
+    hidden, weight, _, lora_x, lora_b = head
+    wants_grad = torch.is_grad_enabled()
+    return {
+        "the number of rows of hidden": math.prod(hidden.shape[:-1]),
+        "the last dimension of hidden": hidden.shape[-1],
+        "the rank of lora": 0 if lora_b is None else lora_b.shape[1],
+        "the precision of log-probs, in bytes,": _stats_dtype(hidden, weight).itemsize,
+        "return_entropy": int(options.return_entropy),
+        "products": ("torch", "mm", "triton").index(options.products),
+        "allow_sync": int(options.allow_sync),
+        "whether plan is 'chunk'": int(choice.name == "chunk"),
+        "whether hidden requires grad": int(wants_grad and hidden.requires_grad),
+        "whether lora.a requires grad": int(
+            wants_grad and lora_x is not None and lora_x.requires_grad
+        ),
+    }
 
 
 def make_head(
@@ -222,6 +244,10 @@ class _ExactProduct(torch.autograd.Function):
         )
 
 
+def has_gradient(head: Head) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
+
+
 def resolve_products(products: Products, hidden: Tensor) -> str:
     """`torch`, `mm` or `triton`: who multiplies."""
     if not use_triton(hidden):
@@ -230,7 +256,7 @@ def resolve_products(products: Products, hidden: Tensor) -> str:
     return "mm" if products == "auto" else products
 
 
-class _LinearLogProbs(torch.autograd.Function):
+class LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx, hidden, weight, bias, lora_x, lora_b, main_grad, targets, mask, kept_columns, *options
@@ -252,7 +278,7 @@ class _LinearLogProbs(torch.autograd.Function):
             grad_log_probs, grad_entropy if Options(*ctx.options).return_entropy else None,
             None, None, *ctx.options,
         )  # fmt: skip
-        return (*grads, *(None for _ in range(12)))
+        return (*grads, *(None for _ in range(10)))
 
 
 def head_gradients(needs_input_grad, main_grad: Tensor | None, *arguments) -> list[Tensor | None]:
@@ -295,7 +321,7 @@ def empty_kept(hidden: Tensor, weight: Tensor, rows: int, kept_columns: int) -> 
 HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_x, Tensor? lora_b"
 OPTIONS = (
     "float temperature, float? softcap, bool return_entropy, str products, bool allow_sync, "
-    + VOCAB_SHARD
+    "str? vocab_group"
 )
 
 

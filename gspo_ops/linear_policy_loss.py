@@ -32,26 +32,28 @@ from .layout import sequence_ids
 from .linear_log_probs import (
     HEAD,
     OPTIONS,
+    LinearLogProbs,
     empty_kept,
+    facts_of_head,
+    has_gradient,
     head_gradients,
     linear_log_probs_fwd,
     local_head,
-    log_probs_from_hidden,
     make_head,
     resolve_products,
 )
 from .log_probs import check_softmax_options
 from .logit_tiles import Head, HeadGrads, Kept, Options, backward, forward, slices
 from .objective import GSPO, Objective
-from .parallel import ProcessGroup, widest_part
+from .parallel import ProcessGroup, SharedChecks, gathered, group_name
 from .policy_loss import (
     POLICY_INPUTS,
     PolicyInputs,
     PolicyLoss,
     TokenLoss,
+    agreed,
     check_layout,
     custom_loss,
-    ignore_masked,
     named_stats,
     policy_inputs,
     policy_loss_fake,
@@ -103,7 +105,8 @@ def policy_loss_from_hidden(
         bias, lora, temperature, softcap: of the head, as in `log_probs_from_hidden`.
         plan: `"keep"` the exponentials of all logits from forward to backward; `"chunk"`: whole
             sequences at a time, gradients made in the forward (packed on a GPU, the borders of the
-            sequences are read back, one host synchronisation; not with context_group);
+            sequences are read back, and with a vocab_group the chunks that suit all ranks, one host
+            synchronisation each; not with context_group);
             `"recompute"` the logits in the backward; `"auto"` what costs the fewest FLOPs within
             the budget and without synchronisation. `plan_from_hidden` tells what each costs.
         memory_budget: bytes for exponentials and sums of gradients that are kept; by default 2.1
@@ -122,54 +125,60 @@ def policy_loss_from_hidden(
 
     Source: arXiv 2507.18071.
     """
-    arguments = hidden, weight, bias, lora
-    hidden, weight, bias, lora, shard = local_head(*arguments, vocab_group)
-    check_head(hidden, weight, targets, bias, lora, main_grad)
-    check_softmax_options(temperature, softcap, return_entropy)
-    check_plan(plan, memory_budget, products, allow_sync, lora)
-    if plan == "chunk" and context_group is not None:
-        raise ValueError(
-            "plan='chunk' needs whole sequences, which context_group spreads over ranks: plan must "
-            "be 'auto', 'keep' or 'recompute'"
-        )
-    layout = check_layout(targets.shape, hidden.device, "hidden", mask, cu_seqlens)
+    with SharedChecks(
+        hidden, weight, targets, vocab_group=vocab_group, context_group=context_group
+    ):
+        hidden, weight, bias, lora = local_head(hidden, weight, bias, lora, vocab_group)
+        check_head(hidden, weight, targets, bias, lora, main_grad)
+        check_softmax_options(temperature, softcap, return_entropy)
+        check_plan(plan, memory_budget, products, allow_sync, lora)
+        if plan == "chunk" and context_group is not None:
+            raise ValueError(
+                "plan='chunk' needs whole sequences, which context_group spreads over ranks: plan "
+                "must be 'auto', 'keep' or 'recompute'"
+            )
+        layout = check_layout(targets.shape, hidden.device, "hidden", mask, cu_seqlens)
+        inputs = policy_inputs(
+            layout, compute_dtype(product_dtype(hidden, weight)), objective, old_log_probs,
+            advantages, ref_log_probs, rollout_weights, denominator, context_group,
+            return_entropy,
+        )  # fmt: skip
+        is_custom = not isinstance(objective, Objective)
+        if plan == "chunk" and is_custom:
+            raise ValueError(
+                "plan='chunk' makes gradients in the forward, which no function as objective "
+                "tells: plan must be 'auto', 'keep' or 'recompute'"
+            )
+        ranks = group_name("vocab_group", vocab_group)
+        head = make_head(hidden, weight, bias, lora, mask)
+        choice = choose_plan(
+            hidden, weight, plan=plan, memory_budget=memory_budget, has_gradient=has_gradient(head),
+            # ranks have to choose the same without being told how large the others' parts are
+            can_chunk=vocab_group is None
+            and context_group is None
+            and not is_custom
+            and (cu_seqlens is None or not hidden.is_cuda),
+        )  # fmt: skip
+        options = Options(
+            temperature, softcap, return_entropy, resolve_products(products, hidden), allow_sync,
+            ranks,
+        )  # fmt: skip
+    inputs, targets = agreed(
+        inputs, targets, weight.shape[0], options.products == "torch",
+        facts_of_head(head, options, choice), ranks,
+    )  # fmt: skip
     if not isinstance(objective, Objective):
-        if return_entropy:
-            raise ValueError("return_entropy is not available with a function as objective")
-        ignored = targets if layout.mask is None else ignore_masked(targets, layout.mask)
-        hidden, weight, bias, lora = arguments
-        log_probs = log_probs_from_hidden(
-            hidden, weight, ignored, bias=bias, lora=lora, temperature=temperature,
-            softcap=softcap, plan=plan, memory_budget=memory_budget, products=products,
-            allow_sync=allow_sync, main_grad=main_grad, vocab_group=vocab_group,
-        )  # fmt: skip
-        return custom_loss(
-            layout, objective, log_probs, old_log_probs, advantages, ref_log_probs,
-            rollout_weights, denominator, context_group,
-        )  # fmt: skip
-    inputs = policy_inputs(
-        layout, compute_dtype(product_dtype(hidden, weight)), objective, old_log_probs, advantages,
-        ref_log_probs, rollout_weights, denominator, context_group,
-    )  # fmt: skip
-    head = make_head(hidden, weight, bias, lora, mask)
-    has_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
-    name, kept_columns, chunk_rows = choose_plan(
-        hidden, weight, widest_part(shard, vocab_group),
-        plan=plan, memory_budget=memory_budget, has_gradient=has_gradient,
-        can_chunk=context_group is None and (cu_seqlens is None or not hidden.is_cuda),
-    )  # fmt: skip
-    kept_columns = min(kept_columns, weight.shape[0])
-    options = (
-        temperature, softcap, return_entropy, resolve_products(products, hidden), allow_sync,
-        *shard,
-    )  # fmt: skip
-    if name == "chunk":
+        log_probs, _ = LinearLogProbs.apply(
+            *head, main_grad, targets, inputs.mask, choice.kept_columns, *options
+        )
+        return custom_loss(layout, objective, log_probs, inputs)
+    if choice.name == "chunk":
         loss, stats, log_ratio, entropy = _PolicyLossInChunks.apply(
-            *head, main_grad, targets, chunk_rows, options, *inputs
+            *head, main_grad, targets, choice.chunk_rows, options, *inputs
         )
     else:
         loss, stats, log_ratio, entropy = _PolicyLossFromHidden.apply(
-            *head, main_grad, targets, kept_columns, options, *inputs
+            *head, main_grad, targets, choice.kept_columns, options, *inputs
         )
     named = named_stats(stats, log_ratio, inputs)
     if return_entropy:
@@ -368,6 +377,10 @@ def linear_policy_loss_chunks(
             x.zero_()
     log_probs = sums.hidden.new_zeros(policy.rows)
     entropy = sums.hidden.new_zeros(())
+    if options.vocab_group is not None:
+        # the same chunks on all ranks, however large their parts: each chunk is an exchange
+        own = targets.new_full((), chunk_rows, dtype=torch.int64)
+        chunk_rows = int(gathered(own, options.vocab_group).min())
     buffer = empty_kept(hidden, weight, min(chunk_rows, max(policy.rows, 1)), weight.shape[0])
     for i, (sequences, rows) in enumerate(_chunks(policy, chunk_rows)):
         part = head._replace(

@@ -13,18 +13,22 @@ import torch
 from torch import Tensor
 
 from .backend import compute_dtype, device_guard, operator, use_triton
-from .layout import check_tensor
+from .layout import IGNORED, check_tensor, checked_targets
 from .objective import check_number
 from .parallel import (
-    VOCAB_SHARD,
+    NOWHERE,
+    Facts,
     ProcessGroup,
-    VocabShard,
-    gathered_rows,
+    SharedChecks,
+    agree,
+    checksum,
+    gathered,
+    group_name,
+    local_targets,
     sum_in_order,
-    vocab_shard,
+    vocab_part,
 )
 
-IGNORED = -100
 THREADS = 128  # per program: with 8 columns each they read 1024, and keep columns to themselves
 _CHUNK_ELEMENTS = 1 << 20  # of the CPU path: 4 MiB of fp32, so that a chunk stays in cache
 
@@ -74,9 +78,9 @@ def log_probs_from_logits(
         temperature: sampling temperature, > 0.
         softcap: soft cap of the logits, > 0, as in Gemma; None for none.
         vocab_group: ranks that share the vocabulary: each passes the same targets and its own part
-            of the logits, equally large on all and in the order of the ranks, or a DTensor. The
-            results are the same on all; 3 numbers per row (4 with the entropy) are exchanged, and
-            nothing in the backward.
+            of the logits, of any size, in the order of the ranks, or a DTensor. The results are the
+            same on all; 3 numbers per row (4 with the entropy) are exchanged, and nothing in the
+            backward.
         return_entropy: also return the entropy in nats, differentiable.
 
     Returns:
@@ -87,11 +91,19 @@ def log_probs_from_logits(
         TypeError, ValueError: an argument does not fit; the message names it.
         IndexError: a target outside [0, V), on CPU. On GPU its log_prob is NaN.
     """
-    logits, shard = vocab_shard("logits", logits, -1, vocab_group)
-    check_logits(logits, targets)
-    check_softmax_options(temperature, softcap, return_entropy)
-    log_probs, entropy = _LogProbs.apply(
-        logits, targets, targets != IGNORED, temperature, softcap, return_entropy, *shard
+    with SharedChecks(logits, targets, vocab_group=vocab_group):
+        logits = vocab_part("logits", logits, -1, vocab_group)
+        check_logits(logits, targets)
+        check_softmax_options(temperature, softcap, return_entropy)
+        ranks = group_name("vocab_group", vocab_group)
+    mask = targets != IGNORED
+    if ranks is not None:
+        facts = facts_of_logits(logits, return_entropy)
+        targets = agreed_targets(
+            targets, mask, logits.shape[-1], not use_triton(logits), facts, ranks
+        )
+    log_probs, entropy = LogProbs.apply(
+        logits, targets, mask, temperature, softcap, return_entropy, ranks
     )
     return (log_probs, entropy) if return_entropy else log_probs
 
@@ -106,16 +118,16 @@ class RowStats(NamedTuple):
     target_logit: Tensor  # (0,) unless the vocabulary is shared
 
 
-class _LogProbs(torch.autograd.Function):
+class LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx, logits, targets, mask, temperature, softcap, return_entropy, *shard
+        ctx, logits, targets, mask, temperature, softcap, return_entropy, vocab_group
     ):
         stats = RowStats(
-            *log_probs_fwd(logits, targets, mask, temperature, softcap, return_entropy, *shard)
+            *log_probs_fwd(logits, targets, mask, temperature, softcap, return_entropy, vocab_group)
         )
         ctx.save_for_backward(logits, targets, mask, *stats[1:])
-        ctx.options, ctx.shard = (temperature, softcap, return_entropy), shard
+        ctx.options = temperature, softcap, return_entropy, vocab_group
         if not return_entropy:
             ctx.mark_non_differentiable(stats.entropy)
             return stats.log_probs.view(targets.shape), stats.entropy
@@ -124,14 +136,14 @@ class _LogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_log_probs, grad_entropy):  # type: ignore[override]
         logits, targets, mask, row_max, row_sum, entropy, target_logit = ctx.saved_tensors
-        temperature, softcap, return_entropy = ctx.options
+        temperature, softcap, return_entropy, vocab_group = ctx.options
         grad_logits = log_probs_bwd(
             logits, targets, mask, row_max, row_sum,
             entropy if return_entropy else None, target_logit,
             grad_log_probs, grad_entropy if return_entropy else None,
-            None, None, temperature, softcap, *ctx.shard,
+            None, None, temperature, softcap, vocab_group,
         )  # fmt: skip
-        return (grad_logits, *(None for _ in range(8)))
+        return (grad_logits, *(None for _ in range(6)))
 
 
 def check_logits(logits: Tensor, targets: Tensor) -> None:
@@ -171,7 +183,44 @@ def check_softmax_options(temperature: float, softcap: float | None, return_entr
 # Operators
 
 
-def _fwd_fake(logits, targets, mask, temperature, softcap, return_entropy, *shard):
+def facts_of_logits(logits: Tensor, return_entropy: bool) -> dict[str, int]:
+    """What ranks that share a vocabulary must have in common, to exchange the same."""
+    return {
+        "the number of rows of logits": math.prod(logits.shape[:-1]),
+        "the precision of log-probs, in bytes,": compute_dtype(logits.dtype).itemsize,
+        "return_entropy": int(return_entropy),
+    }
+
+
+def agreed_targets(
+    targets: Tensor, mask: Tensor, columns: int, checks_range: bool, facts: Facts, group: str
+) -> Tensor:
+    return agree_on_targets(
+        targets, mask, columns, checks_range, list(facts), list(facts.values()), group
+    )
+
+
+@operator(
+    "agree_on_targets(Tensor targets, Tensor mask, SymInt columns, bool checks_range, "
+    "str[] names, SymInt[] facts, str vocab_group) -> Tensor",
+    lambda targets, *_: targets.new_empty(targets.shape, dtype=torch.int64),
+)
+def agree_on_targets(targets, mask, columns, checks_range, names, facts, vocab_group):
+    """Targets as `local_targets` counts them, if all ranks can go on."""
+    sizes = None
+    if targets.device.type == "cpu":
+        counted = torch.where(mask, targets.long(), 0)
+        shared = dict(zip(names, facts, strict=True)) | {
+            "the checksum of targets": checksum([counted])
+        }
+        sizes = agree(
+            {"vocab_group": (vocab_group, shared)}, None,
+            counted.view(-1) if checks_range else None, columns,
+        )  # fmt: skip
+    return local_targets(targets, columns, vocab_group, sizes)
+
+
+def _fwd_fake(logits, targets, mask, temperature, softcap, return_entropy, vocab_group):
     rows = targets.new_empty(targets.numel(), dtype=compute_dtype(logits.dtype))
 
     def rows_if(condition: bool) -> Tensor:
@@ -179,48 +228,51 @@ def _fwd_fake(logits, targets, mask, temperature, softcap, return_entropy, *shar
 
     return (
         rows, torch.empty_like(rows), torch.empty_like(rows), rows_if(return_entropy),
-        rows_if(VocabShard(*shard).group is not None),
+        rows_if(vocab_group is not None),
     )  # fmt: skip
 
 
 @operator(
     "log_probs_fwd(Tensor logits, Tensor targets, Tensor? mask, float temperature, float? softcap, "
-    f"bool return_entropy, {VOCAB_SHARD}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool return_entropy, str? vocab_group) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fwd_fake,
 )
-def log_probs_fwd(logits, targets, mask, temperature, softcap, return_entropy, *shard):
-    """RowStats of every row where mask is non-zero; 0 elsewhere."""
+def log_probs_fwd(logits, targets, mask, temperature, softcap, return_entropy, vocab_group):
+    """RowStats of every row where mask is non-zero; 0 elsewhere.
+
+    With a vocab_group, targets are local ones.
+    """
     forward = _triton_fwd if use_triton(logits) else _torch_fwd
-    out = RowStats(*_fwd_fake(logits, targets, mask, temperature, softcap, return_entropy, *shard))
-    shard = VocabShard(*shard)
+    options = temperature, softcap, return_entropy, vocab_group
+    out = RowStats(*_fwd_fake(logits, targets, mask, *options))
     targets = targets.reshape(-1).contiguous()
     mask = None if mask is None else loadable(mask.reshape(-1))
     if targets.numel():
-        forward(logits, targets, mask, temperature, softcap, return_entropy, shard, out)
-        if shard.group is not None:
-            out = _combined(out, shard, logits.shape[-1], targets, mask, temperature)
+        forward(logits, targets, mask, *options, out)
+        if vocab_group is not None:
+            out = _combined(out, vocab_group, targets, mask, temperature)
     return tuple(out)
 
 
 def _combined(
-    part: RowStats, shard: VocabShard, columns: int, targets: Tensor, mask: Tensor | None,
-    temperature: float,
-) -> RowStats:  # fmt: skip
+    part: RowStats, vocab_group: str, targets: Tensor, mask: Tensor | None, temperature: float
+) -> RowStats:
     """RowStats of whole rows, from those of every part of the vocabulary.
 
     Of a part, `entropy` holds the sum of e * log2(e).
     """
-    own = torch.stack([part.row_max, part.row_sum, part.target_logit])
+    # one part has the target's logit, the others 0
+    target_logit = part.target_logit.masked_fill(targets == NOWHERE, math.nan)
+    own = torch.stack([part.row_max, part.row_sum, target_logit])
     if return_entropy := part.entropy.numel() > 0:
         own = torch.cat([own, part.entropy[None]])
-    row_max, row_sum, target_logit, *log_sum = gathered_rows(own, shard, columns).unbind(1)
+    row_max, row_sum, target_logit, *log_sum = gathered(own, vocab_group).unbind(1)
     top = torch.where(row_sum == 0, -math.inf, row_max).amax(0)
     top = top.masked_fill(top == -math.inf, 0.0)
     step = torch.where(row_sum == 0, 0.0, (row_max - top) / temperature)
     shrink = step.exp()
     total = sum_in_order(row_sum * shrink)
-    # one part has the target's logit, the others 0
-    x_target = torch.where(shard.contains(targets), sum_in_order(target_logit), math.nan)
+    x_target = sum_in_order(target_logit)
     d, error = _log_odds(top, total, x_target, temperature)
     log_prob = minus_softplus(d, error)
     entropy = part.entropy
@@ -244,7 +296,7 @@ def entropy_of(
 
 def _bwd_fake(
     logits, targets, mask, row_max, row_sum, entropy, target_logit, grad_log_probs, grad_entropy,
-    grad_loss, inv_denominator, temperature, softcap, *shard,
+    grad_loss, inv_denominator, temperature, softcap, vocab_group,
 ):  # fmt: skip
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
@@ -253,12 +305,12 @@ def _bwd_fake(
     "log_probs_bwd(Tensor logits, Tensor targets, Tensor? mask, Tensor? row_max, Tensor? row_sum, "
     "Tensor? entropy, Tensor? target_logit, Tensor grad_log_probs, Tensor? grad_entropy, "
     "Tensor? grad_loss, Tensor? inv_denominator, float temperature, float? softcap, "
-    f"{VOCAB_SHARD}) -> Tensor",
+    "str? vocab_group) -> Tensor",
     _bwd_fake,
 )
 def log_probs_bwd(
     logits, targets, mask, row_max, row_sum, entropy, target_logit, grad_log_probs, grad_entropy,
-    grad_loss, inv_denominator, temperature, softcap, *shard,
+    grad_loss, inv_denominator, temperature, softcap, vocab_group,
 ):  # fmt: skip
     """dlogits for d loss / d log_prob = grad_log_probs * grad_loss * inv_denominator.
 
@@ -268,14 +320,13 @@ def log_probs_bwd(
     grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if grad_logits.numel():
         backward = _triton_bwd if use_triton(logits) else _torch_bwd
-        shard = VocabShard(*shard)
         backward(
             logits, targets.reshape(-1).contiguous(),
             None if mask is None else loadable(mask.reshape(-1)),
-            row_max, row_sum, entropy, None if shard.group is None else target_logit,
+            row_max, row_sum, entropy, None if vocab_group is None else target_logit,
             grad_log_probs.reshape(-1).contiguous(),
             None if grad_entropy is None else grad_entropy.reshape(-1).contiguous(),
-            grad_loss, inv_denominator, temperature, softcap, shard, grad_logits,
+            grad_loss, inv_denominator, temperature, softcap, vocab_group, grad_logits,
         )  # fmt: skip
     return grad_logits
 
@@ -309,16 +360,18 @@ def block_shape(V: int, rows: int) -> dict[str, int]:
     return {"ROWS": rows, "COLS": cols, "num_warps": THREADS // warp}
 
 
-def _triton_fwd(logits, targets, mask, temperature, softcap, return_entropy, shard, out: RowStats):
+def _triton_fwd(
+    logits, targets, mask, temperature, softcap, return_entropy, vocab_group, out: RowStats
+):
     from .kernels.log_probs import log_probs_fwd_kernel
 
     V = logits.shape[-1]
     T, stride_b, stride_t, align = row_strides(logits)
     with device_guard(logits):
         log_probs_fwd_kernel[(targets.numel(),)](
-            logits, shard.local(targets, V), mask,
+            logits, targets, mask,
             out.log_probs, out.row_max, out.row_sum, out.entropy if return_entropy else None,
-            None if shard.group is None else out.target_logit,
+            None if vocab_group is None else out.target_logit,
             T, V, stride_b, stride_t,
             temperature, math.log2(math.e) / temperature, softcap,
             ALIGN=align, **block_shape(V, rows=8 if softcap is None else 4),
@@ -327,7 +380,7 @@ def _triton_fwd(logits, targets, mask, temperature, softcap, return_entropy, sha
 
 def _triton_bwd(
     logits, targets, mask, row_max, row_sum, entropy, target_logit, grad_log_probs, grad_entropy,
-    grad_loss, inv_denominator, temperature, softcap, shard, grad_logits,
+    grad_loss, inv_denominator, temperature, softcap, vocab_group, grad_logits,
 ):  # fmt: skip
     from .kernels.log_probs import log_probs_bwd_kernel
 
@@ -337,7 +390,7 @@ def _triton_bwd(
     rows = 2 if grad_entropy is not None and softcap is not None else 4
     with device_guard(logits):
         log_probs_bwd_kernel[(targets.numel(),)](
-            logits, shard.local(targets, V), mask, row_max, row_sum, entropy, target_logit,
+            logits, targets, mask, row_max, row_sum, entropy, target_logit,
             grad_log_probs, grad_entropy, grad_loss, inv_denominator,
             grad_logits,
             T, V, stride_b, stride_t,
@@ -453,28 +506,22 @@ def sigmoid(d: Tensor) -> Tensor:
     return (1.0 + (-d).exp()).reciprocal()
 
 
-def checked_targets(targets: Tensor, V: int, rows: Tensor | None = None) -> Tensor:
-    """Targets as int64; one outside [0, V) is refused, with its place in `rows`."""
-    targets = targets.long()
-    wrong = ((targets < 0) | (targets >= V)).nonzero().squeeze(1)
-    if len(wrong):
-        first = int(wrong[0])
-        row = first if rows is None else int(rows[first])
-        raise IndexError(
-            f"targets must lie in [0, {V}) where they count, got {int(targets[first])} at row "
-            f"{row} ({len(wrong)} such rows); mask rows out, or mark them with {IGNORED}"
-        )
-    return targets
-
-
 def _all_or(mask: Tensor | None, like: Tensor) -> Tensor:
     return torch.ones_like(like, dtype=torch.bool) if mask is None else mask != 0
 
 
-def _torch_fwd(logits, targets, mask, temperature, softcap, return_entropy, shard, out: RowStats):
+def _checked_or_local(targets: Tensor, live: Tensor, V: int, vocab_group: str | None) -> Tensor:
+    """Targets of live rows; local ones have been checked by all ranks together."""
+    if vocab_group is not None:
+        return targets
+    return checked_targets(torch.where(live, targets, 0), V)
+
+
+def _torch_fwd(
+    logits, targets, mask, temperature, softcap, return_entropy, vocab_group, out: RowStats
+):
     live = _all_or(mask, targets)
-    targets = checked_targets(torch.where(live, targets, 0), shard.size)
-    targets = shard.local(targets, logits.shape[-1])
+    targets = _checked_or_local(targets, live, logits.shape[-1], vocab_group)
     for x in out:
         x.zero_()
     buffer = _buffer(logits)
@@ -487,7 +534,7 @@ def _torch_fwd(logits, targets, mask, temperature, softcap, return_entropy, shar
         p, total = _softmax(z, row_max, temperature, buffer[: len(y)])
         others = _others(p, y, buffer)
         row_sum = others * total
-        if shard.group is not None:
+        if vocab_group is not None:
             log_sum = None if log_e is None else total * _times_log(p, log_e).sum(1) / math.log(2.0)
             _put_part(out, index, row_max, row_sum, x_target, log_sum)
             continue
@@ -514,7 +561,7 @@ def _put_part(out: RowStats, index, row_max, row_sum, x_target, log_sum) -> None
 
 def _torch_bwd(
     logits, targets, mask, row_max, row_sum, entropy, target_logit, grad_log_probs, grad_entropy,
-    grad_loss, inv_denominator, temperature, softcap, shard, grad_logits,
+    grad_loss, inv_denominator, temperature, softcap, vocab_group, grad_logits,
 ):  # fmt: skip
     g = grad_log_probs.to(compute_dtype(logits.dtype))
     live = g != 0
@@ -524,8 +571,7 @@ def _torch_bwd(
     if grad_entropy is not None:
         live |= grad_entropy != 0
     live &= _all_or(mask, targets)
-    targets = checked_targets(torch.where(live, targets, 0), shard.size)
-    targets = shard.local(targets, logits.shape[-1])
+    targets = _checked_or_local(targets, live, logits.shape[-1], vocab_group)
     out = grad_logits.view(-1, grad_logits.shape[-1])
     buffer = _buffer(logits)
     done = 0

@@ -20,15 +20,9 @@ from torch import Tensor
 
 from .backend import compute_dtype, device_guard, matmul_fp32, no_autocast
 from .head import Wanted, grad_product_dtype, product_dtype
-from .log_probs import (
-    checked_targets,
-    entropy_of,
-    loadable,
-    minus_softplus,
-    sigmoid,
-    times_exp,
-)
-from .parallel import VocabShard, gathered_rows, summed
+from .layout import checked_targets
+from .log_probs import entropy_of, loadable, minus_softplus, sigmoid, times_exp
+from .parallel import NOWHERE, gathered, summed
 from .threads import for_each
 
 SHIFT_LIMIT = 64.0  # exponents beyond it, in powers of two, are shifted; as in the kernels
@@ -61,13 +55,7 @@ class Options(NamedTuple):
     return_entropy: bool
     products: str  # torch, mm or triton
     allow_sync: bool
-    vocab_group: str | None  # these as in VocabShard
-    vocab_start: int
-    vocab_size: int
-
-    @property
-    def shard(self) -> VocabShard:
-        return VocabShard(self.vocab_group, self.vocab_start, self.vocab_size)
+    vocab_group: str | None  # with it, targets are local ones
 
     @property
     def scale(self) -> float:
@@ -161,10 +149,10 @@ class Sums(NamedTuple):
         """By how much each tile's exponentials shrink when they are shifted so much."""
         return torch.exp2(self.shift - shift)
 
-    def over_vocabulary(self, shard: VocabShard, columns: int) -> Sums:
+    def over_vocabulary(self, group: str) -> Sums:
         """Those of whole rows, (n,) each, from those of each part of the vocabulary."""
         own = torch.stack([x for x in self if x is not None])
-        parts = gathered_rows(own, shard, columns).unbind(1)
+        parts = gathered(own, group).unbind(1)
         return Sums(parts[0], parts[1], None if self.log is None else parts[2]).reduced()
 
 
@@ -243,7 +231,7 @@ def forward(
         sums = tiles.exponentials(base, kept, keep)
         row_sums = sums.reduced()
         if options.vocab_group is not None and tiles.n:
-            row_sums = row_sums.over_vocabulary(options.shard, tiles.V)
+            row_sums = row_sums.over_vocabulary(options.vocab_group)
         shift, row_sum, log = row_sums
         entropy = row_sum.new_empty(0)
         found = RowStats(target_logit, shift, row_sum, entropy)
@@ -351,9 +339,7 @@ class TorchTiles:
         self.lora = None  # (n, r) and (V, r)
         if head.lora_x is not None and head.lora_b is not None:
             self.lora = rows.take(head.lora_x), head.lora_b
-        targets = self._targets(rows.take(targets), rows.index)
-        self.is_known = options.shard.contains(targets)
-        self.targets = options.shard.local(targets, self.V)  # (n,)
+        self.targets = self._targets(rows.take(targets), rows.index)  # (n,)
         self.live = rows.live
         self.count = rows.count
         self.local = threading.local()  # a buffer for each thread
@@ -363,7 +349,9 @@ class TorchTiles:
         return len(self.targets)
 
     def _targets(self, targets: Tensor, places: Tensor | None) -> Tensor:
-        return checked_targets(targets, self.options.vocab_size, places)
+        if self.options.vocab_group is not None:
+            return targets  # checked by all ranks together
+        return checked_targets(targets, self.V, places)
 
     # Forward
 
@@ -373,8 +361,8 @@ class TorchTiles:
         if self.options.vocab_group is None or not self.n:
             return z
         # one part has the target's logit, the others add 0
-        z = summed(torch.where(self.targets >= 0, z, 0.0), self.options.vocab_group)
-        return torch.where(self.is_known, z, math.nan)
+        z = torch.where(self.targets >= 0, z, 0.0)
+        return summed(z.masked_fill_(self.targets == NOWHERE, math.nan), self.options.vocab_group)
 
     def _target_logits(self) -> Tensor:
         """The same where the target is among this rank's columns."""

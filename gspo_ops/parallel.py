@@ -7,15 +7,17 @@ ranks, so that all see the same bits and take the same clip decisions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .layout import resolve_layout, segment_sum
+from .layout import check_tensor, checked_targets, is_dtensor, resolve_layout, segment_sum
 from .objective import GSPO, Objective
 
 if TYPE_CHECKING or dist.is_available():
@@ -24,74 +26,17 @@ else:  # a torch that was built without
     ProcessGroup = object
 
 
-class VocabShard(NamedTuple):
-    """The part of a vocabulary that this rank holds, in terms that an operator takes.
-
-    Attributes:
-        group: name of the group of ranks that share the vocabulary; None when all of it is here.
-        start: the first token that this rank holds.
-        size: tokens of the whole vocabulary.
-    """
-
-    group: str | None
-    start: int
-    size: int
-
-    def contains(self, targets: Tensor) -> Tensor:
-        return (targets >= 0) & (targets < self.size)
-
-    def local(self, targets: Tensor, columns: int) -> Tensor:
-        """Targets counted from the first token of this rank; -1 for those of other ranks."""
-        if self.group is None:
-            return targets
-        targets = targets - self.start
-        return torch.where((targets >= 0) & (targets < columns), targets, -1)
+def vocab_part(name: str, x: Tensor, dim: int, group: ProcessGroup | None) -> Tensor:
+    """What this rank holds of a head's weight, of logits, or of another operand split like them."""
+    return _part_of_dtensor(name, x, dim, group) if is_dtensor(x) else x
 
 
-# of an operator; the fields of VocabShard
-VOCAB_SHARD = "str? vocab_group, SymInt vocab_start, SymInt vocab_size"
-
-
-def vocab_shard(
-    name: str, x: Tensor, dim: int, group: ProcessGroup | None
-) -> tuple[Tensor, VocabShard]:
-    """A head's weight or logits as this rank holds them, and which part of the vocabulary it is.
-
-    Parts of plain tensors are equally large and in the order of the ranks; a DTensor knows.
-    """
-    if is_dtensor(x):
-        return _shard_of_dtensor(name, x, dim, group)
-    if not isinstance(x, Tensor) or x.ndim < 2:
-        return x, VocabShard(None, 0, 0)  # refused by the checks that follow
-    columns = x.shape[dim]
-    if group is None:
-        return x, VocabShard(None, 0, columns)
-    ranks, rank = _size_and_rank("vocab_group", group)
-    return x, VocabShard(group.group_name, rank * columns, ranks * columns)
-
-
-def widest_part(shard: VocabShard, group: ProcessGroup | None) -> int:
-    """Tokens of the largest part of the vocabulary: what ranks plan with, to plan the same."""
-    return shard.size if group is None else -(-shard.size // group.size())
-
-
-def context_group_name(group: ProcessGroup | None) -> str | None:
+def group_name(argument: str, group: ProcessGroup | None) -> str | None:
+    """As operators take it."""
     if group is None:
         return None
-    _size_and_rank("context_group", group)
+    _check_group(argument, group)
     return group.group_name
-
-
-def is_dtensor(x: object) -> bool:
-    return isinstance(x, Tensor) and hasattr(x, "device_mesh")
-
-
-def local_part(name: str, x: Tensor, like: VocabShard, group: ProcessGroup | None) -> Tensor:
-    """Another operand that is split like the weight, along its first dimension."""
-    local, shard = vocab_shard(name, x, 0, group) if is_dtensor(x) else (x, like)
-    if shard != like:
-        raise ValueError(f"{name} must be split like weight: {like}, got {shard}")
-    return local
 
 
 def replicated(name: str, x: Tensor) -> Tensor:
@@ -106,9 +51,7 @@ def replicated(name: str, x: Tensor) -> Tensor:
     return x.to_local()  # type: ignore[attr-defined]
 
 
-def _shard_of_dtensor(
-    name: str, x: Tensor, dim: int, group: ProcessGroup | None
-) -> tuple[Tensor, VocabShard]:
+def _part_of_dtensor(name: str, x: Tensor, dim: int, group: ProcessGroup | None) -> Tensor:
     mesh, placements = x.device_mesh, tuple(x.placements)  # type: ignore[attr-defined]
     if group is None:
         raise ValueError(
@@ -116,7 +59,7 @@ def _shard_of_dtensor(
             f"pass vocab_group={name}.device_mesh.get_group(); where each has rows of its own, as "
             f"with FSDP, pass {name}.full_tensor()"
         )
-    ranks, rank = _size_and_rank("vocab_group", group)
+    _check_group("vocab_group", group)
     dim = dim % x.ndim
     for i, placement in enumerate(placements):
         is_group = mesh.get_group(i).group_name == group.group_name
@@ -127,20 +70,154 @@ def _shard_of_dtensor(
             )
     if all(mesh.get_group(i).group_name != group.group_name for i in range(mesh.ndim)):
         raise ValueError(f"{name} is a DTensor over other ranks than those of vocab_group")
-    size = x.shape[dim]
-    widest = -(-size // ranks)
-    if (ranks - 1) * widest >= size:
+    ranks, size = group.size(), x.shape[dim]
+    if (ranks - 1) * -(-size // ranks) >= size:
         raise ValueError(f"{name} must give each of {ranks} ranks a part of the vocabulary {size}")
-    return x.to_local(), VocabShard(group.group_name, rank * widest, size)  # type: ignore[attr-defined]
+    return x.to_local()  # type: ignore[attr-defined]
 
 
-def _size_and_rank(name: str, group: ProcessGroup) -> tuple[int, int]:
+def _check_group(argument: str, group: ProcessGroup) -> None:
     if not hasattr(group, "group_name"):
         raise TypeError(
-            f"{name} must be a torch.distributed.ProcessGroup that this rank belongs to, got "
+            f"{argument} must be a torch.distributed.ProcessGroup that this rank belongs to, got "
             f"{type(group).__name__}"
         )
-    return group.size(), dist.get_rank(group)
+
+
+# What ranks tell each other first, so that none is left waiting for one that has refused its input
+
+
+class SharedChecks:
+    """Around the checks of arguments: other ranks, which wait in `agree`, learn of a refusal.
+
+    On a GPU, where they don't look, nothing is sent.
+    """
+
+    def __init__(self, *operands: object, **groups: ProcessGroup | None) -> None:
+        self.operands, self.groups = operands, groups
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # a graph that is being traced exchanges nothing yet
+        if not isinstance(error, Exception) or torch.compiler.is_compiling():
+            return
+        if any(isinstance(x, Tensor) and x.device.type != "cpu" for x in self.operands):
+            return
+        for group in self.groups.values():
+            if group is not None and hasattr(group, "group_name"):
+                _exchange(group.group_name, [_REFUSED])
+
+
+Facts = Mapping[str, int]
+
+_REFUSED = 1
+_NUMBERS = 20  # of a rank's message, however many it needs
+
+
+def agree(
+    groups: Mapping[str, tuple[str | None, Facts]],
+    error: Exception | None,
+    targets: Tensor | None = None,
+    columns: int = 0,
+) -> list[int]:
+    """Raise on all ranks if some can't go on. On a CPU, before anything else is exchanged.
+
+    Args:
+        groups: of each argument that is a group, its name, and facts, by what they tell, that must
+            be the same on all of its ranks.
+        error: why this rank can't go on.
+        targets: where they count, 0 elsewhere; None if they may lie outside the vocabulary.
+        columns: tokens of the vocabulary that this rank holds.
+
+    Returns:
+        Tokens that each rank of vocab_group holds.
+    """
+    low, high = (0, 0) if targets is None else _range_of(targets)
+    sizes: list[int] = []
+    for argument, (group, facts) in groups.items():
+        if group is None:
+            continue
+        message = [0, columns, low, high, *facts.values()]
+        # ranks of the next group learn what this rank has learnt from the last
+        everyone = _exchange(group, message if error is None else [_REFUSED])
+        if argument == "vocab_group":
+            sizes = [own[1] for own in everyone]
+        error = error or _disagreement(argument, everyone, facts, targets, sum(sizes))
+    if error is not None:
+        raise error
+    return sizes
+
+
+def _exchange(group: str, message: list[int]) -> list[list[int]]:
+    numbers = torch.zeros(_NUMBERS, dtype=torch.int64, device="cpu")
+    numbers[: len(message)] = torch.tensor(message, device="cpu")
+    return gathered(numbers, group).tolist()
+
+
+def _range_of(x: Tensor) -> tuple[int, int]:
+    return (int(x.min()), int(x.max())) if x.numel() else (0, 0)
+
+
+def _disagreement(
+    argument: str, everyone: list[list[int]], facts: Facts, targets: Tensor | None, size: int
+) -> Exception | None:
+    """Why ranks can't go on, from what they have told."""
+    refused = [rank for rank, message in enumerate(everyone) if message[0] == _REFUSED]
+    if refused:
+        return _refusal(argument, refused)
+    outside = [r for r, (_, _, low, high, *_) in enumerate(everyone) if low < 0 or high >= size]
+    if argument == "vocab_group" and outside:
+        own = None if targets is None else error_of(checked_targets, targets, size)
+        return own or _refusal(argument, outside)
+    for i, fact in enumerate(facts, start=4):
+        values = [message[i] for message in everyone]
+        if len(set(values)) > 1:
+            return ValueError(
+                f"{fact} must be the same on all ranks of {argument}, got {values} on its ranks"
+            )
+    return None
+
+
+def _refusal(argument: str, ranks: list[int]) -> Exception:
+    who = ", ".join(map(str, ranks))
+    return ValueError(f"rank {who} of {argument} refused its input, and its error says why")
+
+
+def error_of(check: Callable[..., object], *arguments: object) -> Exception | None:
+    try:
+        check(*arguments)
+    except Exception as error:
+        return error
+    return None
+
+
+def checksum(tensors: Iterable[Tensor | None]) -> int:
+    """One number for the bytes of tensors on a CPU."""
+    total = 0
+    for x in tensors:
+        if x is not None:
+            total = crc32(x.contiguous().view(torch.uint8).numpy().tobytes(), total)
+    return total
+
+
+ELSEWHERE, NOWHERE = -1, -2  # stand for a token of another rank, and for one of none
+
+
+def local_targets(targets: Tensor, columns: int, group: str, sizes: list[int] | None) -> Tensor:
+    """Targets counted from the first token of this rank, int64.
+
+    `sizes` are the parts of all ranks; None to exchange them, where nobody looks.
+    """
+    if sizes is None:
+        parts = gathered(targets.new_full((), columns, dtype=torch.int64), group)
+    else:
+        parts = torch.tensor(sizes, device=targets.device)
+    start = parts[: group_named(group).rank()].sum()
+    y = targets.long()
+    local = torch.where((y >= start) & (y < start + columns), y - start, ELSEWHERE)
+    return torch.where((y >= 0) & (y < parts.sum()), local, NOWHERE)
 
 
 def global_denominator(
@@ -173,20 +250,25 @@ def global_denominator(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
-    if gradients not in ("mean", "sum"):
-        raise ValueError(f"gradients must be 'mean' or 'sum', got {gradients!r}")
-    lengths = [_lengths(i, batch) for i, batch in enumerate(batches)]
-    if not lengths:
-        raise ValueError("batches must hold one micro-batch at least")
-    n = torch.cat(lengths)
-    ranks = 1
-    if context_group is not None:
-        ranks *= _size_and_rank("context_group", context_group)[0]
-        n = gathered(n, context_group.group_name).sum(0)
+    batches = list(batches)
+    given = [x for batch in batches if isinstance(batch, Mapping) for x in batch.values()]
+    with SharedChecks(*given, context_group=context_group, group=group):
+        if gradients not in ("mean", "sum"):
+            raise ValueError(f"gradients must be 'mean' or 'sum', got {gradients!r}")
+        if not batches:
+            raise ValueError("batches must hold one micro-batch at least")
+        n = torch.cat([_lengths(i, batch) for i, batch in enumerate(batches)])
+        context = group_name("context_group", context_group)
+        others = group_name("group", group)
+    if n.device.type == "cpu":
+        facts = {"the number of sequences in batches": len(n)}
+        agree({"context_group": (context, facts), "group": (others, {})}, None)
+    if context is not None:
+        n = gathered(n, context).sum(0)
     count = n.sum() if objective.aggregation == "token-mean" else (n > 0).sum().double()
-    if group is not None:
-        ranks *= _size_and_rank("group", group)[0]
-        count = summed(count, group.group_name)
+    if others is not None:
+        count = summed(count, others)
+    ranks = math.prod(x.size() for x in (group, context_group) if x is not None)
     if objective.aggregation == "token-sum":
         count = torch.ones_like(count)
     return count / ranks if gradients == "mean" else count
@@ -199,6 +281,7 @@ def _lengths(i: int, batch: Mapping[str, Tensor | None]) -> Tensor:
     if unknown or (mask is None and cu_seqlens is None):
         raise ValueError(f"batches[{i}] must have mask or cu_seqlens, or both, got {sorted(batch)}")
     if mask is None and cu_seqlens is not None:
+        check_tensor("cu_seqlens", cu_seqlens)
         return cu_seqlens.diff().double()
     assert mask is not None
     layout = resolve_layout(mask.shape, mask.device, mask, cu_seqlens)
@@ -228,25 +311,4 @@ def summed(x: Tensor, group: str) -> Tensor:
 
 def sum_in_order(x: Tensor) -> Tensor:
     """x.sum(0), in one order of additions whatever the shape."""
-    return reduce(torch.add, x.unbind(0))
-
-
-def gathered_rows(x: Tensor, shard: VocabShard, columns: int) -> Tensor:
-    """(G, *x.shape): numbers per row of every part of the vocabulary.
-
-    Parts that do not make up one vocabulary are an error; on a GPU, where nobody looks, all NaN.
-    """
-    assert shard.group is not None
-    ends = x.new_full((2,), shard.start)
-    ends[1] += columns
-    parts = gathered(torch.cat([x.reshape(-1), ends]), shard.group)
-    first, last = parts[:, -2], parts[:, -1]
-    fits = (first[1:] == last[:-1]).all() & (last[-1] == shard.size)
-    if x.device.type == "cpu" and not fits:
-        sizes = (last - first).long().tolist()
-        raise ValueError(
-            f"vocab_group must hold equal parts of the vocabulary, got {sizes} tokens on its "
-            "ranks: pad the head, or pass DTensors"
-        )
-    out = parts[:, :-2].view(len(parts), *x.shape)
-    return out if x.device.type == "cpu" else torch.where(fits, out, torch.nan)
+    return reduce(torch.add, x.unbind(0), x.new_zeros(x.shape[1:]))

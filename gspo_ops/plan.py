@@ -101,8 +101,9 @@ def plan_from_hidden(
         plan: `"auto"`, `"keep"`, `"chunk"` or `"recompute"`.
         memory_budget: bytes for exponentials and sums of gradients that are kept; by default 2.1
             per logit, where eager PyTorch takes 8 to 14, between 64 MiB and 4 GiB.
-        chunks: whether `"auto"` may choose chunks: False for `log_probs_from_hidden`, and on a GPU
-            for packed sequences, whose borders the host does not know.
+        chunks: whether `"auto"` may choose chunks: False for `log_probs_from_hidden`, for a
+            vocabulary or sequences over ranks, and on a GPU for packed sequences, whose borders the
+            host does not know.
 
     Returns:
         The plan; `print` it, or ask for its `flops(f)` and `bytes`.
@@ -118,7 +119,7 @@ def plan_from_hidden(
     wanted = [x for x in (hidden, weight) if x.requires_grad]
     has_gradient = bool(wanted) or lora is not None
     choice = choose_plan(
-        hidden, weight, V, plan=plan, memory_budget=memory_budget, has_gradient=has_gradient,
+        hidden, weight, plan=plan, memory_budget=memory_budget, has_gradient=has_gradient,
         can_chunk=chunks,
     )  # fmt: skip
     kept = 0
@@ -132,7 +133,7 @@ def plan_from_hidden(
         dtype = compute_dtype(product_dtype(hidden, weight))
         sums = [x.numel() for x in wanted if x.dtype != dtype]
         rounded = (sum(sums) + min(max(sums, default=0), ROUNDED_AT_ONCE)) * dtype.itemsize
-        peak = max(kept + sum_bytes(hidden, weight, V) + max(forward, backward), rounded)
+        peak = max(kept + sum_bytes(hidden, weight) + max(forward, backward), rounded)
     else:
         peak = kept + max(forward - sum(x.nbytes for x in wanted), backward)
     return Plan(

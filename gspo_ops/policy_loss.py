@@ -6,20 +6,30 @@ The kernel stands in `kernels/policy_loss.py`; logits are handled by `log_probs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
 from .backend import compute_dtype, device_guard, operator, scalar, use_triton
-from .layout import Layout, check_constant, check_tensor, resolve_layout, segment_sum, sequence_ids
+from .layout import (
+    Layout,
+    check_constant,
+    check_tensor,
+    checked_targets,
+    resolve_layout,
+    segment_sum,
+    sequence_ids,
+)
 from .log_probs import (
+    LogProbs,
     check_logits,
     check_softmax_options,
+    facts_of_logits,
     loadable,
     log_probs_bwd,
-    log_probs_from_logits,
     log_probs_fwd,
 )
 from .objective import (
@@ -31,7 +41,17 @@ from .objective import (
     RatioLevel,
     check_number,
 )
-from .parallel import ProcessGroup, context_group_name, gathered, vocab_shard
+from .parallel import (
+    ProcessGroup,
+    SharedChecks,
+    agree,
+    checksum,
+    error_of,
+    gathered,
+    group_name,
+    local_targets,
+    vocab_part,
+)
 
 TokenLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -121,18 +141,16 @@ def policy_loss_from_log_probs(
 
     Source: arXiv 2507.18071.
     """
-    check_log_probs("log_probs", log_probs)
-    layout = check_layout(log_probs.shape, log_probs.device, "log_probs", mask, cu_seqlens)
-    dtype = log_probs.dtype
-    if not isinstance(objective, Objective):
-        return custom_loss(
-            layout, objective, log_probs, old_log_probs, advantages, ref_log_probs,
+    with SharedChecks(log_probs, context_group=context_group):
+        check_log_probs("log_probs", log_probs)
+        layout = check_layout(log_probs.shape, log_probs.device, "log_probs", mask, cu_seqlens)
+        inputs = policy_inputs(
+            layout, log_probs.dtype, objective, old_log_probs, advantages, ref_log_probs,
             rollout_weights, denominator, context_group,
         )  # fmt: skip
-    inputs = policy_inputs(
-        layout, dtype, objective, old_log_probs, advantages, ref_log_probs, rollout_weights,
-        denominator, context_group,
-    )  # fmt: skip
+    if not isinstance(objective, Objective):
+        return custom_loss(layout, objective, log_probs, inputs)
+    inputs, _ = agreed(inputs)
     flat = log_probs.reshape(-1).contiguous()
     loss, stats, log_ratio = _PolicyLossFromLogProbs.apply(flat, *inputs)
     return PolicyLoss(loss, named_stats(stats, log_ratio, inputs))
@@ -186,28 +204,26 @@ def policy_loss_from_logits(
 
     Source: arXiv 2507.18071.
     """
-    given = logits
-    logits, shard = vocab_shard("logits", logits, -1, vocab_group)
-    check_logits(logits, targets)
-    check_softmax_options(temperature, softcap, return_entropy)
-    layout = check_layout(targets.shape, logits.device, "logits", mask, cu_seqlens)
-    if not isinstance(objective, Objective):
-        if return_entropy:
-            raise ValueError("return_entropy is not available with a function as objective")
-        ignored = targets if layout.mask is None else ignore_masked(targets, layout.mask)
-        log_probs = log_probs_from_logits(
-            given, ignored, temperature=temperature, softcap=softcap, vocab_group=vocab_group
-        )
-        return custom_loss(
-            layout, objective, log_probs, old_log_probs, advantages, ref_log_probs,
-            rollout_weights, denominator, context_group,
+    with SharedChecks(logits, targets, vocab_group=vocab_group, context_group=context_group):
+        logits = vocab_part("logits", logits, -1, vocab_group)
+        check_logits(logits, targets)
+        check_softmax_options(temperature, softcap, return_entropy)
+        layout = check_layout(targets.shape, logits.device, "logits", mask, cu_seqlens)
+        inputs = policy_inputs(
+            layout, compute_dtype(logits.dtype), objective, old_log_probs, advantages,
+            ref_log_probs, rollout_weights, denominator, context_group, return_entropy,
         )  # fmt: skip
-    inputs = policy_inputs(
-        layout, compute_dtype(logits.dtype), objective, old_log_probs, advantages, ref_log_probs,
-        rollout_weights, denominator, context_group,
+        ranks = group_name("vocab_group", vocab_group)
+    inputs, targets = agreed(
+        inputs, targets, logits.shape[-1], not use_triton(logits),
+        facts_of_logits(logits, return_entropy), ranks,
     )  # fmt: skip
+    options = temperature, softcap, return_entropy, ranks
+    if not isinstance(objective, Objective):
+        log_probs, _ = LogProbs.apply(logits, targets, inputs.mask, *options)
+        return custom_loss(layout, objective, log_probs, inputs)
     loss, stats, log_ratio, entropy = _PolicyLossFromLogits.apply(
-        logits, targets, temperature, softcap, return_entropy, shard, *inputs
+        logits, targets, *options, *inputs
     )
     named = named_stats(stats, log_ratio, inputs)
     if return_entropy:
@@ -255,7 +271,7 @@ class _PolicyLossFromLogProbs(torch.autograd.Function):
 class _PolicyLossFromLogits(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx, logits, targets, temperature, softcap, return_entropy, shard, *inputs
+        ctx, logits, targets, temperature, softcap, return_entropy, vocab_group, *inputs
     ):
         policy = PolicyInputs(*inputs)
         log_probs = row_max = row_sum = target_logit = None
@@ -264,10 +280,10 @@ class _PolicyLossFromLogits(torch.autograd.Function):
             return_entropy
             or policy.old_log_probs is not None
             or policy.ref_log_probs is not None
-            or shard.group is not None
+            or vocab_group is not None
         ):
             log_probs, row_max, row_sum, rows_entropy, target_logit = log_probs_fwd(
-                logits, targets, policy.mask, temperature, softcap, return_entropy, *shard
+                logits, targets, policy.mask, temperature, softcap, return_entropy, vocab_group
             )
             if return_entropy:
                 entropy = token_mean(rows_entropy, policy.mask, policy.rows, policy.context_group)
@@ -275,7 +291,7 @@ class _PolicyLossFromLogits(torch.autograd.Function):
         ctx.save_for_backward(
             logits, targets, policy.mask, row_max, row_sum, target_logit, g, inv_denominator
         )
-        ctx.options = temperature, softcap, *shard
+        ctx.options = temperature, softcap, vocab_group
         ctx.mark_non_differentiable(stats, log_ratio, entropy)
         return loss, stats, log_ratio, entropy
 
@@ -309,10 +325,6 @@ def token_mean(x, mask, rows, context_group):
     return total / count.clamp(min=1)
 
 
-def ignore_masked(targets: Tensor, mask: Tensor) -> Tensor:
-    return targets.masked_fill((mask == 0).view(targets.shape), -100)
-
-
 def named_stats(stats: Tensor, log_ratio: Tensor, inputs: PolicyInputs) -> dict[str, Tensor]:
     named = dict(zip(STATS, stats.unbind(), strict=True))
     if inputs.ref_log_probs is None:
@@ -326,8 +338,7 @@ def named_stats(stats: Tensor, log_ratio: Tensor, inputs: PolicyInputs) -> dict[
 
 def check_log_probs(name: str, x: Tensor) -> None:
     """Refuse log-probs that are too coarse to take a ratio of."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    check_tensor(name, x)
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"{name} must be float32 or float64, got {x.dtype}: rounding log-probs to 16 bits "
@@ -350,15 +361,18 @@ def check_layout(
 def policy_inputs(
     layout: Layout,
     dtype: torch.dtype,
-    objective: Objective,
+    objective: Objective | TokenLoss,
     old_log_probs: Tensor | None,
     advantages: Tensor,
     ref_log_probs: Tensor | None,
     rollout_weights: Tensor | None,
     denominator: float | Tensor | None,
     context_group: ProcessGroup | None,
+    return_entropy: bool = False,
 ) -> PolicyInputs:
     """Checked and flattened arguments."""
+    if not isinstance(objective, Objective):
+        objective = _generic(objective, ref_log_probs, context_group, return_entropy)
     old, ref = _flat_old_and_ref(layout, dtype, old_log_probs, ref_log_probs)
     if objective.kl_coef > 0 and ref is None:
         raise ValueError(f"ref_log_probs is needed for kl_coef={objective.kl_coef:g}")
@@ -378,7 +392,7 @@ def policy_inputs(
         layout.rows, layout.batch, per_token, weight_per_token,
         objective.ratio_level, objective.aggregation, objective.kl_estimator,
         objective.clip_low, objective.clip_high, objective.kl_coef,
-        context_group_name(context_group),
+        group_name("context_group", context_group),
     )  # fmt: skip
 
 
@@ -419,6 +433,27 @@ def _denominator_tensor(
     return denominator.to(dtype)
 
 
+def agreed(
+    inputs: PolicyInputs,
+    targets: Tensor | None = None,
+    columns: int = 0,
+    checks_range: bool = False,
+    facts: Mapping[str, int] | None = None,
+    vocab_group: str | None = None,
+) -> tuple[PolicyInputs, Tensor]:
+    """Inputs and local targets, if all ranks that exchange numbers can go on."""
+    like = inputs.advantages
+    if targets is None:
+        targets = like.new_empty(0, dtype=torch.int64)
+    if vocab_group is None and (inputs.context_group is None or like.device.type != "cpu"):
+        return inputs, targets
+    facts = facts or {}
+    targets, advantages = agree_on_inputs(
+        targets, columns, checks_range, list(facts), list(facts.values()), vocab_group, *inputs
+    )
+    return inputs._replace(advantages=advantages), targets
+
+
 # Operators
 
 
@@ -443,6 +478,47 @@ POLICY_INPUTS = (
 
 
 @operator(
+    "agree_on_inputs(Tensor targets, SymInt columns, bool checks_range, str[] names, "
+    f"SymInt[] facts, str? vocab_group, {POLICY_INPUTS}) -> (Tensor, Tensor)",
+    lambda targets, columns, checks_range, names, facts, vocab_group, *inputs: (
+        targets.new_empty(targets.shape, dtype=torch.int64),
+        torch.empty_like(PolicyInputs(*inputs).advantages),
+    ),
+)
+def agree_on_inputs(targets, columns, checks_range, names, facts, vocab_group, *inputs):
+    """Targets, local ones with a vocab_group, and advantages, if all ranks can go on."""
+    policy = PolicyInputs(*inputs)
+    sizes = None
+    if targets.device.type == "cpu":
+        known = dict(zip(names, facts, strict=True))
+        objective = (
+            policy.ratio_level, policy.aggregation, policy.kl_estimator, policy.clip_low,
+            policy.clip_high, policy.kl_coef,
+        )  # fmt: skip
+        shared = {
+            "the number of sequences": policy.batch,
+            "return_entropy": known.get("return_entropy", 0),
+            "the checksum of the objective's options": crc32(repr(objective).encode()),
+        }
+        counted, of_rows = _counted(targets, policy)
+        error = error_of(_check_values, policy)
+        if checks_range and vocab_group is None:
+            error = error or error_of(checked_targets, counted, columns)
+        rows = {"the checksum of targets, mask, advantages and the like": checksum(of_rows)}
+        sizes = agree(
+            {
+                "vocab_group": (vocab_group, known | shared | rows),
+                "context_group": (policy.context_group, shared),
+            },
+            error, counted if checks_range else None, columns,
+        )  # fmt: skip
+    advantages = policy.advantages.clone()
+    if vocab_group is None:
+        return targets.to(torch.int64, copy=True), advantages
+    return local_targets(targets, columns, vocab_group, sizes), advantages
+
+
+@operator(
     f"policy_loss_fwd(Tensor? log_probs, {POLICY_INPUTS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     policy_loss_fake,
@@ -458,6 +534,22 @@ def policy_loss_fwd(log_probs, *inputs):
     if use_triton(policy.advantages) and policy.batch and policy.context_group is None:
         return _triton_policy_loss(log_probs, policy)
     return _torch_policy_loss(log_probs, policy)
+
+
+def _counted(targets: Tensor, policy: PolicyInputs) -> tuple[Tensor, list[Tensor | None]]:
+    """Targets, and all that has a value per token or sequence; 0 at tokens that don't count."""
+    mask = policy.mask
+    valid = targets.new_ones(policy.rows, dtype=torch.bool) if mask is None else mask != 0
+    per_row = (
+        targets.reshape(-1).long(), policy.old_log_probs, policy.advantages, policy.ref_log_probs,
+        policy.rollout_weights,
+    )  # fmt: skip
+    counted = [
+        x if x is None or len(x) != policy.rows else torch.where(valid, x, 0) for x in per_row
+    ]
+    cu_seqlens = None if policy.cu_seqlens is None else policy.cu_seqlens.long()
+    assert counted[0] is not None
+    return counted[0], [valid, cu_seqlens, *counted]
 
 
 def _bwd_fake(log_probs, g, inv_denominator, grad_loss):
@@ -625,9 +717,19 @@ def _denominator(policy: PolicyInputs, n: Tensor) -> Tensor:
             .clamp(min=1)
             .double()
         )
+    _check_denominator(D)
+    return torch.where(D > 0, D, math.nan).double()
+
+
+def _check_denominator(D: Tensor) -> None:
     if D.device.type == "cpu" and not D > 0:
         raise ValueError(f"denominator must be > 0, got {D.item():g}")
-    return torch.where(D > 0, D, math.nan).double()
+
+
+def _check_values(policy: PolicyInputs) -> None:
+    _checked_mask(policy)
+    if policy.denominator is not None:
+        _check_denominator(policy.denominator)
 
 
 def _checked_mask(policy: PolicyInputs) -> Tensor:
@@ -690,18 +792,13 @@ def _nan_if_infinite(x: Tensor) -> Tensor:
 # A user's own objective: N numbers, differentiated by autograd
 
 
-def custom_loss(
-    layout: Layout,
+def _generic(
     objective: TokenLoss,
-    log_probs: Tensor,
-    old_log_probs: Tensor | None,
-    advantages: Tensor,
     ref_log_probs: Tensor | None,
-    rollout_weights: Tensor | None,
-    denominator: float | Tensor | None,
     context_group: ProcessGroup | None,
-) -> PolicyLoss:
-    """Loss of a function from flat (N,) tensors to loss terms; its stats come from the ratios."""
+    return_entropy: bool,
+) -> Objective:
+    """The aggregation rule and the ratio stats of an objective that never clips."""
     if not callable(objective) or isinstance(objective, type):
         got = repr(objective) if isinstance(objective, type) else type(objective).__name__
         raise TypeError(
@@ -712,22 +809,24 @@ def custom_loss(
         raise ValueError("context_group is not available with a function as objective")
     if ref_log_probs is not None:
         raise ValueError("ref_log_probs is not used with a function as objective: close over it")
-    ids = sequence_ids(layout.batch, layout.rows, layout.cu_seqlens, layout.device)
-    token_advantages, per_token = layout.per_sequence_or_token(
-        "advantages", advantages, log_probs.dtype
-    )
-    if not per_token:
-        token_advantages = token_advantages[ids]
-    # the aggregation rule and the ratio stats of an objective that never clips
-    generic = Objective(
+    if return_entropy:
+        raise ValueError("return_entropy is not available with a function as objective")
+    return Objective(
         ratio_level="token",
         clip_low=1.0,
         clip_high=1e30,
         aggregation=getattr(objective, "aggregation", "seq-mean-token-mean"),
     )
-    inputs = policy_inputs(
-        layout, log_probs.dtype, generic, old_log_probs, advantages, None, None, denominator, None
-    )
+
+
+def custom_loss(
+    layout: Layout, objective: TokenLoss, log_probs: Tensor, inputs: PolicyInputs
+) -> PolicyLoss:
+    """Loss of a function from flat (N,) tensors to loss terms; its stats come from the ratios."""
+    ids = sequence_ids(layout.batch, layout.rows, layout.cu_seqlens, layout.device)
+    token_advantages = inputs.advantages
+    if not inputs.advantage_per_token:
+        token_advantages = token_advantages[ids]
     flat = log_probs.reshape(-1)
     valid = None if layout.mask is None else layout.mask != 0
 
@@ -742,15 +841,15 @@ def custom_loss(
         raise ValueError(
             f"objective must return one loss term per token, shape {tuple(flat.shape)}, got {got}"
         )
-    weights, weight_per_token = _flat_rollout_weights(
-        layout, log_probs.dtype, rollout_weights, False
-    )
+    weights = inputs.rollout_weights
     if weights is not None:
-        terms = terms * where_valid(weights if weight_per_token else weights[ids])
+        terms = terms * where_valid(weights if inputs.rollout_weight_per_token else weights[ids])
     # ratio 1, advantage -1: the loss of this linear problem is the average of the terms
-    _, stats, log_ratio, _, inv_denominator = policy_loss_fwd(flat.detach(), *inputs)
+    _, stats, log_ratio, _, inv_denominator = policy_loss_fwd(
+        flat.detach(), *inputs._replace(rollout_weights=None)
+    )
     terms = where_valid(terms)
-    if generic.aggregation == "seq-mean-token-mean":
+    if inputs.aggregation == "seq-mean-token-mean":
         ones = where_valid(torch.ones_like(flat))
         counts = segment_sum(ones.detach(), layout.batch, layout.cu_seqlens).clamp(min=1)
         terms = terms / counts[ids]

@@ -5,6 +5,7 @@ problem there, take their part of it, and compare with the whole and with float6
 """
 
 import os
+import time
 from unittest import mock
 
 import pytest
@@ -21,6 +22,7 @@ from gspo_ops import (
     LoRA,
     Objective,
     global_denominator,
+    group_advantages,
     log_probs_from_hidden,
     log_probs_from_logits,
     policy_loss_from_hidden,
@@ -28,6 +30,9 @@ from gspo_ops import (
     policy_loss_from_logits,
     reference,
 )
+from gspo_ops.linear_log_probs import linear_log_probs_fwd
+from gspo_ops.log_probs import log_probs_fwd
+from gspo_ops.parallel import ELSEWHERE, NOWHERE, local_targets
 from gspo_ops.testing import (
     ALLOWED,
     BOUNDS,
@@ -60,12 +65,26 @@ def assert_same_everywhere(*values: Tensor) -> None:
 
 
 def joined(x: Tensor, dim: int = 0, group=None) -> Tensor:
-    return torch.cat(everyone(x, group), dim)
+    """The parts of all ranks, which may differ in size."""
+    parts = [torch.empty(0)] * dist.get_world_size(group)
+    dist.all_gather_object(parts, x, group=group)
+    return torch.cat(parts, dim)
 
 
 def part_of(x: Tensor, dim: int = 0, group=None) -> Tensor:
     size = dist.get_world_size(group)
     return x.chunk(size, dim)[dist.get_rank(group)].contiguous()
+
+
+def any_part_of(x: Tensor, dim: int = 0, seed: int = 0) -> Tensor:
+    """This rank's part: as large as the others' for even seeds, of any size for odd ones."""
+    if seed % 2 == 0:
+        return part_of(x, dim)
+    size = dist.get_world_size()
+    total, shares = x.shape[dim], [100, 200, 7, 200][:size]
+    sizes = [total * share // sum(shares) for share in shares]
+    sizes[-1] += total - sum(sizes)
+    return x.split(sizes, dim)[dist.get_rank()].contiguous()
 
 
 def leaf(x: Tensor) -> Tensor:
@@ -106,7 +125,7 @@ def on_rank_logits(dtype: torch.dtype) -> None:
         case = make_case(source, objective, packed=packed, seed=seed)
         exact = case.double()
         whole, leaf64 = leaf(case.logits.to(dtype)), leaf(exact.logits)
-        mine = leaf(part_of(whole, -1))
+        mine = leaf(any_part_of(whole, -1, seed))
         given = case.targets, case.old_log_probs, case.advantages
         loss, stats = policy_loss_from_logits(
             mine, *given, vocab_group=group, **options, **case.options()
@@ -135,16 +154,22 @@ def test_log_probs_and_entropy_over_ranks(ranks, size, dtype):
 
 
 def on_rank_log_probs(dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
+    V = 507  # 127, 127, 127 and 126, or 100, 200, 7 and 200
     source = synthetic_logits(1, 12, V, device=CPU)[0].to(dtype)
     source[3, V // 2 :] = -torch.inf  # nothing at all in the parts of some ranks
     source[4, : V - 3] = -torch.inf
     targets = source.float().argmax(1)
     targets[:3] = torch.tensor([0, V - 1, -100])
     targets[4] = V - 1
+    for seed in range(2):
+        check_log_probs(source, any_part_of(source, -1, seed), targets)
+
+
+def check_log_probs(source: Tensor, part: Tensor, targets: Tensor) -> None:
+    generator = torch.Generator().manual_seed(0)
     upstream = torch.randn(2, 12, generator=generator)
     upstream[:, 5] = 0
-    whole, mine = leaf(source), leaf(part_of(source, -1))
+    whole, mine = leaf(source), leaf(part)
     exact = leaf(source.double().clamp(min=-1e4))  # -inf has no derivative in float64
     ours = log_probs_from_logits(mine, targets, vocab_group=dist.group.WORLD, return_entropy=True)
     expected = log_probs_from_logits(whole, targets, return_entropy=True)
@@ -191,14 +216,16 @@ def on_rank_hidden(dtype: torch.dtype, products: str) -> None:
         }  # fmt: skip
         whole = case.head.map(leaf)
         mine = whole._replace(
-            hidden=leaf(whole.hidden), weight=leaf(part_of(whole.weight)),
-            bias=leaf(part_of(whole.bias)),
+            hidden=leaf(whole.hidden), weight=leaf(any_part_of(whole.weight, 0, 1)),
+            bias=leaf(any_part_of(whole.bias, 0, 1)),
         )  # fmt: skip
         clean = torch.where(case.valid.unsqueeze(-1), case.head.hidden, 0.0)
         of_64 = case.head._replace(hidden=clean).to(torch.float64).map(leaf)
         given = case.targets, case.old_log_probs, case.advantages
         rows = case.targets.numel()
-        as_planned = budget(plan, rows, len(mine.weight), 2 if dtype == torch.bfloat16 else 4)
+        as_planned = budget(
+            plan, rows, size // dist.get_world_size(), 2 if dtype == torch.bfloat16 else 4
+        )
         loss, stats = policy_loss_from_hidden(
             mine.hidden, mine.weight, *given, bias=mine.bias, vocab_group=group, products=products,
             **as_planned, **options, **case.options(),
@@ -236,8 +263,9 @@ def on_rank_lora() -> None:
     targets[4] = -100
     a, b = (torch.randn(s, generator=generator) / 5 for s in ((3, H), (V, 3)))
     upstream = torch.randn(2, 10, generator=generator)
-    both = [[leaf(x) for x in (hidden, a, b)], [leaf(x) for x in (hidden, a, part_of(b))]]
-    for leaves, w, g in zip(both, (weight, part_of(weight)), (None, group), strict=True):
+    part, part_of_b = any_part_of(weight, 0, 1), any_part_of(b, 0, 1)
+    both = [[leaf(x) for x in (hidden, a, b)], [leaf(x) for x in (hidden, a, part_of_b)]]
+    for leaves, w, g in zip(both, (weight, part), (None, group), strict=True):
         x, a, b = leaves
         values = log_probs_from_hidden(
             x, w, targets, lora=LoRA(a, b, 0.5), vocab_group=g, return_entropy=True
@@ -310,41 +338,261 @@ def on_rank_dtensor() -> None:
         )
 
 
-def test_bad_vocabularies(ranks):
-    ranks(2)(on_rank_bad_vocabulary)
+def test_groups_that_are_none(ranks):
+    ranks(2)(on_rank_no_group)
 
 
-def on_rank_bad_vocabulary() -> None:
-    group, rank = dist.group.WORLD, dist.get_rank()
+def on_rank_no_group() -> None:
     hidden, weight, _ = synthetic_head(1, 8, H, V, device=CPU)
     hidden, targets = hidden[0], torch.zeros(8, dtype=torch.long)
-    unequal = weight[: 50 + rank]
-    with pytest.raises(ValueError, match=r"equal parts of the vocabulary, got \[50, 51\] tokens"):
-        log_probs_from_hidden(hidden, unequal, targets, vocab_group=group)
-    with pytest.raises(ValueError, match=r"equal parts of the vocabulary, got \[50, 51\] tokens"):
-        log_probs_from_logits(hidden @ unequal.mT, targets, vocab_group=group)
     with pytest.raises(
         TypeError, match=r"vocab_group must be a torch.distributed.ProcessGroup .* got str"
     ):
         log_probs_from_hidden(hidden, weight, targets, vocab_group="world")
     alone = [dist.new_group([r]) for r in range(2)]
     with pytest.raises(TypeError, match=r"vocab_group must be .* that this rank belongs to"):
-        log_probs_from_hidden(hidden, weight, targets, vocab_group=alone[1 - rank])
-    # in the vocabulary of all, not in this rank's; and in nobody's
-    half = part_of(weight)
-    log_probs_from_hidden(hidden, half, targets + V - 1, vocab_group=group)
-    outside = targets.clone()
-    outside[2] = V
-    calls = [(log_probs_from_hidden, (hidden, half)), (log_probs_from_logits, (hidden @ half.mT,))]
-    for function, operands in calls:
-        if INTERPRETED:
-            log_probs = function(*operands, outside, vocab_group=group)
-            assert log_probs.isnan().tolist() == (outside == V).tolist()
-        else:
+        log_probs_from_hidden(hidden, weight, targets, vocab_group=alone[1 - dist.get_rank()])
+
+
+@sizes
+def test_a_target_of_no_rank_is_nan_on_all(ranks, size):
+    ranks(size)(on_rank_nowhere)
+
+
+def on_rank_nowhere() -> None:
+    """Where nobody looks, as on a GPU, and if one rank alone has such targets."""
+    group, columns = dist.group.WORLD.group_name, any_part_of(torch.arange(V), 0, 1)
+    hidden, weight, _ = synthetic_head(2, 4, H, V, device=CPU)
+    hidden, weight = hidden[0], any_part_of(weight, 0, 1)
+    everywhere = torch.tensor([0, V - 1, 50, 60])
+    targets = everywhere.clone()
+    if dist.get_rank() == 1:
+        targets[2:] = torch.tensor([V, -1])
+    local = local_targets(targets, len(columns), group, None)
+    assert local.tolist() == [
+        NOWHERE if not 0 <= y < V else y - columns[0] if y in columns else ELSEWHERE
+        for y in targets.tolist()
+    ]
+    expected = log_probs_from_logits(hidden @ joined(weight).mT, everywhere)
+    products = "mm" if INTERPRETED else "torch"
+    of_logits = log_probs_fwd(hidden @ weight.mT, local, None, 1.0, None, False, group)[0]
+    of_hidden = linear_log_probs_fwd(
+        hidden, weight, *[None] * 3, local, None, None, 0, 1.0, None, False, products, False, group
+    )[0]
+    for found in (of_logits, of_hidden):
+        torch.testing.assert_close(found[:2], expected[:2])
+        assert found[2:].isnan().all()
+
+
+# What is wrong on one rank is an error on all, within seconds
+
+
+class Refusals:
+    """Good calls, made with a change on one rank."""
+
+    def __init__(self, culprit: int) -> None:
+        self.culprit, self.is_culprit = culprit, dist.get_rank() == culprit
+
+    def __call__(self, function, good: dict, own: str, others: str = "", **bad) -> None:
+        """Raises the one error on the rank with the bad arguments, and the other elsewhere."""
+        others = others or rf"rank {self.culprit} of \w*group refused its input"
+        start = time.monotonic()
+        with pytest.raises(Exception, match=own if self.is_culprit else others):
+            function(**(good | bad if self.is_culprit else good))
+        assert time.monotonic() - start < 20, f"{function.__name__}, {bad.keys()}"
+
+
+def a_batch() -> tuple[dict, Tensor, Tensor]:
+    """Arguments of a policy loss but for its source; hidden states and a head."""
+    hidden, weight, _ = synthetic_head(2, 4, H, V, device=CPU)
+    targets = torch.arange(8).view(2, 4) * 14
+    old, advantages = torch.full((2, 4), -4.0), torch.tensor([1.0, -1.0])
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    given = {"old_log_probs": old, "advantages": advantages, "mask": mask, "objective": GRPO()}
+    return {"targets": targets} | given, hidden, weight
+
+
+@sizes
+def test_one_rank_refuses_its_part_of_a_vocabulary(ranks, size):
+    ranks(size)(on_rank_bad_part)
+
+
+def on_rank_bad_part() -> None:
+    group = dist.group.WORLD
+    batch, hidden, weight = a_batch()
+    weight = any_part_of(weight, 0, 1)
+    targets, logits = batch["targets"], hidden @ weight.mT
+    batch["vocab_group"] = group
+    from_hidden = batch | {"hidden": leaf(hidden), "weight": weight}
+    from_logits = batch | {"logits": logits}
+    names = ("targets", "vocab_group")
+    hidden_only = {name: from_hidden[name] for name in ("hidden", "weight", *names)}
+    logits_only = {name: from_logits[name] for name in ("logits", *names)}
+    calls = [
+        (log_probs_from_logits, logits_only),
+        (log_probs_from_hidden, hidden_only),
+        (policy_loss_from_logits, from_logits),
+        (policy_loss_from_hidden, from_hidden | {"plan": "chunk"}),
+    ]
+    outside, other = targets.clone(), targets.clone()
+    outside[1, 2], other[1, 2] = V, 0
+    refused = Refusals(dist.get_world_size() - 1)
+    for function, good in calls:
+        if not INTERPRETED:  # there it is NaN, as on a GPU
+            refused(
+                function, good, r"targets must lie in \[0, 104\).*got 104 at row 6", targets=outside
+            )
+        same = "must be the same on all ranks of vocab_group"
+        refused(function, good, same, same, targets=other)
+        refused(function, good, "targets must be int32 or int64", targets=targets.float())
+        refused(function, good, r"targets must have shape \(2, 4\)", targets=targets[:1])
+        refused(function, good, "targets must be a torch.Tensor, got list", targets=[1])
+        refused(function, good, "temperature must be finite and > 0", temperature=0.0)
+        source = "hidden" if "hidden" in good else "logits"
+        refused(function, good, f"{source} must be float16", **{source: good[source].long()})
+        rows = {source: good[source][:1], "targets": targets[:1]}
+        if "mask" not in good:
+            number = f"the number of rows of {source} must be the same .*got .*8.*4"
+            refused(function, good, number, number, **rows)
+            entropy = "return_entropy must be the same"
+            refused(function, good, entropy, entropy, return_entropy=True)
+            continue
+        refused(function, good, "mask must have shape", mask=batch["mask"][:1])
+        refused(function, good, "mask must hold 0 and 1 only", mask=batch["mask"] * 2)
+        refused(function, good, same, same, mask=targets != 0)
+        refused(function, good, "advantages must have shape", advantages=torch.ones(3))
+        refused(function, good, same, same, advantages=-batch["advantages"])
+        bf16 = batch["old_log_probs"].bfloat16()
+        refused(function, good, "old_log_probs must be float32", old_log_probs=bf16)
+        refused(function, good, "denominator must be finite and > 0", denominator=-1.0)
+        refused(function, good, "denominator must be > 0", denominator=torch.tensor(-1.0))
+        refused(function, good, "objective must be an Objective", objective="GSPO")
+        refused(function, good, same, same, objective=GSPO())
+    log_probs = log_probs_from_hidden(**hidden_only)
+    assert_same_everywhere(log_probs)
+    refused(
+        log_probs_from_hidden, hidden_only, "whether hidden requires grad must be the same",
+        "whether hidden requires grad must be the same", hidden=hidden,
+    )  # fmt: skip
+    refused(
+        policy_loss_from_hidden, from_hidden, "whether plan is 'chunk' must be the same",
+        "whether plan is 'chunk' must be the same", plan="chunk",
+    )  # fmt: skip
+    refused(log_probs_from_hidden, hidden_only, "plan must be one of", plan="none")
+    refused(log_probs_from_hidden, hidden_only, "weight must have shape", weight=weight[:, 1:])
+    # a function as objective, whose rows follow the log-probs
+    custom = from_logits | {"objective": lambda new, old, advantages, ids: new * advantages}
+    refused(policy_loss_from_logits, custom, "mask must hold 0 and 1", mask=batch["mask"] * 2)
+    refused(policy_loss_from_logits, custom, "advantages must have", advantages=torch.ones(3))
+
+
+@sizes
+def test_one_rank_refuses_its_part_of_sequences(ranks, size):
+    ranks(size)(on_rank_bad_sequences)
+
+
+def on_rank_bad_sequences() -> None:
+    batch, hidden, weight = a_batch()
+    rows = {name: x.view(-1) for name, x in batch.items() if name in ("targets", "old_log_probs")}
+    cu_seqlens = torch.tensor([0, 3, 8])
+    common = rows | {
+        "advantages": batch["advantages"], "cu_seqlens": cu_seqlens,
+        "context_group": dist.group.WORLD, "objective": GSPO(),
+    }  # fmt: skip
+    no_targets = {name: x for name, x in common.items() if name != "targets"}
+    hidden = hidden.view(8, H)
+    calls = [
+        (policy_loss_from_log_probs, no_targets | {"log_probs": rows["old_log_probs"] - 0.1}),
+        (policy_loss_from_logits, common | {"logits": hidden @ weight.mT}),
+        (policy_loss_from_hidden, common | {"hidden": hidden, "weight": weight}),
+    ]
+    refused = Refusals(0)
+    for function, good in calls:
+        refused(function, good, "cu_seqlens must rise", cu_seqlens=torch.tensor([0, 9, 8]))
+        refused(function, good, "cu_seqlens is needed", cu_seqlens=None)
+        refused(function, good, "cu_seqlens must be int32", cu_seqlens=cu_seqlens.float())
+        refused(function, good, "mask must hold 0 and 1", mask=torch.full((8,), 2))
+        refused(function, good, "advantages must have shape", advantages=torch.ones(3))
+        refused(function, good, "denominator must be > 0", denominator=torch.tensor(0.0))
+        refused(function, good, "context_group is not available", objective=lambda new, *_: new)
+        other = "the objective's options must be the same on all ranks of context_group"
+        refused(function, good, other, other, objective=GRPO())
+        number = r"the number of sequences must be the same on all ranks of context_group"
+        fewer = {"cu_seqlens": torch.tensor([0, 8]), "advantages": torch.ones(1)}
+        refused(function, good, number, number, **fewer)
+        if "targets" not in good:
+            continue
+        entropy = "return_entropy must be the same on all ranks of context_group"
+        refused(function, good, entropy, entropy, return_entropy=True)
+        if not INTERPRETED:
+            outside = rows["targets"] + V
+            refused(function, good, r"targets must lie in \[0, 104\)", targets=outside)
+    assert_same_everywhere(policy_loss_from_log_probs(**calls[0][1]).loss)
+
+    batches = {"batches": [{"cu_seqlens": cu_seqlens}], "context_group": dist.group.WORLD}
+    for good in (batches, {"batches": batches["batches"], "group": dist.group.WORLD}):
+        refused(global_denominator, good, "batches must hold one", batches=[])
+        refused(global_denominator, good, "cu_seqlens must be a torch", batches=[{"cu_seqlens": 3}])
+    number = "the number of sequences in batches must be the same on all ranks of context_group"
+    refused(global_denominator, batches, number, number, batches=[{"cu_seqlens": cu_seqlens[1:]}])
+
+
+def test_one_of_all_ranks_refuses(ranks):
+    ranks(4)(on_rank_bad_both)
+
+
+def on_rank_bad_both() -> None:
+    """2 x 2 ranks: those that share no group with the one hear of it too."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("context", "vocab"))
+    batch, hidden, weight = a_batch()
+    good = batch | {
+        "hidden": hidden, "weight": part_of(weight, 0, mesh.get_group("vocab")),
+        "context_group": mesh.get_group("context"), "vocab_group": mesh.get_group("vocab"),
+    }  # fmt: skip
+    for culprit in range(4):
+        refused = Refusals(culprit)
+        there = r"rank \d of (vocab|context)_group refused its input"
+        mask = batch["mask"] * 2
+        refused(policy_loss_from_hidden, good, "mask must hold 0 and 1 only", there, mask=mask)
+        refused(policy_loss_from_hidden, good, "plan must be one of", there, plan="none")
+        refused(policy_loss_from_hidden, good, "targets must be int32", there, targets=hidden)
+    assert_same_everywhere(policy_loss_from_hidden(**good).loss)
+
+
+def test_dtensors_where_plain_tensors_belong(ranks):
+    ranks(2)(on_rank_plain)
+
+
+def on_rank_plain() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    batch, hidden, weight = a_batch()
+    old = batch["old_log_probs"]
+    given = batch | {"ref_log_probs": old, "rollout_weights": -old, "denominator": torch.ones(())}
+    buffer = {"main_grad": torch.zeros_like(weight), "weight": leaf(weight)}
+    sources = [
+        (policy_loss_from_hidden, given | {"hidden": hidden} | buffer),
+        (policy_loss_from_logits, given | {"logits": hidden @ weight.mT}),
+        (
+            policy_loss_from_log_probs,
+            {k: x for k, x in given.items() if k != "targets"} | {"log_probs": old},
+        ),
+        (group_advantages, {"rewards": torch.ones(4), "group_ids": torch.arange(4)}),
+        (global_denominator, {"batches": [{"cu_seqlens": torch.tensor([0, 1])}]}),
+    ]
+    for function, good in sources:
+        function(**good)
+        for name, x in good.items():
+            if not isinstance(x, Tensor):
+                continue
+            placement = Shard(0) if x.ndim else Replicate()
+            other = distribute_tensor(x.detach(), mesh, [placement])
             with pytest.raises(
-                IndexError, match=r"targets must lie in \[0, 104\).*got 104 at row 2"
+                (TypeError, ValueError), match=f"^{name} .* DTensor with placements"
             ):
-                function(*operands, outside, vocab_group=group)
+                function(**good | {name: other})
+    as_dtensor = distribute_tensor(torch.tensor([0, 1]), mesh, [Replicate()])
+    with pytest.raises(TypeError, match="cu_seqlens must be a plain tensor, got a DTensor"):
+        global_denominator([{"cu_seqlens": as_dtensor}])
 
 
 # Sequences over ranks
@@ -658,7 +906,7 @@ def on_rank_counts() -> None:
 # Bytes
 
 
-def test_bytes_of_a_context_group(ranks):
+def test_bytes(ranks):
     """What each rank sends, counted, against gathering the log-probs as others do."""
     for size in (2, 4):
         sent, gathered = ranks(size)(on_rank_bytes)[0]
@@ -671,21 +919,45 @@ def test_bytes_of_a_context_group(ranks):
 def on_rank_bytes() -> tuple[int, int]:
     group, size = dist.group.WORLD, dist.get_world_size()
     B, T = 32, 256
-    sent = 0
-    send = dist.all_gather
+    messages: list[int] = []
+    gather, reduce = dist.all_gather, dist.all_reduce
 
-    def counting(out: list[Tensor], x: Tensor, group=None) -> None:
-        nonlocal sent
-        sent += x.nbytes * (size - 1)
-        send(out, x, group=group)
+    def counting_gather(out: list[Tensor], x: Tensor, group=None) -> None:
+        messages.append(x.nbytes)
+        gather(out, x, group=group)
 
+    def counting_reduce(x: Tensor, group=None) -> None:
+        messages.append(x.nbytes)
+        reduce(x, group=group)
+
+    def bytes_of(function, *arguments, **options) -> list[int]:
+        messages.clear()
+        with (
+            mock.patch.object(dist, "all_gather", counting_gather),
+            mock.patch.object(dist, "all_reduce", counting_reduce),
+        ):
+            function(*arguments, **options).loss.backward()
+        return messages.copy()
+
+    agreement = 8 * 20
     log_probs = -torch.rand(B, T // size)
-    with mock.patch.object(dist, "all_gather", counting):
-        policy_loss_from_log_probs(
-            leaf(log_probs), log_probs, torch.ones(B), context_group=group
-        ).loss.backward()
-    assert sent == (size - 1) * 8 * (3 * B + B + 6 + 4 + 2)
-    return sent, (size - 1) * log_probs.nbytes
+    of_context = bytes_of(
+        policy_loss_from_log_probs, leaf(log_probs), log_probs, torch.ones(B), context_group=group
+    )
+    assert of_context == [agreement, 8 * 3 * B, 8 * (B + 6 + 4 + 2)]
+    # of a vocabulary: 3 numbers per row, and dhidden
+    batch, hidden, weight = a_batch()
+    batch |= {"mask": None, "old_log_probs": None}  # so that all rows have a gradient
+    weight, N = any_part_of(weight, 0, 1), batch["targets"].numel()
+    logits = leaf(hidden @ weight.mT)
+    assert bytes_of(policy_loss_from_logits, logits, **batch, vocab_group=group) == [
+        agreement, 4 * 3 * N
+    ]  # fmt: skip
+    for plan, extra in (("keep", []), ("recompute", []), ("chunk", [8])):
+        assert bytes_of(
+            policy_loss_from_hidden, leaf(hidden), weight, **batch, vocab_group=group, plan=plan
+        ) == [agreement, *extra, 4 * N, 4 * 2 * N, 4 * N * H]
+    return (size - 1) * sum(of_context), (size - 1) * log_probs.nbytes
 
 
 def test_compiled(ranks):
@@ -697,22 +969,27 @@ def on_rank_compiled() -> None:
     group = dist.group.WORLD
     head = synthetic_head(4, 3, H, V, device=CPU)
     case = make_case(head, GSPO(), packed=False)
-    given = case.targets, case.old_log_probs, case.advantages
+    given = case.old_log_probs, case.advantages
     logits = case.head.hidden.detach() @ head.weight.mT
 
-    def both(x: Tensor, w: Tensor, z: Tensor) -> Tensor:
+    def both(y: Tensor, x: Tensor, w: Tensor, z: Tensor) -> Tensor:
         options = {"mask": case.mask, "vocab_group": group}
-        from_hidden = policy_loss_from_hidden(x, w, *given, **options).loss
-        return from_hidden + policy_loss_from_logits(z, *given, **options).loss
+        from_hidden = policy_loss_from_hidden(x, w, y, *given, **options).loss
+        return from_hidden + policy_loss_from_logits(z, y, *given, **options).loss
 
-    def context(z: Tensor) -> Tensor:
-        return policy_loss_from_logits(z, *given, mask=case.mask, context_group=group).loss
+    def context(y: Tensor, z: Tensor) -> Tensor:
+        return policy_loss_from_logits(z, y, *given, mask=case.mask, context_group=group).loss
 
-    leaves = [case.head.hidden, part_of(head.weight), part_of(logits, -1)]
+    outside = case.targets + V
+    leaves = [case.head.hidden, any_part_of(head.weight, 0, 1), any_part_of(logits, -1, 1)]
     for function, operands in ((both, leaves), (context, [logits])):
         eager, compiled = [leaf(x) for x in operands], [leaf(x) for x in operands]
-        expected = function(*eager)
-        loss = torch.compile(function, fullgraph=True, backend="aot_eager")(*compiled)
+        expected = function(case.targets, *eager)
+        of_graph = torch.compile(function, fullgraph=True, backend="aot_eager")
+        loss = of_graph(case.targets, *compiled)
+        if not INTERPRETED:
+            with pytest.raises((IndexError, ValueError), match=r"in \[0, 104\)|refused its input"):
+                of_graph(outside if dist.get_rank() == 1 else case.targets, *compiled)
         assert torch.equal(loss, expected)
         for x in (loss, expected):
             x.backward()

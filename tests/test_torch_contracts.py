@@ -445,6 +445,9 @@ def operator_calls() -> dict[str, list[tuple]]:
             case.results(make_batch())
         for plan in ("keep", "chunk"):
             everything_from_hidden(make_batch(), plan)
+        x, ranks = make_batch(), torch.distributed.group.WORLD
+        gspo_ops.log_probs_from_logits(x.logits, x.targets, vocab_group=ranks)
+        from_hidden(x, vocab_group=ranks, context_group=ranks)
     return calls
 
 
@@ -470,8 +473,17 @@ def opcheck_utilities(name: str, args: tuple) -> str | tuple[str, ...]:
     return "ALL"
 
 
+@pytest.fixture
+def one_rank():
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @compiled_only
-def test_opcheck():
+def test_opcheck(one_rank):
     calls = operator_calls()
     checked = set()
     for name, all_args in calls.items():
