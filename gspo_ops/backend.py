@@ -184,7 +184,7 @@ def _has_fp32_products(x: Tensor) -> bool:
 
 
 @operator(
-    "matmul(Tensor a, Tensor b) -> Tensor",
+    "exact_matmul(Tensor a, Tensor b) -> Tensor",
     lambda a, b: a.new_empty(a.shape[0], b.shape[1], dtype=compute_dtype(a.dtype)),
 )
 def exact_matmul(a, b):

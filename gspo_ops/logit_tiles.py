@@ -559,6 +559,8 @@ class TorchTiles:
         """out[v] += sum of at_target[i] * x[i] over the rows i with target v, in their order."""
         y, order = self.targets.sort(stable=True)
         order = order[y >= 0]  # the others' columns are another rank's
+        if len(order) == 0:
+            return
         y, counts = y[y >= 0].unique_consecutive(return_counts=True)
         for c in slices(x.shape[1], max(self.GRAD_ELEMENTS // 4 // self.n, 1)):
             shares = x[:, c].index_select(0, order) * at_target[order, None]
