@@ -65,10 +65,11 @@ class Forked:
 
     def __init__(self, code: str, errors: Path) -> None:
         self.errors = errors
+        errors.touch()
         streams = f"""
 import os
 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-os.dup2(os.open({str(errors)!r}, os.O_WRONLY | os.O_CREAT), 2)
+os.dup2(os.open({str(errors)!r}, os.O_WRONLY), 2)
 """
         self.process = self.CONTEXT.Process(target=exec, args=(streams + code, {}))
         self.process.start()

@@ -47,7 +47,8 @@ from gspo_ops.testing import (
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CPU = torch.device("cpu")
 V, H = 104, 24
-sizes = pytest.mark.parametrize("size", [2, 4])
+# the kernels see a part of the vocabulary or all of it, however many ranks there are
+sizes = pytest.mark.parametrize("size", [2] if INTERPRETED else [2, 4])
 # the collectives are gloo's, whatever multiplies
 pytestmark = pytest.mark.kernels
 
