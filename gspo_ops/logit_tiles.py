@@ -421,8 +421,8 @@ class TorchTiles:
     def _product(self, x: Tensor, w: Tensor) -> Tensor:
         """In a buffer, which the next one overwrites.
 
-        The libraries behind torch.mm multiply a few rows in an order of their own, and all larger
-        numbers of rows in one order, so that padding makes a row's logits the same in any batch.
+        The libraries behind torch.mm multiply a few rows in an order of their own. Padded, a row's
+        logits are the same in most batches; that they are in all, no library promises.
         """
         n = len(x)
         x = _with_rows(x, self.LEAST_ROWS)

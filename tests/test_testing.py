@@ -66,8 +66,8 @@ KERNELS = {
     ),
     "the token's ratio for the sequence's": (
         "kernels/policy_loss.py",
-        "-ratio * advantage * g_weight",
-        "-tl.exp(token_log_ratio) * advantage * g_weight",
+        "-(ratio * weight) * (advantage * g_weight)",
+        "-(tl.exp(token_log_ratio) * weight) * (advantage * g_weight)",
     ),
     "no length normalisation": (
         "kernels/policy_loss.py",
@@ -89,7 +89,7 @@ KERNELS = {
     ),
 }  # fmt: skip
 CPU_PATH = {
-    "nothing": ("gspo_ops/log_probs.py", "q = _sigmoid(d)", "q = _sigmoid(d)"),
+    "nothing": ("gspo_ops/log_probs.py", "q = sigmoid(d)", "q = sigmoid(d)"),
     "missing softmax term": (
         "gspo_ops/log_probs.py",
         "torch.mul(p, (-g * coef)[:, None], out=out)",
@@ -112,8 +112,12 @@ HEAD_KERNELS = {
     "nothing": ("kernels/linear_log_probs.py", "acc = tl.dot(e, x, acc", "acc = tl.dot(e, x, acc"),
     "missing target term": (
         "kernels/linear_log_probs.py",
-        "tl.where(cols[None, :] == y[:, None], at_target[:, None], e) * derivative",
-        "e * derivative",
+        "total = tl.sum(acc, axis=0) + tl.load(at,",
+        "total = 0.0 * tl.sum(acc, axis=0) + tl.load(at,",
+    ),
+    "target in a recomputed tile": (
+        "kernels/linear_log_probs.py",
+        "tl.where(cols[None, :] == y[:, None], 0.0, e * derivative)", "e * derivative",
     ),
     "target counted twice": (
         "kernels/linear_log_probs.py",
@@ -130,14 +134,15 @@ HEAD_KERNELS = {
     ),
 }  # fmt: skip
 HEAD_CPU_PATH = {
-    "nothing": ("gspo_ops/logit_tiles.py", "z.exp2_()\n        total", "z.exp2_()\n        total"),
-    "missing target term": (
-        "gspo_ops/logit_tiles.py", "z[hit] = wanted.at_target[hit[0]]", "pass"
+    "nothing": ("gspo_ops/logit_tiles.py", "z.exp_()\n        total", "z.exp_()\n        total"),
+    "target in a recomputed tile": ("gspo_ops/logit_tiles.py", "z[hit] = 0.0", "pass"),
+    "missing target term of rows": (
+        "gspo_ops/logit_tiles.py", "out[r] += w.index_select(0, y[r]) * at_target[r, None]", "pass"
     ),
-    "missing kept target term": (
-        "gspo_ops/logit_tiles.py", "value = -row_sum\n", "value = 0 * row_sum\n"
+    "missing target term of columns": (
+        "gspo_ops/logit_tiles.py", "out[y, c] = sums.add_(out[y, c]).to(out.dtype)", "pass"
     ),
-    "missing row scale": ("gspo_ops/logit_tiles.py", "total.mul_(factor[:, None])", "pass"),
+    "missing row scale": ("gspo_ops/logit_tiles.py", "total.mul_(factor[:, None])", "total"),
     "last tile dropped": (
         "gspo_ops/logit_tiles.py",
         "range(whole.start, whole.stop, step)", "range(whole.start, whole.stop - step + 1, step)",
