@@ -846,7 +846,7 @@ def custom_loss(
         terms = terms * where_valid(weights if inputs.rollout_weight_per_token else weights[ids])
     # ratio 1, advantage -1: the loss of this linear problem is the average of the terms
     _, stats, log_ratio, _, inv_denominator = policy_loss_fwd(
-        flat.detach(), *inputs._replace(rollout_weights=None)
+        flat.detach(), *inputs._replace(rollout_weights=None, rollout_weight_per_token=False)
     )
     terms = where_valid(terms)
     if inputs.aggregation == "seq-mean-token-mean":
