@@ -320,13 +320,13 @@ def make_tiles(head: Head, targets: Tensor, rows: Rows, options: Options) -> Tor
 class TorchTiles:
     """Tiles of logits of some rows, in torch; small ones, that stay in the cache of one core."""
 
-    ROWS = 256
+    ROWS = 512
     LEAST_ROWS = 16  # of products that make logits
     LEAST_GRAD_ROWS = 4  # of those that make gradients of rows
     COLUMNS = SUMS = 1024  # of a tile, and of an entry of `Sums`
     GRAD_ELEMENTS = 1 << 22  # of a tile for the products of the backward
     GRAD_WIDTH = 8192
-    GRAD_ROWS = GRAD_COLUMNS = 512  # of the output of a product of one thread
+    GRAD_ROWS, GRAD_COLUMNS = 512, 2048  # of the output of a product of one thread
 
     def __init__(self, head: Head, targets: Tensor, rows: Rows, options: Options) -> None:
         self.weight, self.bias = head.weight, head.bias
