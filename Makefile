@@ -22,7 +22,7 @@ test: $(READY)
 # Under a minute: the contracts of every op, in torch and, with a few other tests, in the kernels.
 quick: $(READY)
 	$(PYTEST) $(QUICK) -k "not notices and not memory and not flops"
-	TRITON_INTERPRET=1 $(PYTEST) -m kernels $(QUICK) -k "float32 and contracts or lora or depend or softcap"
+	TRITON_INTERPRET=1 $(PYTEST) -m kernels $(QUICK) -k "float32 and contracts or depend"
 
 # All that the bench extra brings; where an environment is given (PY=), the peers that it has.
 bench: $(READY) $(READY:.ready=.peers)
