@@ -625,7 +625,7 @@ class TorchTiles:
         out.copy_(z if derivative is None else z.mul_(derivative))
 
     def _row_pieces(self, out: Tensor, tile: Tile, w: Tensor) -> list[Callable[[], None]]:
-        """Of out += tile @ w."""
+        """The pieces of out += tile @ w."""
         return [
             partial(self._add_to_rows, out[r], Tile(tile.e[r], None), w)
             for r in slices(len(out), self.GRAD_ROWS)
@@ -634,7 +634,7 @@ class TorchTiles:
     def _column_pieces(
         self, out: Tensor, tile: Tile, x: Tensor, add: bool
     ) -> list[Callable[[], None]]:
-        """Of out = (or +=) tile^T @ x."""
+        """The pieces of out = (or +=) tile^T @ x."""
         return [
             partial(self._add_to_columns, out[c], Tile(tile.e[:, c], None), x, add)
             for c in slices(len(out), self.GRAD_COLUMNS)

@@ -72,7 +72,7 @@ BOUNDS = {
     "logits op apart, rel L2": 5e-6,
     "logits op apart / allowed": 1,
 }
-# Of two roundings to 16 bits, of exponentials and of scaled hidden states, on top of the result's.
+# Exponentials and scaled hidden states are rounded to 16 bits, and the result is once more.
 ALLOWED = 1.8
 FEW = 4  # tokens, over which the errors of log-probs don't average out yet
 

@@ -23,9 +23,7 @@ def for_each(function: Callable[[T], None], pieces: Iterable[T], device: torch.d
     """function(piece) for all pieces, in any order."""
     pieces = list(pieces)
     threads = min(torch.get_num_threads(), len(pieces))
-    if device.type != "cpu" or threads == 1 or not _limits():
-        threads = 0
-    if not threads:
+    if device.type != "cpu" or threads <= 1 or not _limits():
         for piece in pieces:
             function(piece)
         return
