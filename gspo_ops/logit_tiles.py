@@ -11,14 +11,13 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from operator import itemgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .backend import compute_dtype, device_guard, matmul_fp32, no_autocast
+from .backend import compute_dtype, device_guard, matmul_fp32, no_autocast, rounds_fp32
 from .head import Wanted, grad_product_dtype, product_dtype
 from .layout import checked_targets
 from .log_probs import entropy_of, loadable, minus_softplus, sigmoid, times_exp
@@ -326,7 +325,8 @@ class TorchTiles:
     COLUMNS = SUMS = 1024  # of a tile, and of an entry of `Sums`
     GRAD_ELEMENTS = 1 << 22  # of a tile for the products of the backward
     GRAD_WIDTH = 8192
-    GRAD_ROWS, GRAD_COLUMNS = 512, 2048  # of the output of a product of one thread
+    HAS_WIDE_PRODUCTS = True  # over all that is kept at once, each wait for a slower core being one
+    VECTORS = 64  # a number of elements that fills those of every processor
 
     def __init__(self, head: Head, targets: Tensor, rows: Rows, options: Options) -> None:
         self.weight, self.bias = head.weight, head.bias
@@ -373,7 +373,7 @@ class TorchTiles:
             w = self.weight.index_select(0, y[r]).to(self.dtype)
             out[r] = _row_sum(self.x[r].to(self.dtype) * w)
 
-        for_each(dot, slices(self.n, self.ROWS), self.x.device)
+        for_each(dot, slices(self.n, self.ROWS), self.x)
         if self.bias is not None:
             out += self.bias[y]
         if self.lora is not None:
@@ -385,38 +385,34 @@ class TorchTiles:
         """Sums over each row's exponentials but for its target's; `kept` receives them."""
         sums = self._empty_sums(base)
 
-        def fold(c: slice) -> None:
-            head = self._head(c)
-            for r in slices(self.n, self.ROWS):
-                e = kept.e[r, c.start : min(c.stop, kept.columns)]
-                self._fold(
-                    self._logits(r, head), r, c, base[r],
-                    e if c.start < kept.columns else None, None if keep is None else keep[r],
-                    *(None if x is None else x[c.start // self.COLUMNS, r] for x in sums),
-                )  # fmt: skip
+        def fold(place: tuple[slice, slice]) -> None:
+            r, c = place
+            e = kept.e[r, c.start : min(c.stop, kept.columns)]
+            self._fold(
+                self._logits(r, c), r, c, base[r],
+                e if c.start < kept.columns else None, None if keep is None else keep[r],
+                *(None if x is None else x[c.start // self.COLUMNS, r] for x in sums),
+            )  # fmt: skip
 
-        for_each(fold, slices(self.V, self.COLUMNS), self.x.device)
+        for_each(fold, self._places(slice(0, self.V)), self.x)
         return sums
+
+    def _places(self, columns: slice) -> list[tuple[slice, slice]]:
+        """Rows and columns of the tiles of logits."""
+        columns_of_tiles = _slices_of(columns, self.COLUMNS)
+        return [(r, c) for c in columns_of_tiles for r in slices(self.n, self.ROWS)]
 
     def _empty_sums(self, base: Tensor) -> Sums:
         shift = base.new_zeros(-(-self.V // self.SUMS), self.n)
         log = torch.zeros_like(shift) if self.options.return_entropy else None
         return Sums(shift, torch.zeros_like(shift), log)
 
-    def _head(self, c: slice) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """weight^T, bias and lora_b^T of these columns, as the products take them."""
-        return (
-            self.weight[c].to(self.dtype).mT,
-            None if self.bias is None else self.bias[c].to(self.stats_dtype),
-            None if self.lora is None else self.lora[1][c].to(self.stats_dtype).mT,
-        )
-
-    def _logits(self, r: slice, head: tuple[Tensor, Tensor | None, Tensor | None]) -> Tensor:
-        weight, bias, lora_b = head
-        z = self._product(self.x[r].to(self.dtype), weight)
-        if self.lora is not None and lora_b is not None:
-            matmul_fp32(self.lora[0][r], lora_b, out=z, add=True)
-        return z if bias is None else z.add_(bias)
+    def _logits(self, r: slice, c: slice) -> Tensor:
+        z = self._product(self.x[r].to(self.dtype), self.weight[c].to(self.dtype).mT)
+        if self.lora is not None:
+            x, b = self.lora[0][r], self.lora[1][c].to(self.stats_dtype)
+            matmul_fp32(x, b.mT, out=z, add=True)
+        return z if self.bias is None else z.add_(self.bias[c])
 
     def _product(self, x: Tensor, w: Tensor) -> Tensor:
         """In a buffer, which the next one overwrites.
@@ -428,8 +424,8 @@ class TorchTiles:
         x = _with_rows(x, self.LEAST_ROWS)
         size = len(x) * w.shape[1]
         buffer = getattr(self.local, "buffer", None)
-        if buffer is None or buffer.numel() < size:
-            self.local.buffer = buffer = x.new_empty(size)
+        if buffer is None or buffer.numel() < size + self.VECTORS:
+            self.local.buffer = buffer = x.new_empty(size + self.VECTORS)
         return matmul_fp32(x, w, out=buffer[:size].view(len(x), -1))[:n]
 
     def _hits(self, r: slice, c: slice) -> tuple[Tensor, Tensor]:
@@ -443,15 +439,15 @@ class TorchTiles:
         hit = self._hits(r, c)
         derivative = self._exponents(z, base, None, want_derivative=e is not None)
         z[hit] = -math.inf
-        top = z.amax(1) / LN_2
+        top = z.amax(1)
         shift.copy_(torch.where(top > SHIFT_LIMIT, top, 0.0))
         if shift.any():
-            z -= shift[:, None] * LN_2
+            z -= shift[:, None]
         a = None if log is None else z.clone()
-        z.exp_()
+        self._exp2(z)
         total.copy_(_row_sum(z))
         if a is not None:
-            log.copy_(_row_sum(a.mul_(z).masked_fill_(z == 0, 0.0)) / LN_2)
+            log.copy_(_row_sum(a.mul_(z).masked_fill_(z == 0, 0.0)))
         if e is not None:
             if derivative is not None:
                 z *= derivative
@@ -462,22 +458,26 @@ class TorchTiles:
                 e[keep] = z[keep].to(e.dtype)
 
     def _exponents(self, z, base, shift, *, want_derivative: bool) -> Tensor | None:
-        """z becomes (softcap(z) - base) / temperature - shift * ln 2; returns softcap's derivative.
-
-        Not in powers of two: on a CPU torch.exp2 rounds a row's last elements in another way.
-        """
+        """z becomes (softcap(z) - base) * scale - shift; returns softcap's derivative."""
         derivative = None
         softcap = self.options.softcap
         if softcap is not None:
             z.div_(softcap).tanh_()
             derivative = 1.0 - z.square() if want_derivative else None
             z.mul_(softcap)
-        z.sub_(base[:, None])
-        if self.options.temperature != 1.0:
-            z.div_(self.options.temperature)
+        z.sub_(base[:, None]).mul_(self.options.scale)
         if shift is not None and shift.any():
-            z.sub_(shift[:, None] * LN_2)
+            z.sub_(shift[:, None])
         return derivative
+
+    def _exp2(self, z: Tensor) -> None:
+        """In place, for a tile of this thread's buffer.
+
+        torch rounds the last elements, which fill no vector, in another way: none of a tile's are
+        among them.
+        """
+        size = -(-z.numel() // self.VECTORS) * self.VECTORS
+        z.as_strided((size,), (1,)).exp2_()
 
     def rescale(self, kept: Kept, shrink: Tensor) -> None:
         """Bring the tiles of each row to its one shift."""
@@ -527,15 +527,17 @@ class TorchTiles:
             for to, *_, adds in to_columns:
                 if not adds:
                     to.zero_()
-        for c in self._grad_columns(kept.columns) if self.n else []:
+        dtypes = {x for _, _, w, dtype in to_rows for x in (w.dtype, dtype)}
+        dtypes |= {x for to, _, dtype, _ in to_columns for x in (to.dtype, dtype)}
+        # whether the products take and write what there is, without a copy
+        is_direct = among.index is None and dtypes <= {self.grad_dtype}
+        for c in self._grad_columns(kept.columns, is_direct) if self.n else []:
             tile = self._tile(c, base, wanted, kept, among)
-            pieces = []
             for _, total, w, dtype in to_rows:
-                pieces += self._row_pieces(total, tile, w[c].to(dtype))
+                self._add_to_rows(total, tile, w[c].to(dtype))
             for (to, *_, adds), x in zip(to_columns, scaled, strict=True):
-                pieces += self._column_pieces(to[c].view(len(to[c]), -1), tile, x, adds)
-            for_each(lambda piece: piece(), pieces, self.x.device)
-            del tile, pieces  # before the next tile is made
+                self._add_to_columns(to[c].view(len(to[c]), -1), tile, x, adds)
+            del tile  # before the next one is made
         del scaled
         for to, x, *_ in to_columns if self.n else []:
             self._add_targets_to_columns(to.view(len(to), -1), x, at_target)
@@ -576,11 +578,13 @@ class TorchTiles:
             out.masked_fill_((factor == 0)[:, None], 0.0)
         return out
 
-    def _grad_columns(self, kept_columns: int) -> list[slice]:
+    def _grad_columns(self, kept_columns: int, is_direct: bool) -> list[slice]:
         """Ranges of columns, each on one side of the last kept one."""
-        width = self.grad_width(self.n)
+        width = kept_width = self.grad_width(self.n)
+        if is_direct and self.HAS_WIDE_PRODUCTS and not rounds_fp32(self.x.device):
+            kept_width = max(kept_columns, 1)
         kept, others = slice(0, kept_columns), slice(kept_columns, self.V)
-        return [*_slices_of(kept, width), *_slices_of(others, width)]
+        return [*_slices_of(kept, kept_width), *_slices_of(others, width)]
 
     @classmethod
     def grad_width(cls, rows: int) -> int:
@@ -594,22 +598,21 @@ class TorchTiles:
             return self._kept_tile(kept.e[:, c], among)
         out = self.x.new_empty(self.n, c.stop - c.start, dtype=self.grad_dtype)
 
-        def recompute(part: slice) -> None:
-            self._recompute(part, base, wanted, out[:, part.start - c.start : part.stop - c.start])
-
-        for_each(recompute, _slices_of(c, self.COLUMNS), self.x.device)
+        self._recompute(c, base, wanted, out)
         return Tile(out, None)
 
     def _kept_tile(self, e: Tensor, among: Rows) -> Tile:
         return Tile(e[: self.n] if among.index is None else e.index_select(0, among.index), None)
 
     def _recompute(self, c: slice, base: Tensor, wanted: Exponentials, out: Tensor) -> None:
-        head = self._head(c)
-        for r in slices(self.n, self.ROWS):
+        def recompute(place: tuple[slice, slice]) -> None:
+            r, part = place
             self._weigh(
-                self._logits(r, head), r, c, base[r],
-                wanted.map(itemgetter(r)), out[r],
+                self._logits(r, part), r, part, base[r], wanted.map(itemgetter(r)),
+                out[r, part.start - c.start : part.stop - c.start],
             )  # fmt: skip
+
+        for_each(recompute, self._places(c), self.x)
 
     def _weigh(self, z, r, c, base, wanted: Exponentials, out: Tensor) -> None:
         """A tile z of logits, which is overwritten, to what `Exponentials` says."""
@@ -617,28 +620,12 @@ class TorchTiles:
         derivative = self._exponents(z, base, wanted.shift, want_derivative=True)
         weight = None
         if wanted.slope is not None and wanted.constant is not None:
-            weight = z * (wanted.slope[:, None] / LN_2) + wanted.constant[:, None]
-        z.exp_()
+            weight = z * wanted.slope[:, None] + wanted.constant[:, None]
+        self._exp2(z)
         if weight is not None:
             z.mul_(weight.masked_fill_(z == 0, 0.0))
         z[hit] = 0.0
         out.copy_(z if derivative is None else z.mul_(derivative))
-
-    def _row_pieces(self, out: Tensor, tile: Tile, w: Tensor) -> list[Callable[[], None]]:
-        """The pieces of out += tile @ w."""
-        return [
-            partial(self._add_to_rows, out[r], Tile(tile.e[r], None), w)
-            for r in slices(len(out), self.GRAD_ROWS)
-        ]
-
-    def _column_pieces(
-        self, out: Tensor, tile: Tile, x: Tensor, add: bool
-    ) -> list[Callable[[], None]]:
-        """The pieces of out = (or +=) tile^T @ x."""
-        return [
-            partial(self._add_to_columns, out[c], Tile(tile.e[:, c], None), x, add)
-            for c in slices(len(out), self.GRAD_COLUMNS)
-        ]
 
     def _add_to_rows(self, out: Tensor, tile: Tile, w: Tensor) -> None:
         # fewer rows are summed one column after the other, with errors 10 times as large
@@ -696,7 +683,7 @@ class MatMulTiles(TorchTiles):
     LEAST_GRAD_ROWS = 0
     COLUMNS = SUMS = 8192
     GRAD_ELEMENTS = 1 << 26
-    GRAD_ROWS = GRAD_COLUMNS = 1 << 30
+    HAS_WIDE_PRODUCTS = False
 
     def __init__(self, head: Head, targets: Tensor, rows: Rows, options: Options) -> None:
         super().__init__(head, targets, rows, options)
@@ -815,14 +802,6 @@ class TritonTiles(MatMulTiles):
                 self.options.scale, self.options.softcap,
                 **product_blocks("N", "V", "H", self.dtype),
             )  # fmt: skip
-
-    def _row_pieces(self, out: Tensor, tile: Tile, w: Tensor) -> list[Callable[[], None]]:
-        return [partial(self._add_to_rows, out, tile, w)]
-
-    def _column_pieces(
-        self, out: Tensor, tile: Tile, x: Tensor, add: bool
-    ) -> list[Callable[[], None]]:
-        return [partial(self._add_to_columns, out, tile, x, add)]
 
     def _add_to_rows(self, out: Tensor, tile: Tile, w: Tensor) -> None:
         from .kernels.linear_log_probs import dhidden_kernel

@@ -168,10 +168,9 @@ def _work_bytes(hidden: Tensor, weight: Tensor, choice: Choice) -> tuple[int, in
     if hidden.requires_grad and weight.dtype != grad_dtype:
         backward += min(width, V) * H * size  # a copy of these columns' weight
     if weight.requires_grad and size < stats_size:
-        columns = min(width, tiles.GRAD_COLUMNS, V)
+        columns = min(width, V)
         if use_triton(hidden):
             backward += columns * H * stats_size  # a product that is not rounded yet
         elif choice.name == "chunk":  # and, on a CPU, what it is made of in fp32
-            piece = columns * (H + rows) + rows * H
-            backward += torch.get_num_threads() * piece * stats_size
+            backward += (columns * (H + rows) + rows * H) * stats_size
     return forward, backward

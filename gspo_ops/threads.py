@@ -8,6 +8,7 @@ pieces by itself, and there is one wait at the end. Which thread takes a piece c
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -15,15 +16,19 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
+
+from .backend import use_triton
 
 T = TypeVar("T")
 
 
-def for_each(function: Callable[[T], None], pieces: Iterable[T], device: torch.device) -> None:
-    """function(piece) for all pieces, in any order."""
+def for_each(function: Callable[[T], None], pieces: Iterable[T], x: Tensor) -> None:
+    """function(piece) for all pieces of work on x: in any order, if it runs on a CPU."""
     pieces = list(pieces)
     threads = min(torch.get_num_threads(), len(pieces))
-    if device.type != "cpu" or threads <= 1 or not _limits():
+    # Triton's interpreter runs one kernel at a time
+    if x.device.type != "cpu" or use_triton(x) or threads <= 1 or not _limits():
         for piece in pieces:
             function(piece)
         return
@@ -34,10 +39,19 @@ def for_each(function: Callable[[T], None], pieces: Iterable[T], device: torch.d
         with torch.inference_mode(is_inference), torch.no_grad():
             function(piece)
 
-    # threads of this call only: they can't outlive a fork, and start in a fraction of a millisecond
-    with ThreadPoolExecutor(threads, initializer=_compute_alone) as pool:
-        for _ in pool.map(alone, pieces):
-            pass
+    for _ in _pool(threads).map(alone, pieces):
+        pass
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads that stay: a new one spends milliseconds on the buffers of its products."""
+    return ThreadPoolExecutor(threads, "gspo_ops", initializer=_compute_alone)
+
+
+# a fork has no threads but the one that forked
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def _compute_alone() -> None:
