@@ -134,7 +134,7 @@ HEAD_KERNELS = {
     ),
 }  # fmt: skip
 HEAD_CPU_PATH = {
-    "nothing": ("gspo_ops/logit_tiles.py", "z.exp_()\n        total", "z.exp_()\n        total"),
+    "nothing": ("gspo_ops/logit_tiles.py", "self._exp2(z)\n        t", "self._exp2(z)\n        t"),
     "target in a recomputed tile": ("gspo_ops/logit_tiles.py", "z[hit] = 0.0", "pass"),
     "missing target term of rows": (
         "gspo_ops/logit_tiles.py", "out[r] += w.index_select(0, y[r]) * at_target[r, None]", "pass"
