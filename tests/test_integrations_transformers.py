@@ -11,11 +11,8 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from gspo_ops import GRPO, GSPO, global_denominator, reference
-from gspo_ops.integrations.transformers import (
-    log_probs_from_model,
-    loss_from_model,
-    output_head,
-)
+from gspo_ops.integrations.heads import output_head
+from gspo_ops.integrations.transformers import log_probs_from_model, loss_from_model
 from gspo_ops.testing import relative
 
 transformers = pytest.importorskip("transformers")
@@ -118,13 +115,14 @@ def test_logits_of_the_head(family):
         torch.testing.assert_close(output_head(model).logits(hidden), expected)
 
 
-def test_the_head_is_not_called():
+def test_the_head_makes_logits_of_a_few_tokens_once():
     model = make("Llama")
     batch, mask = make_batch()
-    called = []
-    model.lm_head.register_forward_hook(lambda *_: called.append(1))
-    loss_from_model(model, batch, None, torch.ones(4), mask=mask).loss.backward()
-    assert not called
+    seen = []
+    model.lm_head.register_forward_hook(lambda _, args, out: seen.append(tuple(out.shape)))
+    for _ in range(3):
+        loss_from_model(model, batch, None, torch.ones(4), mask=mask).loss.backward()
+    assert seen == [(1, 8, 50)]
     assert model.lm_head.weight.grad.any()
 
 
@@ -139,12 +137,9 @@ def test_a_model_wrapped_by_peft():
     trained = [p for p in wrapped.parameters() if p.requires_grad]
     assert trained
     assert any(p.grad.any() for p in trained)
-    adapted = peft.get_peft_model(make("Llama"), peft.LoraConfig(target_modules=["lm_head"]))
-    with pytest.raises(ValueError, match="head of LlamaForCausalLM has an adapter of peft, Linear"):
-        log_probs_from_model(adapted, batch, T)
 
 
-def test_wrong_arguments_are_refused(monkeypatch):
+def test_wrong_arguments_are_refused():
     model = make("Llama")
     batch, mask = make_batch()
     with pytest.raises(ValueError, match=r"batch must have input_ids, got \['ids'\]"):
@@ -155,12 +150,6 @@ def test_wrong_arguments_are_refused(monkeypatch):
         loss_from_model(model, batch, None, torch.ones(4), mask=mask[:, 0])
     with pytest.raises(ValueError, match="LlamaModel has no output embeddings"):
         log_probs_from_model(model.model, batch, T)
-    model.config.final_logit_softcapping = 3.0
-    for scale in ("logit_scale", "output_multiplier"):
-        monkeypatch.setattr(model.config, scale, 0.5, raising=False)
-        with pytest.raises(ValueError, match="both a scale of its logits and a soft cap"):
-            output_head(model)
-        monkeypatch.undo()
 
 
 def test_nothing_is_imported_or_patched():

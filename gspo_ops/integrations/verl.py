@@ -17,9 +17,10 @@ from torch import Tensor
 
 from .. import GSPOToken, log_probs_from_hidden, policy_loss_from_log_probs
 from ..objective import Aggregation
-from .transformers import OutputHead, apply_head, output_head, unwrapped
+from .heads import OutputHead, hidden_to, last_layer, unwrapped
 
 NAME = "gspo_ops"  # of the policy loss and of the backend
+_KEPT = ("past_key_values", "hidden_states", "attentions")  # of the model's output
 _WIDE = 0.01  # a clip range that GSPO's ratios never leave
 
 # verl's aggregation: ours, and which count of the global batch divides
@@ -79,12 +80,12 @@ def fuse_forward(model: Any) -> None:
     """
     _require_verl()
     model = unwrapped(model)
-    output_head(model)  # refuses a head that the ops can't apply
+    last_layer(model)  # refuses a model without a head
     if hasattr(model.config, "vision_config"):
         raise ValueError(
             f"model must be a text model, got {type(model).__name__}: use verl's own impl_backend"
         )
-    model.forward = partial(_forward, model)
+    model.forward = partial(_forward, model, model.forward)
 
 
 def _require_verl() -> None:
@@ -112,6 +113,7 @@ def _with_our_backend(theirs: Callable[..., None]) -> Callable[..., None]:
 
 def _forward(
     model: Any,
+    own: Callable[..., Any],
     input_ids: Tensor | None = None,
     *,
     labels: Tensor | None = None,
@@ -126,16 +128,16 @@ def _forward(
         if tokens is None:
             raise ValueError("one of input_ids, labels and shift_labels must be given")
         shift_labels = tokens.roll(-1, dims=-1)
-    body = model.base_model(input_ids=input_ids, **arguments | {"return_dict": True})
 
-    def from_hidden(head: OutputHead, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return log_probs_from_hidden(
-            hidden, head.weight, targets, **head.options(temperature), return_entropy=True
+    def at_head(head: OutputHead, hidden: Tensor, output: Any) -> Any:
+        log_probs, entropy = log_probs_from_hidden(
+            hidden, head.weight, shift_labels, **head.options(temperature), return_entropy=True
         )
+        kept = {name: output.get(name) for name in _KEPT}
+        return CausalLMOutputForPPO(log_probs=log_probs, entropy=entropy, **kept)
 
-    log_probs, entropy = apply_head(model, from_hidden, body.last_hidden_state, shift_labels)
-    kept = {name: body.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
-    return CausalLMOutputForPPO(log_probs=log_probs, entropy=entropy, **kept)
+    batch = {"input_ids": input_ids} | arguments | {"return_dict": True}
+    return hidden_to(model, batch, at_head, within=own)
 
 
 def policy_loss(

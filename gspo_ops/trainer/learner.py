@@ -22,7 +22,7 @@ from .. import (
     policy_loss_from_logits,
     reference,
 )
-from ..integrations.transformers import as_forward, output_head
+from ..integrations.heads import as_forward, output_head
 from .config import TrainConfig
 from .model import add_lora
 from .progress import Diverged
@@ -90,12 +90,14 @@ class Learner:
             except ValueError as error:
                 raise ValueError(f"update.routing_replay: {error}") from None
         self.config, self.model, self.ranks = config, model, ranks
+        output_head(model)  # is learnt from the whole model
         self.objective = config.objective.build()
         rank = config.model.lora_rank
         self.adapter = add_lora(model, rank, config.seed) if rank else None
         self.reference = None
         if self.objective.kl_coef > 0 and self.adapter is None:
             self.reference = copy.deepcopy(model).requires_grad_(False)
+            output_head(self.reference)
             ranks.shard(self.reference)
         ranks.shard(model)
         trainable = [p for p in model.parameters() if p.requires_grad]

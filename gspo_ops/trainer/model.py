@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..integrations.transformers import output_head
+from ..integrations.heads import hidden_to
 from .tiny import TINY, tiny_directory
 
 SMOLLM2 = "smollm2"
@@ -60,8 +60,21 @@ def load_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="sdpa"
     )
-    output_head(model)  # refuses a head that the ops can't apply
-    return model.eval(), AutoTokenizer.from_pretrained(directory)
+    model.eval()
+    _check_body(model)
+    return model, AutoTokenizer.from_pretrained(directory)
+
+
+@torch.no_grad()
+def _check_body(model: PreTrainedModel) -> None:
+    """Refuse a head that the ops can't apply, or one that is not given what the body returns."""
+    ids = torch.arange(8, device=model.device)[None]
+    at_head = hidden_to(model, {"input_ids": ids}, lambda head, hidden, output: hidden)
+    if not torch.equal(at_head, model.base_model(ids, use_cache=False).last_hidden_state):
+        raise ValueError(
+            f"model.name: {type(model).__name__} does more between its body and its head than the "
+            "trainer knows"
+        )
 
 
 def smollm2_directory() -> Path:

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from .. import Objective, global_denominator
-from ..integrations.transformers import as_forward
+from ..integrations.heads import as_forward
 
 T = TypeVar("T")
 

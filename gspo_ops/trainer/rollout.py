@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import log_probs_from_logits
-from ..integrations.transformers import output_head
+from ..integrations.heads import output_head
 
 Autocast = Callable[[], AbstractContextManager]
 

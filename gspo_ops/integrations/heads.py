@@ -1,0 +1,450 @@
+"""What a causal language model's own forward does up to its head, and the head as the ops take it.
+
+The model runs as its user calls it, with whatever wraps it. Only its last layer is replaced for the
+time of a call, by one that takes the hidden states and makes no logits. What the model does to
+logits is not read from its config, whose names differ, but learnt from the model itself: it is
+given known logits, and a few real ones, which the head must reproduce.
+
+Nothing of transformers or peft is imported.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..head import LoRA
+
+Result = TypeVar("Result")
+
+# logits that a model is given: 0, one that is nearly not capped, usual ones, one that caps fully
+_PROBES = (0.0, 2.0**-20, -1.0, 2.0, -8.0, 30.0, -100.0, 2.0**15)
+_TOKENS = 8  # on which a head is compared with its model
+_COLUMNS = 1024  # of the vocabulary, evenly spread, that are compared
+
+
+class Transform(NamedTuple):
+    """What a model makes of its logits: limit * tanh(gain * z / limit), or gain * z.
+
+    Attributes:
+        gain: a factor of logits, or the product of several.
+        limit: of a soft cap, after all factors; None without one.
+        columns: tokens of the vocabulary that are left; a head may have more rows.
+    """
+
+    gain: float
+    limit: float | None
+    columns: int
+
+    def __call__(self, z: Tensor) -> Tensor:
+        z = self.gain * z
+        return z if self.limit is None else self.limit * (z / self.limit).tanh()
+
+
+class OutputHead(NamedTuple):
+    """logits = transform(hidden @ weight^T + bias + lora).
+
+    Attributes:
+        weight: (V, H), also where it is tied to the embeddings.
+        bias: (V,) or None.
+        lora: an adapter of peft on the head, or None.
+        transform: scale and soft cap, as in Cohere and Gemma.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    lora: LoRA | None
+    transform: Transform
+
+    def options(self, temperature: float) -> dict[str, Any]:
+        """The head's share of the options of the ops from hidden states.
+
+        softcap * tanh(z / softcap) / temperature is the op's, so that a gain divides both.
+        """
+        gain, limit, _ = self.transform
+        return {
+            "bias": self.bias, "lora": self.lora, "temperature": temperature / gain,
+            "softcap": None if limit is None else limit / gain,
+        }  # fmt: skip
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., V) in fp32, or float64 for float64.
+
+        A bf16 head would round them, which alone moves a sequence's ratio by as much as GSPO's clip
+        range is wide.
+        """
+        hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
+        bias = None if self.bias is None else self.bias.to(hidden)
+        z = nn.functional.linear(hidden, self.weight.to(hidden), bias)
+        if self.lora is not None:
+            a, b, scale = self.lora
+            z = z + scale * (hidden @ a.to(hidden).mT @ b.to(hidden).mT)
+        return self.transform(z)
+
+
+def output_head(model: Any, check: bool = True) -> OutputHead:
+    """The head of a causal language model, wrapped or not.
+
+    The first call for a model runs it on a few tokens; the result is kept.
+
+    Args:
+        model: a causal language model of transformers.
+        check: whether the head's logits are compared with the model's own.
+
+    Raises:
+        ValueError: the model has no head, or one that the ops can't apply.
+    """
+    inner = unwrapped(model)
+    if inner not in _transforms:
+        learn(model, {"input_ids": torch.arange(_TOKENS, device=_device(inner))[None]}, check)
+    return _head(inner, _transforms[inner])
+
+
+def hidden_to(
+    model: Any,
+    batch: Mapping[str, Any],
+    function: Callable[[OutputHead, Tensor, Any], Result],
+    check: bool = True,
+    *,
+    within: Callable[..., Any] | None = None,
+) -> Result:
+    """function(head, hidden, output) as the result of the model's forward.
+
+    DDP, FSDP, DeepSpeed, peft and torch.compile do their part as in any forward: they gather
+    weights, reduce gradients, and add what is trained of prompts and adapters.
+
+    Args:
+        model: a causal language model of transformers, wrapped or not.
+        batch: arguments of its forward, with `input_ids` (B, S).
+        function: takes the head, the hidden states (B, S, H) that it is given (more than S where a
+            wrapper puts tokens in front), and the model's output, without logits.
+        check: whether the head's logits are compared with the model's own, before the first use.
+        within: the model's own forward, where it is called by a forward that took its place.
+
+    Raises:
+        ValueError: the model's head is one that the ops can't apply.
+    """
+    inner = unwrapped(model)
+    if inner not in _transforms:
+        learn(model, batch, check, within=within)
+    last = last_layer(inner)
+
+    def finish(hidden: Tensor, output: Any) -> Result:
+        head = partial(_head, inner, _transforms[inner])
+        return as_forward(last, lambda: function(head(), hidden, output))
+
+    return _seam(inner, last).run(model, batch, finish, within)
+
+
+class _Tap(nn.Module):
+    """Stands in a head's place, takes its hidden states, and returns next to nothing as logits."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        vars(self)["head"] = head  # not as a part of it
+        self.calls = 0
+        self.hidden: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["head"], name)
+
+    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        self.calls += 1
+        self.hidden = hidden
+        return hidden.new_zeros(1).expand(*hidden.shape[:-1], 1)
+
+
+class _Probe(_Tap):
+    """Returns, of the first row, logits of the last tokens and then `_PROBES`, in float64."""
+
+    is_real = True  # whether there are logits
+
+    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+        self.calls += 1
+        self.hidden = hidden
+        head = vars(self)["head"]
+        real = head(hidden[:1, -_TOKENS:])[0] if self.is_real else None
+        columns = len(_base(head).weight) if real is None else real.shape[-1]
+        probes = torch.tensor(_PROBES, dtype=torch.float64, device=hidden.device)
+        probes = probes[:, None].expand(-1, columns)
+        return (probes if real is None else torch.cat([real.double(), probes]))[None]
+
+
+class _Seam:
+    """A model's forward with another layer in its head's place, and a function of the hidden states.
+
+    One for each model, which stays, so that torch.compile compiles the forward once.
+    """
+
+    def __init__(self, model: Any, last: nn.Module, tap: _Tap) -> None:
+        self.last, self.tap = last, tap
+        modules = model.named_modules(remove_duplicate=False)
+        self.places = [name for name, part in modules if part is last]
+        self.finish: Callable[[Tensor, Any], Any] | None = None
+        self.own: Callable[..., Any] | None = None
+        self.end = torch.compiler.disable(self._end)
+
+    def run(
+        self,
+        wrapped: Any,
+        batch: Mapping[str, Any],
+        finish: Callable[[Tensor, Any], Result],
+        within: Callable[..., Any] | None,
+    ) -> Result:
+        """finish(hidden, output) as the result of the model's forward, by way of its wrappers."""
+        model, arguments = unwrapped(wrapped), dict(batch)
+        self.own, self.finish = within or model.forward, finish
+        if "use_cache" in inspect.signature(self.own).parameters:
+            arguments = {"use_cache": False} | arguments
+        was = vars(model).get("forward")
+        self._put(model, self.tap)
+        model.forward = self._forward
+        try:
+            return wrapped(**arguments) if within is None else self._forward(**arguments)
+        finally:
+            self._put(model, self.last)
+            del model.forward
+            if was is not None:
+                model.forward = was
+            self.own = self.finish = self.tap.hidden = None
+            self.tap.calls = 0
+
+    def _put(self, model: nn.Module, part: nn.Module) -> None:
+        for place in self.places:
+            parent, _, name = place.rpartition(".")
+            model.get_submodule(parent)._modules[name] = part
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.own is not None
+        return self.end(self.own(*args, **kwargs))
+
+    def _end(self, output: Any) -> Any:
+        hidden = self.tap.hidden
+        if self.tap.calls != 1 or hidden is None or hidden.ndim != 3:
+            raise ValueError(
+                f"the model calls its head, {type(self.last).__name__}, {self.tap.calls} times, "
+                f"last with {None if hidden is None else tuple(hidden.shape)}: the ops need hidden "
+                "states (B, S, H), once"
+            )
+        assert self.finish is not None
+        return self.finish(hidden, output)
+
+
+_transforms: weakref.WeakKeyDictionary[nn.Module, Transform] = weakref.WeakKeyDictionary()
+_seams: weakref.WeakKeyDictionary[nn.Module, _Seam] = weakref.WeakKeyDictionary()
+
+
+# Learning what a model makes of its logits
+
+
+def learn(
+    model: Any,
+    batch: Mapping[str, Any],
+    check: bool,
+    *,
+    within: Callable[..., Any] | None = None,
+) -> None:
+    """Find out what the model makes of its logits, unless that is known.
+
+    A batch of text is cut to a few tokens. Of others, with images for example, the whole is taken,
+    since what belongs to a token is not known here.
+
+    Raises:
+        ValueError: it is nothing that the ops can apply.
+    """
+    inner = unwrapped(model)
+    last = last_layer(inner)
+    probe = _Probe(last)
+    probe.is_real = check
+    if batch.keys() <= {"input_ids", "attention_mask", "position_ids", "use_cache"}:
+        batch = {"input_ids": batch["input_ids"][:1, -_TOKENS:]}
+    found: list[Transform] = []
+
+    def finish(hidden: Tensor, output: Any) -> Tensor:
+        logits = output.logits if hasattr(output, "logits") else output[0]
+        transform = _fitted(inner, logits[0, -len(_PROBES) :])
+        if check:
+            as_forward(last, lambda: _compare(inner, transform, hidden, logits[0]))
+        found.append(transform)
+        return logits
+
+    device = _device(inner)
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),  # dropout's
+        torch.compiler.set_stance("force_eager"),
+    ):
+        _Seam(inner, last, probe).run(model, batch, finish, within)
+    _transforms[inner] = found[0]
+
+
+def _fitted(model: Any, logits: Tensor) -> Transform:
+    """The transform of which these are the values at `_PROBES`."""
+    name = type(model).__name__
+    values = logits.double()
+    of_columns = values[:, 0]
+    if not torch.equal(values, of_columns[:, None].expand_as(values)):
+        raise ValueError(f"{name} treats the logits of some tokens in another way than others'")
+    gain = (of_columns[1] / _PROBES[1]).item()
+    top = of_columns[-1].item()
+    limit = top if abs(top) < 0.5 * abs(gain) * _PROBES[-1] else None
+    transform = Transform(gain, limit, values.shape[1])
+    expected = transform(torch.tensor(_PROBES, dtype=torch.float64, device=values.device))
+    error = (of_columns - expected).abs() / (1.0 + expected.abs())
+    if not gain > 0 or not error.max() <= 1e-6:
+        raise ValueError(
+            f"{name} makes of its logits what is neither a scale nor a soft cap: at "
+            f"{list(_PROBES)} they become {of_columns.tolist()}"
+        )
+    return transform
+
+
+def _compare(model: Any, transform: Transform, hidden: Tensor, logits: Tensor) -> None:
+    """Refuse a model whose own logits of these hidden states are not the head's."""
+    head = _head(model, transform)
+    columns = torch.linspace(0, len(head.weight) - 1, _COLUMNS, device=hidden.device).long()
+    some = head._replace(
+        weight=head.weight[columns],
+        bias=None if head.bias is None else head.bias[columns],
+        lora=None if head.lora is None else head.lora._replace(b=head.lora.b[columns]),
+    )
+    hidden = hidden[0, -_TOKENS:]
+    expected = some.logits(hidden.double())
+    got = logits[: len(hidden), columns].double()
+    difference = (got - expected).abs().max().item()
+    # products in the model's dtype, rounded to it
+    size = hidden.double().norm(dim=1).max() * some.weight.double().norm(dim=1).max()
+    narrow = (
+        torch.get_autocast_dtype(hidden.device.type)
+        if torch.is_autocast_enabled(hidden.device.type)
+        else head.weight.dtype
+    )
+    allowed = 8 * torch.finfo(narrow).eps * expected.abs().max() + 1e-6 * transform.gain * size
+    if not difference <= allowed.item():
+        raise ValueError(
+            f"the logits of {type(model).__name__} differ by {difference:.3g} from those that its "
+            "head's weight and bias make of its hidden states: use the ops from logits for it"
+        )
+
+
+# The model and its parts
+
+
+def unwrapped(model: Any) -> Any:
+    """The model of transformers inside of torch.compile, DDP, FSDP, DeepSpeed and peft."""
+    while isinstance(model, nn.Module):
+        for name in ("_orig_mod", "module", "_fsdp_wrapped_module"):
+            if name in model._modules:
+                model = model._modules[name]
+                break
+        else:
+            break
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # peft
+
+
+def last_layer(model: Any) -> Any:
+    """The layer that makes logits.
+
+    Raises:
+        ValueError: there is none, or it is none that the ops can apply.
+    """
+    name = type(model).__name__
+    last = getattr(model, "get_output_embeddings", lambda: None)()
+    if last is None or not hasattr(last, "forward"):
+        raise ValueError(f"{name} has no output embeddings: is it a causal model?")
+    weight = getattr(_base(last), "weight", None)
+    if weight is None or weight.ndim not in (1, 2):  # 1: of ZeRO-3, before it is gathered
+        raise ValueError(f"the head of {name}, {type(last).__name__}, has no weight (V, H)")
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"the head of {name}, {type(last).__name__}, is quantised to {weight.dtype}: leave it "
+            "out of the quantisation (llm_int8_skip_modules)"
+        )
+    return last
+
+
+def _base(last: Any) -> Any:
+    """The layer itself, without peft's adapters."""
+    if hasattr(last, "modules_to_save") and hasattr(last, "original_module"):
+        if last.disable_adapters or not last.active_adapters:
+            return last.original_module
+        return last.modules_to_save[last.active_adapters[0]]
+    return getattr(last, "base_layer", last)
+
+
+def _head(model: Any, transform: Transform) -> OutputHead:
+    last = last_layer(model)
+    base, lora = _base(last), _lora(model, last)
+    weight, bias = base.weight, getattr(base, "bias", None)
+    if transform.columns < len(weight):
+        weight = weight[: transform.columns]
+        bias = None if bias is None else bias[: transform.columns]
+        lora = None if lora is None else lora._replace(b=lora.b[: transform.columns])
+    return OutputHead(weight, bias, lora, transform)
+
+
+def _lora(model: Any, last: Any) -> LoRA | None:
+    """The active adapters of peft on the head, as one."""
+    is_adapted = type(last).__module__.startswith("peft.")
+    if not is_adapted or hasattr(last, "modules_to_save"):
+        return None
+    what = f"the head of {type(model).__name__} has an adapter of peft"
+    if not hasattr(last, "lora_A"):
+        raise ValueError(f"{what}, {type(last).__name__}, which the ops can't apply")
+    names = [name for name in last.active_adapters if name in last.lora_A]
+    if last.disable_adapters or last.merged or not names:
+        return None
+    for name in names:
+        variant = getattr(last, "lora_variant", {}).get(name)
+        is_dropped = last.training and getattr(last.lora_dropout[name], "p", 0.0) > 0
+        for found, is_refused in (
+            (f"of the kind {type(variant).__name__}", variant is not None),
+            ("with a bias", last.lora_bias.get(name, False)),
+            ("with dropout", is_dropped),
+        ):
+            if is_refused:
+                raise ValueError(f"{what} {found}, which the ops can't apply")
+    a = [last.lora_A[name].weight for name in names]
+    b = [last.lora_B[name].weight for name in names]
+    scales = [last.scaling[name] for name in names]
+    if len(names) == 1:
+        return LoRA(a[0], b[0], scales[0])
+    return LoRA(
+        torch.cat(a), torch.cat([s * x for s, x in zip(scales, b, strict=True)], dim=1), 1.0
+    )
+
+
+def as_forward(module: Any, function: Callable[[], Result]) -> Result:
+    """function() as the forward of a module that something wraps, and as it is for another.
+
+    DDP, FSDP and DeepSpeed's ZeRO-3 gather weights and reduce gradients in hooks around it.
+    """
+    inner = getattr(module, "module", module)  # of DDP and FSDP1
+    is_sharded = hasattr(module, "set_requires_gradient_sync")  # FSDP2, whose class is mixed in
+    is_sharded = is_sharded or any(hasattr(p, "ds_id") for p in module.parameters())  # ZeRO-3
+    if inner is module and not is_sharded:
+        return function()
+    own = vars(inner).get("forward")
+    inner.forward = lambda *_, **__: function()
+    try:
+        return module()
+    finally:
+        del inner.forward
+        if own is not None:
+            inner.forward = own
+
+
+def _seam(model: Any, last: nn.Module) -> _Seam:
+    if model not in _seams or _seams[model].last is not last:
+        _seams[model] = _Seam(model, last, _Tap(last))
+    return _seams[model]
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
