@@ -257,6 +257,122 @@ def test_a_policy_is_the_same_as_itself(make_trainer, precision):
     assert row["kl"] == 0.0
 
 
+# Other models
+
+
+def of_experts():
+    """A mixture of experts, whose router loss is on by default."""
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(
+        vocab_size=len(character_tokenizer()), hidden_size=32, intermediate_size=64, head_dim=8,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
+        num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, router_aux_loss_coef=0.1,
+    ))  # fmt: skip
+
+
+def of_images():
+    text = {
+        "vocab_size": len(character_tokenizer()),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+        "initializer_range": 0.2,
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "patch_size": 4,
+        "out_hidden_size": 32,
+        "spatial_merge_size": 1,
+        "fullatt_block_indexes": [1],
+        "window_size": 8,
+        "initializer_range": 0.2,
+    }
+    return transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, image_token_id=90, vision_start_token_id=91,
+    ))  # fmt: skip
+
+
+@levels
+def test_a_mixture_of_experts_goes_the_same_way(make_trainer, level):
+    torch.manual_seed(0)
+    trainer = partial(trainer_of, of_experts(), make_trainer.args[1])
+    metrics = assert_same(trainer(GSPOTrainer, **LEVELS[level]), make_inputs(trainer(GSPOTrainer)))
+    assert metrics["aux_loss"] > 0.1
+
+
+def test_images(make_trainer):
+    """The model's own inputs, some rows with two images and some with none."""
+    torch.manual_seed(0)
+    trainer = trainer_of(of_images(), make_trainer.args[1], GSPOTrainer, **LEVELS["GSPO"])
+    inputs = make_inputs(trainer)
+    counts = [1, 0, 2, 0, 0, 1]
+    inputs["num_images"], inputs["image_grid_thw"] = counts, torch.tensor([[1, 1, 1]] * 4)
+    inputs["pixel_values"] = torch.randn(4, 3 * 2 * 4 * 4)
+    inputs["prompt_mask"][:] = 1
+    for row, count in enumerate(counts):
+        inputs["prompt_ids"][row, : 2 * count : 2] = 90
+    inputs["mm_token_type_ids"] = torch.cat(
+        [(inputs["prompt_ids"] == 90).long(), torch.zeros(6, 6, dtype=torch.long)], 1
+    )
+    images = {k: inputs[k] for k in ("num_images", "image_grid_thw", "pixel_values",
+                                     "mm_token_type_ids")}  # fmt: skip
+    ids, mask = (
+        torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask")
+    )
+    with torch.no_grad():
+        whole, parts, theirs = (
+            kind._get_per_token_logps_and_entropies(trainer, trainer.model, ids, mask, 6, size,
+                                                    **images)[0]
+            for kind, size in ((GSPOTrainer, None), (GSPOTrainer, 2), (GRPOTrainer, None))
+        )  # fmt: skip
+    torch.testing.assert_close(parts, whole)
+    valid = inputs["completion_mask"] != 0
+    torch.testing.assert_close(whole[valid], theirs[valid], atol=1e-5, rtol=1e-5)
+    shift = torch.tensor([1e-4, -2e-4, 5e-2, -5e-2, 0.1, 0.0])[:, None]
+    inputs["old_per_token_logps"] = whole - shift
+    assert_same(trainer, inputs)
+    assert trainer.model.model.visual.patch_embed.proj.weight.grad.any()
+
+
+def test_the_compiled_model_runs(make_trainer, monkeypatch):
+    calls = []
+
+    def backend(graph, example):
+        calls.append(0)
+        at = len(calls) - 1
+
+        def run(*args):
+            calls[at] += 1
+            return graph(*args)
+
+        return run
+
+    torch._dynamo.reset()
+    torch._dynamo.lookup_backend("eager")
+    monkeypatch.setitem(torch._dynamo.backends.registry._COMPILER_FNS, "eager", backend)
+    trainer = make_trainer(
+        GSPOTrainer, torch_compile=True, torch_compile_backend="eager", num_iterations=2,
+        max_steps=4, **LEVELS["GSPO"],
+    )  # fmt: skip
+    losses = []
+    run = trainer._compute_loss
+
+    def counted(*args):
+        before = sum(calls)
+        loss = run(*args)
+        losses.append(sum(calls) - before)
+        return loss
+
+    monkeypatch.setattr(trainer, "_compute_loss", counted)
+    trainer.train()
+    assert losses == [1] * 4, "one compiled body for each loss"
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("reasoning_gym")
 pytest.importorskip("matplotlib")
 
-from gspo_ops.integrations.transformers import output_head  # noqa: E402
+from gspo_ops.integrations.heads import output_head  # noqa: E402
 from gspo_ops.trainer.config import TaskConfig  # noqa: E402
 from gspo_ops.trainer.learner import Batch  # noqa: E402
 from gspo_ops.trainer.loop import Trainer  # noqa: E402
@@ -37,6 +37,7 @@ from gspo_ops.trainer.tasks import (  # noqa: E402
     make_task,
     parse_answer,
 )
+from gspo_ops.trainer.tiny import character_tokenizer  # noqa: E402
 
 PAD, EOS = 0, 1
 CHARACTERS = "0123456789+-=\n "
@@ -432,10 +433,14 @@ def test_local_model_directory(model, tmp_path):
         assert torch.equal(a.cpu(), b)
 
 
-def test_a_head_that_the_ops_can_t_apply_is_refused(model, tmp_path):
-    model.config.logit_scale, model.config.final_logit_softcapping = 0.25, 2.0
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="both a scale of its logits and a soft cap"):
+def test_a_model_with_more_between_body_and_head_is_refused(tmp_path):
+    config = transformers.BertConfig(
+        is_decoder=True, vocab_size=len(character_tokenizer()), hidden_size=32,
+        num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+    )  # fmt: skip
+    transformers.BertLMHeadModel(config).save_pretrained(tmp_path)
+    character_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="BertLMHeadModel does more between its body and its head"):
         load_model(str(tmp_path))
 
 

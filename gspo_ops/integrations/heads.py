@@ -26,6 +26,7 @@ Result = TypeVar("Result")
 # logits that a model is given: 0, one that is nearly not capped, usual ones, one that caps fully
 _PROBES = (0.0, 2.0**-20, -1.0, 2.0, -8.0, 30.0, -100.0, 2.0**15)
 _TOKENS = 8  # on which a head is compared with its model
+_OF_TEXT = {"input_ids", "attention_mask", "position_ids", "use_cache", "output_router_logits"}
 _COLUMNS = 1024  # of the vocabulary, evenly spread, that are compared
 
 
@@ -177,7 +178,7 @@ class _Probe(_Tap):
 
 
 class _Seam:
-    """A model's forward with another layer in its head's place, and a function of the hidden states.
+    """A model's forward with a tap in its head's place, and a function of the hidden states.
 
     One for each model, which stays, so that torch.compile compiles the forward once.
     """
@@ -262,7 +263,7 @@ def learn(
     last = last_layer(inner)
     probe = _Probe(last)
     probe.is_real = check
-    if batch.keys() <= {"input_ids", "attention_mask", "position_ids", "use_cache"}:
+    if batch.keys() <= _OF_TEXT:
         batch = {"input_ids": batch["input_ids"][:1, -_TOKENS:]}
     found: list[Transform] = []
 

@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 def log_probs_from_model(
     model: Any,
-    batch: Mapping[str, Tensor],
+    batch: Mapping[str, Any],
     count: int,
     *,
     temperature: float = 1.0,
@@ -45,7 +45,7 @@ def log_probs_from_model(
         ValueError: `batch` or `count` does not fit, or the model's head is unknown.
     """
 
-    def of_head(head: OutputHead, hidden: Tensor, targets: Tensor) -> Tensor:
+    def of_head(head: OutputHead, hidden: Tensor, targets: Tensor, _: Any) -> Tensor:
         more = head.options(temperature) | options
         return log_probs_from_hidden(hidden, head.weight, targets, **more)
 
@@ -54,12 +54,13 @@ def log_probs_from_model(
 
 def loss_from_model(
     model: Any,
-    batch: Mapping[str, Tensor],
+    batch: Mapping[str, Any],
     old_log_probs: Tensor | None,
     advantages: Tensor,
     *,
     mask: Tensor,
     temperature: float = 1.0,
+    router_loss_coef: float = 0.0,
     check_model: bool = True,
     **options: Any,
 ) -> PolicyLoss:
@@ -73,6 +74,8 @@ def loss_from_model(
         advantages: (B,), or (B, T) with an objective that takes one per token.
         mask: (B, T) non-zero at response tokens; T is taken from it.
         temperature: sampling temperature, > 0.
+        router_loss_coef: of the load-balancing loss of a mixture of experts, `aux_loss` in its
+            output, which is added; reported as `router_loss`.
         check_model: whether the head's logits are compared with the model's own before its first
             use, on at most 8 tokens.
         options: further ones of `policy_loss_from_hidden`: `objective`, `denominator`, ...
@@ -87,19 +90,30 @@ def loss_from_model(
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"mask must have shape (B, T), one per response token, got {got}")
 
-    def of_head(head: OutputHead, hidden: Tensor, targets: Tensor) -> PolicyLoss:
+    def of_head(head: OutputHead, hidden: Tensor, targets: Tensor, output: Any) -> PolicyLoss:
         more = head.options(temperature) | options
-        return policy_loss_from_hidden(
+        found = policy_loss_from_hidden(
             hidden, head.weight, targets, old_log_probs, advantages, mask=mask, **more
         )
+        return _with_router_loss(found, output, router_loss_coef) if router_loss_coef else found
 
+    if router_loss_coef:
+        batch = {**batch, "output_router_logits": True}
     return hidden_to(model, batch, _responses(batch, mask.shape[1], of_head), check_model)
+
+
+def _with_router_loss(found: PolicyLoss, output: Any, coef: float) -> PolicyLoss:
+    router_loss = getattr(output, "aux_loss", None)
+    if not isinstance(router_loss, Tensor):
+        raise ValueError("router_loss_coef must be 0 for a model whose output has no aux_loss")
+    stats = found.stats | {"router_loss": router_loss.detach()}
+    return PolicyLoss(found.loss + coef * router_loss.to(found.loss), stats)
 
 
 def _responses(
     batch: Mapping[str, Any], count: int, function: Callable[..., Result]
 ) -> Callable[[OutputHead, Tensor, Any], Result]:
-    """function(hidden, weight, targets, options of the head) of each row's last tokens."""
+    """function(head, hidden, targets, output) of each row's last tokens."""
     if "input_ids" not in batch:
         raise ValueError(f"batch must have input_ids, got {sorted(batch)}")
     ids = batch["input_ids"]
@@ -109,7 +123,7 @@ def _responses(
             f"{tuple(ids.shape)}"
         )
 
-    def of_hidden(head: OutputHead, hidden: Tensor, _: Any) -> Result:
-        return function(head, hidden[:, -count - 1 : -1], ids[:, -count:])
+    def of_hidden(head: OutputHead, hidden: Tensor, output: Any) -> Result:
+        return function(head, hidden[:, -count - 1 : -1], ids[:, -count:], output)
 
     return of_hidden

@@ -7,7 +7,9 @@ in the backward.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -42,8 +44,9 @@ class GSPOTrainer(GRPOTrainer):
     """GRPOTrainer whose loss comes from `gspo_ops`.
 
     For GSPO as in the paper: `importance_sampling_level="sequence"`, `loss_type="grpo"`,
-    `epsilon=3e-4`, `epsilon_high=4e-4`. All other settings of `GRPOConfig` that change the loss
-    either do the same as in TRL or are refused. TRL's metrics are kept, but for
+    `epsilon=3e-4`, `epsilon_high=4e-4`. `"sequence_token"` is GSPO-token. All
+    other settings of `GRPOConfig` that change the loss either do the same as in TRL or are
+    refused. TRL's metrics are kept, but for
     `clip_ratio/low_min` and `clip_ratio/high_max` of ratios per token; ours are logged as
     `gspo_ops/...`.
 
@@ -64,7 +67,6 @@ class GSPOTrainer(GRPOTrainer):
             "delta": config.delta is not None,
             "use_bias_correction_kl": self.beta != 0.0 and config.use_bias_correction_kl,
             "entropy_coef": self._entropy_bonus_enabled,
-            "router_aux_loss_coef": self.aux_loss_enabled,
         }
         for name in (name for name, is_refused in refused.items() if is_refused):
             raise ValueError(
@@ -73,8 +75,6 @@ class GSPOTrainer(GRPOTrainer):
             )
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        if inputs.get("pixel_values") is not None:
-            raise ValueError("GSPOTrainer is for text: pixel_values are not supported")
         mask = inputs["completion_mask"]
         if "tool_mask" in inputs:
             mask = mask * inputs["tool_mask"]
@@ -84,42 +84,60 @@ class GSPOTrainer(GRPOTrainer):
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int,
-        batch_size: int | None = None, **_: Any,
-    ) -> tuple[Tensor, None, None]:  # fmt: skip
+        batch_size: int | None = None, compute_entropy: bool = False,
+        compute_aux_loss: bool = False, **images: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """Old and reference log-probs, by the same way as the loss's: else, in bf16, the ratio of a
         policy to itself would leave GSPO's clip range."""
-        size = batch_size or len(input_ids)
-        with self.accelerator.autocast():
-            found = [
-                log_probs_from_model(
-                    model, {"input_ids": ids, "attention_mask": mask}, logits_to_keep,
-                    temperature=self.temperature,
-                )
-                for ids, mask in zip(
-                    input_ids.split(size), attention_mask.split(size), strict=True
-                )
-            ]  # fmt: skip
-        return torch.cat(found), None, None
+
+        def scored(*, labels: Tensor, fused_lm_head: bool, **batch: Any) -> Any:
+            log_probs, entropy = log_probs_from_model(
+                model, batch, logits_to_keep, temperature=self.temperature, return_entropy=True
+            )
+            return SimpleNamespace(log_probs=log_probs, entropy=entropy)
+
+        return super()._get_per_token_logps_and_entropies(
+            scored, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **images
+        )
+
+    def _model_inputs(self, inputs: dict[str, Any], count: int) -> dict[str, Any]:
+        """What TRL calls the model with: it knows what the images of each model are."""
+        batch = {}
+
+        def take(*, labels: Tensor, fused_lm_head: bool, **found: Any) -> Any:
+            batch.update(found)
+            return SimpleNamespace(log_probs=labels, aux_loss=labels.float())
+
+        theirs = super()._get_per_token_logps_and_entropies
+        known = inspect.signature(theirs).parameters
+        theirs(
+            take,
+            *(torch.cat([inputs[f"prompt_{of}"], inputs[f"completion_{of}"]], 1)
+              for of in ("ids", "mask")),
+            count,
+            compute_aux_loss=self.aux_loss_enabled,
+            **{name: x for name, x in inputs.items() if name in known},
+        )  # fmt: skip
+        return batch
 
     def _fused_loss(self, model: Any, inputs: dict[str, Any], mask: Tensor) -> PolicyLoss:
         advantages = inputs["advantages"]
         level = self.importance_sampling_level
         if level == "sequence" and advantages.ndim == 2:
             level = "sequence_token"  # whose gradient is right for an advantage per token
-        batch = {
-            key: torch.cat([inputs[f"prompt_{of}"], inputs[f"completion_{of}"]], dim=1)
-            for key, of in (("input_ids", "ids"), ("attention_mask", "mask"))
-        }
         weights = None
         if self.use_vllm and self.vllm_importance_sampling_correction:
             weights = inputs["importance_sampling_ratio"].float()
             weights = weights.squeeze(1) if weights.shape[1] == 1 else weights
+        steps = self.current_gradient_accumulation_steps if self.model.training else 1
         with self.accelerator.autocast():
             return loss_from_model(
-                model, batch, inputs.get("old_per_token_logps"), advantages.float(), mask=mask,
+                model, self._model_inputs(inputs, mask.shape[1]),
+                inputs.get("old_per_token_logps"), advantages.float(), mask=mask,
                 temperature=self.temperature, objective=self._objective(level),
                 ref_log_probs=inputs["ref_per_token_logps"] if self.beta != 0.0 else None,
                 rollout_weights=weights, denominator=self._denominator(inputs, mask),
+                router_loss_coef=self.router_aux_loss_coef / steps if self.aux_loss_enabled else 0,
                 return_entropy=True,
             )  # fmt: skip
 
@@ -152,6 +170,8 @@ class GSPOTrainer(GRPOTrainer):
             totals = self.accelerator.reduce(torch.stack([x * tokens, tokens]), reduction="sum")
             return (totals[0] / totals[1].clamp(min=1.0)).item()
 
+        if self.aux_loss_enabled:
+            metrics["aux_loss"].append(gather(stats["router_loss"]).mean().item())
         if self.beta != 0.0:
             metrics["kl"].append(mean_of_tokens(stats["ref_kl"]))
         metrics["entropy"].append(mean_of_tokens(stats["entropy"]))

@@ -85,7 +85,8 @@ def fuse_forward(model: Any) -> None:
         raise ValueError(
             f"model must be a text model, got {type(model).__name__}: use verl's own impl_backend"
         )
-    model.forward = partial(_forward, model, model.forward)
+    if getattr(model.forward, "func", None) is not _forward:  # once
+        model.forward = partial(_forward, model, model.forward)
 
 
 def _require_verl() -> None:
