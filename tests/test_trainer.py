@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -25,9 +26,9 @@ from gspo_ops.trainer.loop import Trainer  # noqa: E402
 from gspo_ops.trainer.model import load_model  # noqa: E402
 from gspo_ops.trainer.report import Summary  # noqa: E402
 from gspo_ops.trainer.rollout import (  # noqa: E402
-    Vocabulary,
     generate,
     response_hidden,
+    stop_ids,
 )
 from gspo_ops.trainer.tasks import (  # noqa: E402
     TASKS,
@@ -106,13 +107,13 @@ def softcapped_model(tokenizer, device):
 def sample(model, tokenizer):
     """Samples from prompts of different lengths."""
     prompts = [tokenizer(text)["input_ids"] for text in ("1 + 2 =", "7", "10 - 4 - 3 =")]
-    vocabulary = Vocabulary.of(tokenizer, model.device)
+    stops = stop_ids(tokenizer, model, newline=True, chat=False)
 
     def sample(*, group_size, max_new_tokens, temperature):
         return prompts, generate(
             model,
             prompts,
-            vocabulary,
+            stops,
             group_size=group_size,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -146,16 +147,56 @@ def task(answer="3"):
 
 
 class TestRollout:
-    def test_vocabulary(self, tokenizer, device):
+    def test_what_ends_a_response(self, tokenizer, model):
         newline = 2 + CHARACTERS.index("\n")
-        assert Vocabulary.of(tokenizer, device).pad_id == PAD
-        assert Vocabulary.of(tokenizer, device).stop_ids.tolist() == [EOS, newline]
+        of = partial(stop_ids, tokenizer, model, chat=False)
+        assert of(newline=True).tolist() == [EOS, newline]
+        assert of(newline=False).tolist() == [EOS]
+        model.generation_config.eos_token_id = [7, 5]
+        assert of(newline=False).tolist() == [EOS, 5, 7]
+        tokenizer.eos_token_id = model.generation_config.eos_token_id = None
+        with pytest.raises(ValueError, match=r"rollout\.stop: neither the tokenizer nor the model"):
+            of(newline=False)
 
-    def test_pad_falls_back_to_eos(self, tokenizer, device):
-        tokenizer.pad_token_id = None
-        assert Vocabulary.of(tokenizer, device).pad_id == EOS
+    def test_the_end_of_a_message_ends_a_response(self, model):
+        tokenizer = character_tokenizer()
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<end>{% endfor %}"
+        end = tokenizer.convert_tokens_to_ids("<end>")
+        assert end in stop_ids(tokenizer, model, newline=False, chat=True)
+        assert end not in stop_ids(tokenizer, model, newline=False, chat=False)
 
-    # A high temperature makes PAD, EOS and newline as likely as anything.
+    @pytest.mark.parametrize("pad", [PAD, EOS, None], ids=["PAD", "PAD = EOS", "no PAD"])
+    @pytest.mark.parametrize("eos", [EOS, [EOS, 9, 17]], ids=["one EOS", "several"])
+    def test_lengths_are_those_of_transformers(self, model, tokenizer, pad, eos):
+        """Whatever PAD is: the share of responses that end at each length, and log-probs."""
+        tokenizer.pad_token_id = pad
+        model.generation_config.eos_token_id = eos
+        prompt, count, longest = tokenizer("1 + 2 =")["input_ids"], 600, 8
+        stops = stop_ids(tokenizer, model, newline=False, chat=False)
+        rollout = generate(
+            model, [prompt], stops, group_size=count, max_new_tokens=longest, temperature=3.0,
+            autocast=nullcontext, generator=torch.Generator(model.device).manual_seed(0),
+        )  # fmt: skip
+        torch.manual_seed(1)
+        theirs = model.generate(
+            torch.tensor([prompt] * count, device=model.device), do_sample=True, temperature=3.0,
+            top_k=0, top_p=1.0, max_new_tokens=longest, pad_token_id=EOS, eos_token_id=eos,
+        )[:, len(prompt) :]  # fmt: skip
+        ends = torch.isin(theirs, stops)
+        of_theirs = torch.where(ends.any(1), ends.int().argmax(1) + 1, longest)
+        ours, theirs = (torch.bincount(x.cpu(), minlength=longest + 1) / count
+                        for x in (rollout.mask.sum(1), of_theirs))  # fmt: skip
+        assert theirs[:longest].sum() > 0.1, "some end before the longest"
+        noise = (2 * theirs * (1 - theirs) / count).sqrt() + 1 / count
+        assert ((ours - theirs).abs() <= 4 * noise).all(), (ours, theirs)
+        with torch.no_grad():
+            hidden = response_hidden(model, rollout, nullcontext)
+            own = (output_head(model).logits(hidden) / 3.0).log_softmax(-1)
+        own = own.gather(1, rollout.targets()[:, None])[:, 0]
+        torch.testing.assert_close(rollout.log_probs[rollout.mask], own, atol=1e-5, rtol=1e-5)
+
+    # A high temperature makes EOS and newline as likely as anything.
     @pytest.mark.parametrize("temperature", [0.5, 1.0, 100.0])
     @pytest.mark.parametrize("max_new_tokens", [1, 2, 12])
     def test_responses(self, sample, temperature, max_new_tokens):
@@ -169,8 +210,6 @@ class TestRollout:
             length = sum(mask)
             assert length >= 1
             assert mask == [True] * length + [False] * (len(mask) - length)
-            assert PAD not in tokens[:length]
-            assert set(tokens[length:]) <= {PAD}
             assert not stops & set(tokens[: length - 1])
             assert tokens[length - 1] in stops or length == max_new_tokens
         assert rollout.mask.any(0).all(), "T is the longest response"
@@ -183,7 +222,6 @@ class TestRollout:
             for token in tokens[mask].tolist():
                 with torch.no_grad():
                     logits = model(torch.tensor([sequence], device=model.device)).logits[0, -1]
-                logits[PAD] = -math.inf
                 assert token == logits.argmax()
                 sequence.append(token)
 
@@ -462,7 +500,7 @@ def test_smollm2_answers():
     rollout = generate(
         model,
         [tokenizer("The capital of France is")["input_ids"]],
-        Vocabulary.of(tokenizer, model.device),
+        stop_ids(tokenizer, model, newline=True, chat=False),
         max_new_tokens=4,
         temperature=0,
         autocast=nullcontext,

@@ -463,9 +463,9 @@ class TestTurns:
     def test_shapes(self, make):
         trainer = make()
         rollout = respond(trainer, 2).rollout
-        longer = append_turn(rollout, [[7], [8, 9], [7], [7]], rollout, 0)
+        longer = append_turn(rollout, [[7], [8, 9], [7], [7]], rollout)
         assert (longer.turn == 1).sum() == rollout.mask.sum()
-        both = concatenate([rollout, longer], 0)
+        both = concatenate([rollout, longer])
         assert torch.equal(both.select(torch.tensor([2, 3])).targets(), longer.targets())
         assert torch.equal(both.select(torch.tensor([1, 0, 2, 3])).select(
             torch.tensor([1, 0])).targets(), rollout.targets())  # fmt: skip

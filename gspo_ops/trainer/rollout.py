@@ -30,28 +30,41 @@ from ..integrations.heads import output_head
 Autocast = Callable[[], AbstractContextManager]
 
 
-class Vocabulary(NamedTuple):
-    """The tokens that have a meaning for sampling.
+def stop_ids(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, *, newline: bool, chat: bool
+) -> Tensor:
+    """(S,) tokens that end a response.
 
-    Attributes:
-        pad_id: fills the padding, and is never sampled.
-        stop_ids: (S,) tokens that end a response.
+    Args:
+        tokenizer: the model's; its EOS is one of them.
+        model: those of its generation config are, too.
+        newline: whether all tokens with a newline in them are.
+        chat: whether what ends a message of the chat template is.
+
+    Raises:
+        ValueError: there is none.
     """
+    found = {tokenizer.eos_token_id}
+    configured = getattr(model, "generation_config", None)
+    eos = getattr(configured, "eos_token_id", None)
+    found |= set(eos) if isinstance(eos, list) else {eos}
+    if chat:
+        found |= _end_of_message(tokenizer)
+    if newline:
+        texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+        found |= {i for i, text in enumerate(texts) if "\n" in text}
+    ids = sorted(x for x in found if x is not None)
+    if not ids:
+        raise ValueError("rollout.stop: neither the tokenizer nor the model has an EOS token")
+    return torch.tensor(ids, device=model.device)
 
-    pad_id: int
-    stop_ids: Tensor
 
-    @classmethod
-    def of(
-        cls, tokenizer: PreTrainedTokenizerBase, device: torch.device, *, newline: bool = True
-    ) -> Vocabulary:
-        """EOS, and with `newline` all tokens with one in them; PAD is EOS if there is none."""
-        eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-        stop_ids = [eos_id]
-        if newline:
-            texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
-            stop_ids = [i for i, text in enumerate(texts) if "\n" in text or i == eos_id]
-        return cls(eos_id if pad_id is None else pad_id, torch.tensor(stop_ids, device=device))
+def _end_of_message(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The special token behind an answer in the chat template, if there is one."""
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    behind = tokenizer(text.rpartition("!")[2], add_special_tokens=False)["input_ids"]
+    return {token for token in behind[:1] if token in tokenizer.all_special_ids}
 
 
 class Rollout(NamedTuple):
@@ -103,35 +116,30 @@ class Rollout(NamedTuple):
         return pad(self.mask.sum(1).cumsum(0), (1, 0)).int()
 
 
-def concatenate(rollouts: Sequence[Rollout], pad_id: int) -> Rollout:
+def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
     """One rollout of several, padded to a common shape."""
-    fills = _fills(pad_id)
     columns = {}
     for name, parts in zip(Rollout._fields, zip(*rollouts, strict=True), strict=True):
         widest = max(part.shape[1] for part in parts)
         sides = [(widest - part.shape[1], 0) for part in parts]  # prompts are padded on the left
         if not name.startswith("prompt"):
             sides = [side[::-1] for side in sides]
-        padded = (pad(x, side, value=fills[name]) for x, side in zip(parts, sides, strict=True))
+        padded = (pad(x, side, value=_fill(name)) for x, side in zip(parts, sides, strict=True))
         columns[name] = torch.cat(list(padded))
     return Rollout(**columns)
 
 
-def append_turn(
-    rollout: Rollout, questions: Sequence[Sequence[int]], answers: Rollout, pad_id: int
-) -> Rollout:
+def append_turn(rollout: Rollout, questions: Sequence[Sequence[int]], answers: Rollout) -> Rollout:
     """The next turn behind each response.
 
     Args:
         rollout: B responses so far.
         questions: tokens of the next question to each.
         answers: a response to each, one per prompt.
-        pad_id: fills the padding.
 
     Returns:
         The longer rollout; the tokens of the questions are real, but were not sampled.
     """
-    fills = _fills(pad_id)
     longer = {}
     for name in ("responses", "real", "turn", "log_probs"):
         old, new = getattr(rollout, name), getattr(answers, name)
@@ -140,20 +148,17 @@ def append_turn(
         rows = []
         for b, question in enumerate(questions):
             asked = {"responses": question, "real": [True] * len(question)}.get(
-                name, [fills[name]] * len(question)
+                name, [_fill(name)] * len(question)
             )
             parts = old[b, rollout.real[b]], old.new_tensor(asked), new[b, answers.real[b]]
             rows.append(torch.cat(parts))
-        longer[name] = pad_sequence(rows, batch_first=True, padding_value=fills[name])
+        longer[name] = pad_sequence(rows, batch_first=True, padding_value=_fill(name))
     return rollout._replace(**longer)
 
 
-def _fills(pad_id: int) -> dict[str, int]:
-    """What stands in a rollout's padding."""
-    return {
-        "prompts": pad_id, "prompt_mask": 0, "responses": pad_id, "real": 0, "turn": -1,
-        "log_probs": 0,
-    }  # fmt: skip
+def _fill(name: str) -> int:
+    """What stands in a rollout's padding. Token 0: masks say what is padding, not an id."""
+    return -1 if name == "turn" else 0
 
 
 def autocast(device: torch.device, dtype: str) -> Autocast:
@@ -165,7 +170,7 @@ def autocast(device: torch.device, dtype: str) -> Autocast:
 def generate(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
-    vocabulary: Vocabulary,
+    stops: Tensor,
     *,
     group_size: int = 1,
     max_new_tokens: int,
@@ -174,12 +179,12 @@ def generate(
     generator: torch.Generator | None = None,
     bar: bool = False,
 ) -> Rollout:
-    """Sample responses with a KV cache; each has at least one token and none is PAD.
+    """Sample responses with a KV cache, each of at least one token, from all of the vocabulary.
 
     Args:
         model: a causal language model.
         prompts: token ids of Q prompts.
-        vocabulary: PAD and the tokens that end a response.
+        stops: (S,) tokens that end a response.
         group_size: responses per prompt, G.
         max_new_tokens: longest response, in tokens, the stop token included.
         temperature: logits are divided by it; 0 takes the likeliest token.
@@ -193,7 +198,7 @@ def generate(
     Raises:
         FloatingPointError: logits are NaN or infinite.
     """
-    prompt_tokens, prompt_mask = _pad_left(prompts, vocabulary.pad_id, model.device)
+    prompt_tokens, prompt_mask = _pad_left(prompts, model.device)
     cache = DynamicCache(config=model.config)
     with autocast():
         hidden = model.base_model(
@@ -208,20 +213,20 @@ def generate(
     attention = prompt_mask.repeat_interleave(group_size, 0)
 
     rows = torch.arange(len(last), device=model.device)  # the responses not yet ended
-    responses = rows.new_full((len(rows), max_new_tokens), vocabulary.pad_id)
+    responses = rows.new_zeros(len(rows), max_new_tokens)
     turn = torch.full_like(responses, -1)
     log_probs = responses.new_zeros(responses.shape, dtype=torch.float32)
     with tqdm(range(max_new_tokens), desc="rollout", leave=False, disable=not bar) as places:
         for t in places:
             logits = output_head(model).logits(last)
-            chosen = _choose(logits, vocabulary.pad_id, temperature, generator)
+            chosen = _choose(logits, temperature, generator)
             responses[rows, t] = chosen
             turn[rows, t] = 0
             log_probs[rows, t] = log_probs_from_logits(
                 logits, chosen, temperature=temperature or 1.0
             )
 
-            going = (~torch.isin(chosen, vocabulary.stop_ids)).nonzero().squeeze(1)
+            going = (~torch.isin(chosen, stops)).nonzero().squeeze(1)
             if t + 1 == max_new_tokens or not len(going):
                 break
             rows, attention = rows[going], pad(attention[going], (0, 1), value=True)
@@ -285,25 +290,20 @@ def _tree_mask(real: Tensor, response: Tensor) -> Tensor:
     return ((causal & lineage & real[:, None, :]) | itself)[:, None]
 
 
-def _choose(
-    logits: Tensor, pad_id: int, temperature: float, generator: torch.Generator | None
-) -> Tensor:
-    """One token per row of (B, V) logits, never PAD: (B,)."""
+def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """One token per row of (B, V) logits: (B,)."""
     if not bool(logits.amax(-1).isfinite().all()):
         raise FloatingPointError("logits are not finite in sampling")
-    logits = logits.index_fill(1, torch.tensor(pad_id, device=logits.device), -torch.inf)
     if temperature == 0:
         return logits.argmax(-1)
     probs = (logits / temperature).softmax(-1)
     return torch.multinomial(probs, 1, generator=generator).squeeze(1)
 
 
-def _pad_left(
-    prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """(B, P) tokens and their bool mask."""
     width = max(map(len, prompts))
-    tokens = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    tokens = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[False] * (width - len(prompt)) + [True] * len(prompt) for prompt in prompts]
     return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)
 

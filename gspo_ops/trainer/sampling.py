@@ -13,7 +13,7 @@ from .. import group_advantages
 from .config import TrainConfig
 from .progress import Diverged
 from .ranks import Ranks
-from .rollout import Rollout, Vocabulary, append_turn, autocast, concatenate, generate
+from .rollout import Rollout, append_turn, autocast, concatenate, generate, stop_ids
 from .tasks import Deck, Problem, Task
 
 # Held-out problems answered at once.
@@ -48,7 +48,7 @@ class Groups(NamedTuple):
         of_turns = [group_advantages(r, group_size=size) for r in self.rewards.unbind(1)]
         return torch.stack(of_turns, 1)
 
-    def replace_dead(self, others: Groups, pad_id: int) -> Groups:
+    def replace_dead(self, others: Groups) -> Groups:
         """With a mixed one of the others in the place of each that is not, while they last."""
         dead = (~self.are_mixed).nonzero().squeeze(1)
         live = others.are_mixed.nonzero().squeeze(1)[: len(dead)]
@@ -58,7 +58,7 @@ class Groups(NamedTuple):
         rewards = rewards.view(-1, self.rollout.group_size, rewards.shape[1])[places]
         return Groups(
             [[*self.problems, *others.problems][i] for i in places.tolist()],
-            concatenate([self.rollout, others.rollout], pad_id).select(places),
+            concatenate([self.rollout, others.rollout]).select(places),
             rewards.flatten(0, 1),
             self.refilled + len(live),
         )
@@ -86,8 +86,9 @@ class Sampler:
         """
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.task, self.ranks = task, ranks
-        newline = config.rollout.stop == "newline"
-        self.vocabulary = Vocabulary.of(tokenizer, model.device, newline=newline)
+        self.stops = stop_ids(
+            tokenizer, model, newline=config.rollout.stop == "newline", chat=config.task.chat
+        )
         self.deck = Deck(len(task.train), config.seed)
 
     def groups(self, generator: torch.Generator) -> Groups:
@@ -154,7 +155,7 @@ class Sampler:
             turn = self._generate(so_far, 1, generator, bar)
             answers = self.texts(turn)
             rewards.append(self._rewards(answers, asked))
-            rollout = append_turn(rollout, questions, turn, self.vocabulary.pad_id)
+            rollout = append_turn(rollout, questions, turn)
         scored = torch.tensor(rewards, dtype=torch.float32, device=self.model.device).mT
         return Groups(problems, rollout, scored)
 
@@ -200,7 +201,7 @@ class Sampler:
             others = self.ranks.part(self.deck.draw(self.task.train, sum(counts)), counts)
             if others:
                 more = self._groups_of(others, generator)
-                groups = groups.replace_dead(more, self.vocabulary.pad_id)
+                groups = groups.replace_dead(more)
         return groups
 
     def _generate(
@@ -209,7 +210,7 @@ class Sampler:
         config, device = self.config.rollout, self.model.device
         try:
             return generate(
-                self.model, prompts, self.vocabulary, group_size=group_size,
+                self.model, prompts, self.stops, group_size=group_size,
                 max_new_tokens=config.max_new_tokens, temperature=config.temperature,
                 autocast=autocast(device, self.config.rollout_dtype), generator=generator, bar=bar,
             )  # fmt: skip
