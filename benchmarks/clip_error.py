@@ -54,12 +54,12 @@ def sample_tokens(
 ) -> tuple[Any, Tensor, int]:
     """A model, (S, P + T) tokens of its responses at temperature 1, which no token ends, and P."""
     from gspo_ops.trainer.model import load_model
-    from gspo_ops.trainer.rollout import Vocabulary, generate
+    from gspo_ops.trainer.rollout import generate
 
     model, tokenizer = load_model(name)
     device = generator.device
     model = model.to(device)
-    never_stop = Vocabulary(tokenizer.eos_token_id, torch.tensor([], device=device).long())
+    never_stop = torch.empty(0, dtype=torch.long, device=device)
     prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
     shortest = min(map(len, prompts))
     rollout = generate(

@@ -27,7 +27,14 @@ from .config import TrainConfig
 from .model import add_lora
 from .progress import Diverged
 from .ranks import Ranks, whole
-from .rollout import Rollout, autocast, response_hidden
+from .rollout import (
+    LARGEST_DISTANCE,
+    Layout,
+    Rollout,
+    autocast,
+    own_log_probs,
+    response_hidden,
+)
 from .routing_replay import RoutingReplay, find_routers
 
 # The ops by `update.loss_from`.
@@ -70,6 +77,8 @@ class Learner:
         adapter: peft's wrapper of the model, with LoRA.
         reference: the model before training, with a KL term and without LoRA.
         bad_updates: those skipped since the last good one.
+        layout: of the rows that the body runs on.
+        compared: the longest row on which it was compared with the model's own log-probs.
     """
 
     def __init__(self, config: TrainConfig, model: PreTrainedModel, ranks: Ranks) -> None:
@@ -106,6 +115,8 @@ class Learner:
         )
         self.scheduler = self._schedule(updates=0)
         self.bad_updates = 0
+        self.layout: Layout = "shared"
+        self.compared = 0
 
     def prepare(self, rollout: Rollout, advantages: Tensor) -> tuple[Batch, dict[str, Tensor]]:
         """A mini-batch, and how sampling's log-probs differ from those of training.
@@ -113,7 +124,11 @@ class Learner:
         Args:
             rollout: B responses.
             advantages: (B, turns).
+
+        Raises:
+            ValueError: training's log-probs can't be made those of the model itself.
         """
+        self._choose_layout(rollout)
         if advantages.shape[1] == 1:
             advantages = advantages[:, 0]
         else:
@@ -205,14 +220,56 @@ class Learner:
             difference = of_sequence.masked_scatter(rollout.mask, difference).sum(1)
         return difference.clamp(max=math.log(cap)).exp()
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """What is not a tensor."""
-        return {"updates": self.scheduler.last_epoch, "bad_updates": self.bad_updates}
+        return {
+            "updates": self.scheduler.last_epoch, "bad_updates": self.bad_updates,
+            "layout": self.layout, "compared": self.compared,
+        }  # fmt: skip
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there, with the learning rate that the settings have now."""
         self.scheduler = self._schedule(state["updates"])
         self.bad_updates = state["bad_updates"]
+        self.layout, self.compared = state["layout"], state["compared"]
+
+    def _choose_layout(self, rollout: Rollout) -> None:
+        """One that gives the model's own log-probs, in fp32, for a group of these responses.
+
+        Asked for the first rollout, and again where rows are longer than any before: a window may
+        be shorter than they are.
+        """
+        width = max(self.ranks.gather(rollout.prompts.shape[1] + rollout.responses.shape[1]))
+        if width <= self.compared:
+            return
+        self.compared = width
+        group = rollout.select(torch.zeros(1, dtype=torch.long, device=rollout.prompts.device))
+        own = own_log_probs(self.model, group, 1.0)
+        while self.ranks.any(not self._distance(group, own) <= LARGEST_DISTANCE):
+            if self.layout == "separate":
+                raise ValueError(
+                    f"model.name: the log-probs of {type(self.model).__name__} in training's rows "
+                    f"are {self._distance(group, own):.2g} nats from those of the model itself"
+                )
+            self.layout = "separate"
+
+    @torch.no_grad()
+    def _distance(self, group: Rollout, own: Tensor) -> float:
+        """From the model's own log-probs; infinite where the model refuses the layout's masks."""
+
+        def forward() -> Tensor:
+            hidden = response_hidden(self.model, group, nullcontext, self.layout)
+            head = output_head(self.model)
+            return log_probs_from_hidden(
+                hidden, head.weight, group.targets(), **head.options(temperature=1.0)
+            )
+
+        try:
+            return (as_forward(self.model, forward) - own).abs().mean().item()
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+            if self.layout == "separate":
+                raise
+            return math.inf
 
     def _schedule(self, updates: int) -> LambdaLR:
         """As it is after that many."""
@@ -264,7 +321,9 @@ class Learner:
     ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """What the ops make log-probs from: hidden states and head, or logits; and options."""
         temperature = self.config.rollout.temperature
-        hidden = response_hidden(model, rollout, autocast(model.device, self.config.dtype))
+        hidden = response_hidden(
+            model, rollout, autocast(model.device, self.config.dtype), self.layout
+        )
         head = output_head(model)
         if self.config.update.loss_from != "hidden":
             return (head.logits(hidden),), {"temperature": temperature}

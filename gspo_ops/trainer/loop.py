@@ -30,6 +30,7 @@ from .model import load_model
 from .progress import Interrupted, Progress, stop_signals
 from .ranks import Ranks
 from .report import RunFiles, Summary, plot
+from .rollout import check_sampling
 from .sampling import Sampler
 from .tasks import Task, make_task
 
@@ -85,6 +86,7 @@ class Trainer:
         # what runs, so that a run resumed on another machine is not silently another one
         self.config = config = replace(config, dtype=config.training_dtype)
         self.model, self.tokenizer = model.to(device), tokenizer
+        check_sampling(self.model)
         self.learner = Learner(config, model, self.ranks)
         self.sampler = Sampler(config, model, tokenizer, task, self.ranks)
         self.progress = Progress()

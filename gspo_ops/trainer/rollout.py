@@ -9,13 +9,17 @@ run once and not G times. Each response sees the prompt and itself, at the posit
 sampled at:
 
     tokens  [PAD PAD p p p | r r r PAD | r r PAD PAD | ...]      (Q, P + G * T)
+
+Models that see less than that, through windows, states or distances between columns, are given one
+row for each response. Which models these are is found by comparing with the model's own log-probs.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +30,13 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import log_probs_from_logits
 from ..integrations.heads import output_head
+from ..integrations.transformers import log_probs_from_model
 
 Autocast = Callable[[], AbstractContextManager]
+Layout = Literal["shared", "separate"]
+# Mean over tokens, in nats, from the model's own log-probs in fp32: a wrong mask is off by more,
+# rounding by less, and so is an expert that rounding has changed for a token.
+LARGEST_DISTANCE = 1e-3
 
 
 def stop_ids(
@@ -200,13 +209,8 @@ def generate(
     """
     prompt_tokens, prompt_mask = _pad_left(prompts, model.device)
     cache = DynamicCache(config=model.config)
-    with autocast():
-        hidden = model.base_model(
-            prompt_tokens,
-            attention_mask=prompt_mask,
-            position_ids=_positions(prompt_mask),
-            past_key_values=cache,
-        ).last_hidden_state
+    cached: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+    hidden = _body(model, autocast, prompt_tokens, prompt_mask, _positions(prompt_mask), **cached)
     # The prompt is run once for its whole group.
     cache.batch_repeat_interleave(group_size)
     last = hidden[:, -1].repeat_interleave(group_size, 0)
@@ -231,29 +235,32 @@ def generate(
                 break
             rows, attention = rows[going], pad(attention[going], (0, 1), value=True)
             cache.batch_select_indices(going)
-            with autocast():
-                last = model.base_model(
-                    chosen[going, None],
-                    attention_mask=attention,
-                    position_ids=attention.sum(1, keepdim=True) - 1,
-                    past_key_values=cache,
-                ).last_hidden_state[:, -1]
+            position = attention.sum(1, keepdim=True) - 1
+            last = _body(model, autocast, chosen[going, None], attention, position, **cached)[:, -1]
     sampled = (x[:, : t + 1] for x in (responses, turn >= 0, turn, log_probs))
     return Rollout(prompt_tokens, prompt_mask, *sampled)
 
 
-def response_hidden(model: PreTrainedModel, rollout: Rollout, autocast: Autocast) -> Tensor:
+def response_hidden(
+    model: PreTrainedModel, rollout: Rollout, autocast: Autocast, layout: Layout = "shared"
+) -> Tensor:
     """Last hidden states, from which the head predicts the response tokens.
 
     Args:
         model: a causal language model.
         rollout: prompts and responses.
         autocast: makes the context in which the model's body runs.
+        layout: `"shared"`, one row for a prompt and its responses, for models whose layers all see
+            all that stands before a token; or `"separate"`, one for each response.
 
     Returns:
         (N, H) in the body's dtype, row t predicts `rollout.targets()[t]`. No other rows are
         there: prompts and padding would be most of them.
     """
+    return (_shared if layout == "shared" else _separate)(model, rollout, autocast)
+
+
+def _shared(model: PreTrainedModel, rollout: Rollout, autocast: Autocast) -> Tensor:
     (prompts, width), (count, length) = rollout.prompts.shape, rollout.responses.shape
     tokens = torch.cat([rollout.prompts, rollout.responses.reshape(prompts, -1)], 1)
     real = torch.cat([rollout.prompt_mask, rollout.real.reshape(prompts, -1)], 1)
@@ -263,17 +270,81 @@ def response_hidden(model: PreTrainedModel, rollout: Rollout, autocast: Autocast
     place = column - width - response.clamp(min=0) * length
     positions = _positions(rollout.prompt_mask)
     positions = torch.cat([positions, positions[:, -1:] + 1 + place[width:]], 1)
-
-    with autocast():
-        hidden = model.base_model(
-            tokens,
-            attention_mask=_tree_mask(real, response),
-            position_ids=positions,
-            use_cache=False,
-        ).last_hidden_state
+    hidden = _body(model, autocast, tokens, _tree_mask(real, response), positions)
     # A token's state predicts the next; a response's first token is predicted by the prompt's last.
     before = torch.where(place == 0, width - 1, column - 1)[width:]
     return hidden[:, before].view(count, length, -1)[rollout.mask]
+
+
+def _separate(model: PreTrainedModel, rollout: Rollout, autocast: Autocast) -> Tensor:
+    prompts, prompt_mask = (
+        x.repeat_interleave(rollout.group_size, 0) for x in (rollout.prompts, rollout.prompt_mask)
+    )
+    tokens = torch.cat([prompts, rollout.responses], 1)
+    real = torch.cat([prompt_mask, rollout.real], 1)
+    hidden = _body(model, autocast, tokens, real, _positions(real))
+    return hidden[:, prompts.shape[1] - 1 : -1][rollout.mask]
+
+
+def _body(
+    model: PreTrainedModel, autocast: Autocast, tokens: Tensor, mask: Tensor, positions: Tensor,
+    **options: Any,
+) -> Tensor:  # fmt: skip
+    """(B, S, H) last hidden states; models without positions, as with alibi, are given none."""
+    body = model.base_model
+    known = inspect.signature(body.forward).parameters
+    if "position_ids" in known:
+        options["position_ids"] = positions
+    if "use_cache" in known:
+        options.setdefault("use_cache", False)
+    with autocast():
+        return body(tokens, attention_mask=mask, **options).last_hidden_state
+
+
+@torch.no_grad()
+def own_log_probs(model: Any, rollout: Rollout, temperature: float) -> Tensor:
+    """(N,) the model's own log-probs, one response at a time, without padding or cache."""
+
+    def of(b: int) -> Tensor:
+        q = b // rollout.group_size
+        prompt = rollout.prompts[q, rollout.prompt_mask[q]]
+        ids = torch.cat([prompt, rollout.responses[b, rollout.real[b]]])[None]
+        found = log_probs_from_model(
+            model, {"input_ids": ids}, ids.shape[1] - len(prompt), temperature=temperature
+        )
+        return found[0, rollout.mask[b, rollout.real[b]]]
+
+    return torch.cat([of(b) for b in range(len(rollout.responses))])
+
+
+def check_sampling(model: PreTrainedModel) -> None:
+    """Refuse a model that can't be sampled in padded batches with a cache.
+
+    Raises:
+        ValueError: log-probs of sampled tokens are not the model's own, or the model fails.
+    """
+    ids = [[i % model.config.get_text_config().vocab_size for i in range(n)] for n in (4, 9)]
+    stops = torch.empty(0, dtype=torch.long, device=model.device)
+    numbers = torch.Generator(model.device).manual_seed(0)
+    try:
+        rollout = generate(
+            model, ids, stops, group_size=2, max_new_tokens=4, temperature=1.0,
+            autocast=nullcontext, generator=numbers,
+        )  # fmt: skip
+        sampled = rollout.log_probs[rollout.mask]
+        distance = (sampled - own_log_probs(model, rollout, 1.0)).abs().mean().item()
+    except FloatingPointError:  # of the weights: sampling says so itself
+        return
+    except Exception as error:
+        raise ValueError(
+            f"model.name: {type(model).__name__} can't be sampled in padded batches with a cache: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not distance <= LARGEST_DISTANCE:
+        raise ValueError(
+            f"model.name: log-probs that {type(model).__name__} has in padded batches with a cache "
+            f"differ by {distance:.2g} nats from its own"
+        )
 
 
 def _tree_mask(real: Tensor, response: Tensor) -> Tensor:
