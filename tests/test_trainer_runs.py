@@ -471,6 +471,42 @@ class TestTurns:
             torch.tensor([1, 0])).targets(), rollout.targets())  # fmt: skip
 
 
+class TestWhatSettingsName:
+    """It may change between a run and its continuation, and the settings with it."""
+
+    def resume(self, make, *more):
+        make(*more, "steps=2").run(resume=True)
+
+    def test_the_problems(self, make, tmp_path):
+        path = tmp_path / "problems.jsonl"
+        lines = [json.dumps({"prompt": f"say {i}:", "answer": i}) for i in range(28)]
+        path.write_text("\n".join(lines))
+        make(f"task.name={path}", "steps=1").run()
+        path.write_text("\n".join([*lines[:-1], lines[-1].replace("27}", "28}")]))
+        with pytest.raises(ValueError, match=r"task\.name: what .* is not what it was when the run"):
+            self.resume(make, f"task.name={path}")
+        path.write_text("\n".join(lines))
+        self.resume(make, f"task.name={path}")
+
+    def test_the_reward(self, make, reward_module):
+        make("steps=1").run()
+        file = reward_module / "first_letter.py"
+        file.write_text(file.read_text() + "\n# changed\n")
+        with pytest.raises(ValueError, match=r"task\.reward: what 'first_letter:score' names is not"):
+            self.resume(make)
+
+    def test_the_model(self, make, directory):
+        make("steps=1").run()
+        file = directory / "model.safetensors"
+        whole = file.read_bytes()
+        try:
+            file.write_bytes(whole[:-4] + bytes(4))
+            with pytest.raises(ValueError, match=r"model\.name: what .* names is not what it was"):
+                self.resume(make)
+        finally:
+            file.write_bytes(whole)
+
+
 class TestSources:
     def test_json_lines(self, make, tmp_path):
         path = tmp_path / "problems.jsonl"

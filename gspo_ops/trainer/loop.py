@@ -26,13 +26,13 @@ from . import checkpoint
 from .config import TrainConfig, from_tables, to_tables
 from .learner import Learner
 from .metrics import combine, in_words
-from .model import load_model
+from .model import fingerprint, load_model
 from .progress import Interrupted, Progress, stop_signals
 from .ranks import Ranks
 from .report import RunFiles, Summary, plot
 from .rollout import check_sampling
 from .sampling import Sampler
-from .tasks import Task, make_task
+from .tasks import Task, make_task, reward_fingerprint
 
 # What a resumed run may change.
 _CHANGEABLE = (
@@ -87,6 +87,10 @@ class Trainer:
         self.config = config = replace(config, dtype=config.training_dtype)
         self.model, self.tokenizer = model.to(device), tokenizer
         check_sampling(self.model)
+        self.fingerprints = {  # of what the settings name, which may change under its name
+            "model.name": fingerprint(model), "task.name": task.fingerprint(),
+            "task.reward": reward_fingerprint(task.reward),
+        }  # fmt: skip
         self.learner = Learner(config, model, self.ranks)
         self.sampler = Sampler(config, model, tokenizer, task, self.ranks)
         self.progress = Progress()
@@ -228,7 +232,7 @@ class Trainer:
                 print(f"no checkpoint in {self.config.out}: starting from the beginning")
             return self._start()
         step, state = checkpoint.load_state(path)
-        self._check_same(state["config"])
+        self._check_same(state["config"], state["fingerprints"])
         checkpoint.load_weights(path, self.model, self.learner.optimizer, ranks)
         self.learner.load_state_dict(state["learner"])
         self.sampler.deck.load_state_dict(state["deck"])
@@ -238,8 +242,8 @@ class Trainer:
         print(f"resumed after step {step}")
         return RunFiles.reopen(self.config, state["files"])
 
-    def _check_same(self, saved: dict[str, Any]) -> None:
-        """Refuse to go on with another run's settings."""
+    def _check_same(self, saved: dict[str, Any], fingerprints: dict[str, str]) -> None:
+        """Refuse to go on with another run's settings, or with other problems under their name."""
         now, before = _flat(to_tables(self.config)), _flat(to_tables(from_tables(saved)))
         for key in now | before:
             was, asked = before.get(key), now.get(key)
@@ -248,11 +252,17 @@ class Trainer:
                     f"{key}: the run in {self.config.out} has {was!r}, which --resume can't change "
                     f"to {asked!r}"
                 )
+        for key, found in self.fingerprints.items():
+            if fingerprints[key] != found:
+                raise ValueError(
+                    f"{key}: what {now[key]!r} names is not what it was when the run in "
+                    f"{self.config.out} began: --resume needs it as it was"
+                )
 
     def _save(self, files: RunFiles | None) -> None:
         progress = self.progress
         state = {
-            "config": to_tables(self.config),
+            "config": to_tables(self.config), "fingerprints": self.fingerprints,
             "learner": self.learner.state_dict(), "deck": self.sampler.deck.state_dict(),
             "before": progress.before, "train_seconds": progress.train_seconds,
             "seconds": progress.seconds + time.monotonic() - progress.started,

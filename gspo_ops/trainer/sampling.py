@@ -161,12 +161,10 @@ class Sampler:
 
     def prompt_tokens(self, problem: Problem) -> list[int]:
         """Of a problem as the model is asked it."""
-        text = self.task.prompt(problem)
         if not self.config.task.chat:
-            return self.tokenizer(text)["input_ids"]
-        message = [{"role": "user", "content": text}]
+            return self.tokenizer(self.task.prompt(problem))["input_ids"]
         return self.tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, return_dict=True
+            self.task.chat(problem), add_generation_prompt=True, return_dict=True
         )["input_ids"]
 
     def texts(self, rollout: Rollout) -> list[str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 import json
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
 from types import MappingProxyType
@@ -22,12 +25,20 @@ class Problem:
     """One question as the prompt shows it, and its right answer.
 
     Attributes:
+        also: further answers that are accepted.
+        messages: the question as a chat, `{"role": ..., "content": ...}` each; none if it is a text.
         entry: what the data set says besides.
     """
 
     question: str
     answer: str
+    also: tuple[str, ...] = ()
+    messages: tuple[Mapping[str, str], ...] = field(default=(), compare=False)
     entry: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        return (self.answer, *self.also)
 
 
 Reward = Callable[[str, Problem], float]
@@ -41,8 +52,18 @@ def parse_answer(response: str) -> str:
 
 
 def is_correct(response: str, problem: Problem) -> bool:
-    """Whether the answer given is the right one, character for character."""
-    return parse_answer(response) == problem.answer
+    """Whether the answer given is a right one, character for character."""
+    return parse_answer(response) in problem.answers
+
+
+def reward_fingerprint(reward: Reward) -> str:
+    """Of the file that a reward is written in."""
+    function = inspect.unwrap(getattr(reward, "__func__", reward))
+    try:
+        code = Path(inspect.getsourcefile(function) or "").read_bytes()
+    except (TypeError, OSError):  # made by other means than a file
+        code = repr(getattr(function, "__qualname__", function)).encode()
+    return hashlib.sha256(code).hexdigest()
 
 
 def _no_follow_up(problem: Problem, response: str) -> Problem | None:
@@ -73,6 +94,23 @@ class Task:
         """The solved examples, one per line, then `problem`'s question without its answer."""
         return "".join(map(self._solved, self.examples)) + problem.question
 
+    def chat(self, problem: Problem) -> list[Mapping[str, str]]:
+        """The same as a chat: one message, or those that the problems have."""
+        if not problem.messages:
+            return [{"role": "user", "content": self.prompt(problem)}]
+        solved = [
+            message
+            for example in self.examples
+            for message in (*example.messages, {"role": "assistant", "content": example.answer})
+        ]
+        return [*solved, *problem.messages]
+
+    def fingerprint(self) -> str:
+        """Of all problems, with what they are asked and answered by, in their order."""
+        sets = [[(p.question, p.answers) for p in of] for of in
+                (self.examples, self.train, self.held_out)]  # fmt: skip
+        return hashlib.sha256(repr(sets).encode()).hexdigest()
+
     def _solved(self, problem: Problem | None) -> str:
         text = ""
         while problem is not None:
@@ -96,7 +134,8 @@ def make_task(config: TaskConfig, seed: int) -> Task:
     """
     source = _source(config)
     needed = config.examples + config.train_size + config.eval_size
-    problems = _distinct(source.problems(seed, needed), needed)
+    is_file = isinstance(source, JsonLines)
+    problems = _distinct(source.problems(seed, needed), needed, to_the_end=is_file)
     if len(problems) < needed:
         raise ValueError(
             f"task.name: {config.name!r} gave {len(problems)} distinct problems, expected "
@@ -105,6 +144,8 @@ def make_task(config: TaskConfig, seed: int) -> Task:
     # The draw exhausts the rare short questions first; shuffle, so that all sets are alike.
     random.Random(seed).shuffle(problems)
     first_held_out = config.examples + config.train_size
+    if any(problem.messages for problem in problems) and not config.chat:
+        raise ValueError("task.chat: must be true for prompts that are chat messages")
     return Task(
         examples=tuple(problems[: config.examples]),
         train=tuple(problems[config.examples : first_held_out]),
@@ -161,7 +202,7 @@ class Dataset:
         except (TypeError, AssertionError) as error:
             raise ValueError(f"task.options: {self.name} refuses them: {error}") from None
         for entry in draws:
-            yield Problem(self.ask(entry), str(entry["answer"]), entry)
+            yield Problem(self.ask(entry), str(entry["answer"]), entry=entry)
 
     def score(self, response: str, problem: Problem) -> float:
         """What the dataset's own check gives, partial credit included."""
@@ -178,17 +219,52 @@ class JsonLines:
     turns: int = 1
 
     def problems(self, seed: int, needed: int) -> Iterator[Problem]:
-        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            text = self.path.read_text(encoding="utf-8-sig")  # with a byte-order mark or without
+        except UnicodeDecodeError as error:
+            raise ValueError(f"task.name: {self.path} is not UTF-8: {error}") from None
+        # all of it: an answer more to a question may stand on the last line
+        for number, line in enumerate(text.split("\n"), 1):
             if not line.strip():
                 continue
             try:
                 entry = json.loads(line)
-                yield Problem(entry["prompt"], str(entry["answer"]), entry)
-            except (json.JSONDecodeError, KeyError, TypeError):
+                messages = _messages(entry["prompt"])
+                question = _as_text(messages) if messages else entry["prompt"]
+                answer, *also = _answers(entry["answer"])
+            except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
                 raise ValueError(
                     f'task.name: line {number} of {self.path} is not {{"prompt": ..., '
-                    f'"answer": ...}}: {line[:60]!r}'
+                    f'"answer": ...}} ({error}): {line[:60]!r}'
                 ) from None
+            yield Problem(question, answer, tuple(also), messages, entry)
+
+
+def _messages(prompt: Any) -> tuple[Mapping[str, str], ...]:
+    """Those of a chat; none of a text."""
+    if isinstance(prompt, str) and prompt.strip():
+        return ()
+    keys = {"role", "content"}
+    if isinstance(prompt, list) and prompt and all(
+        isinstance(m, dict) and m.keys() == keys and all(isinstance(x, str) for x in m.values())
+        for m in prompt
+    ):  # fmt: skip
+        return tuple(prompt)
+    raise ValueError("a prompt must be a text that is not empty, or a list of chat messages")
+
+
+def _as_text(messages: tuple[Mapping[str, str], ...]) -> str:
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def _answers(given: Any) -> list[str]:
+    """One or several; numbers as they are written."""
+    several = given if isinstance(given, list) and given else [given]
+    for answer in several:
+        is_number = isinstance(answer, int | float) and not isinstance(answer, bool)
+        if not isinstance(answer, str) and not (is_number and math.isfinite(answer)):
+            raise ValueError(f"an answer must be a text or a number, or a list of such: {answer!r}")
+    return [str(answer) for answer in several]
 
 
 def _expression(entry: Mapping[str, Any]) -> str:
@@ -213,7 +289,7 @@ def _second_step(problem: Problem, response: str) -> Problem | None:
     except ValueError:
         given = int(problem.answer)
     answer = given + int(operand) if operator == "+" else given - int(operand)
-    return Problem(f"{given} {operator} {operand} =", str(answer), {"second": True})
+    return Problem(f"{given} {operator} {operand} =", str(answer), entry={"second": True})
 
 
 @dataclass(frozen=True)
@@ -227,7 +303,7 @@ class TwoStep(Dataset):
         for problem in super().problems(seed, needed):
             a, operator, b = problem.question.removesuffix(" =").split()
             first = int(a) + int(b) if operator == "+" else int(a) - int(b)
-            yield Problem(problem.question, str(first), problem.entry)
+            yield Problem(problem.question, str(first), entry=problem.entry)
 
 
 TASKS: Mapping[str, Dataset] = MappingProxyType(
@@ -290,15 +366,33 @@ def _reward(name: str, source: Dataset | JsonLines) -> Reward:
     return cast(Reward, found)
 
 
-def _distinct(problems: Iterator[Problem], needed: int) -> list[Problem]:
+def _distinct(
+    problems: Iterator[Problem], needed: int, *, to_the_end: bool
+) -> list[Problem]:
     """Up to `needed` different ones, in the order drawn.
 
-    Questions made of the same words, with the same answer, are one problem: who was trained on
-    `3 + 4` has not been tested by `4 + 3`.
+    A question is one problem, whatever its white space, and all its answers are accepted. Questions
+    made of the same words, with an answer in common, are one problem, too: who was trained on
+    `3 + 4` has not been tested by `4 + 3`. Answers may come up to the end of a file.
     """
-    found: dict[tuple[str, ...], Problem] = {}
+    found: dict[str, Problem] = {}
+    by_words: dict[tuple[str, ...], list[str]] = {}
     for problem in problems:
-        found.setdefault((*sorted(problem.question.split()), problem.answer), problem)
-        if len(found) == needed:
+        words = problem.question.split()
+        key, mirrored = " ".join(words), by_words.setdefault(tuple(sorted(words)), [])
+        known = found.get(key)
+        if known is not None:
+            more = [answer for answer in problem.answers if answer not in known.answers]
+            problem = replace(known, also=(*known.also, *more))
+        twins = [k for k in mirrored if k != key and {*found[k].answers} & {*problem.answers}]
+        if known is None and (twins or len(found) == needed):
+            continue
+        for twin in twins:  # by an answer that came later
+            mirrored.remove(twin)
+            del found[twin]
+        if known is None:
+            mirrored.append(key)
+        found[key] = problem
+        if len(found) == needed and not to_the_end:
             break
     return list(found.values())

@@ -1,0 +1,134 @@
+"""Problems of the trainer: what a file may hold, and that nothing held out is trained on."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("transformers")
+pytest.importorskip("reasoning_gym")
+from gspo_ops.trainer.config import TaskConfig  # noqa: E402
+from gspo_ops.trainer.tasks import is_correct, make_task, reward_fingerprint  # noqa: E402
+
+
+def write(path, entries):
+    path.write_text("\n".join(json.dumps(entry) for entry in entries), encoding="utf-8")
+    return path
+
+
+def task_of(path, train=4, held_out=4, **options):
+    sizes = {"examples": 0, "train_size": train, "eval_size": held_out}
+    return make_task(TaskConfig(name=str(path), **sizes | options), seed=0)
+
+
+def plain(n=8):
+    return [{"prompt": f"say {i}", "answer": i} for i in range(n)]
+
+
+# Words of which questions are made, so that many are the same or mirrored.
+QUESTIONS = st.lists(st.sampled_from(["1", "2", "+", "=", "  "]), min_size=1, max_size=4).map(
+    " ".join
+)
+ENTRIES = st.lists(
+    st.tuples(QUESTIONS, st.lists(st.sampled_from("abc"), min_size=1, max_size=2)), max_size=40
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(ENTRIES)
+def test_no_held_out_question_is_trained_on(tmp_path_factory, entries):
+    """Whatever a file repeats: neither the same question, nor one of the same words and answer."""
+    given_entries = [{"prompt": q, "answer": a} for q, a in entries if q.strip()]
+    path = write(tmp_path_factory.mktemp("data") / "problems.jsonl", given_entries)
+    try:
+        task = task_of(path, train=2, held_out=2)
+    except ValueError as error:
+        assert "distinct problems" in str(error)
+        return
+    problems = [*task.train, *task.held_out]
+    assert len(problems) == 4
+    for i, problem in enumerate(problems):
+        for other in problems[:i]:
+            words, others = problem.question.split(), other.question.split()
+            assert words != others
+            assert sorted(words) != sorted(others) or not {*problem.answers} & {*other.answers}
+    for problem in problems:  # all answers of the file are accepted
+        words = problem.question.split()
+        answers = {a for e in given_entries if e["prompt"].split() == words for a in e["answer"]}
+        assert {*problem.answers} == answers
+        assert all(is_correct(f" {answer}\n", problem) for answer in answers)
+
+
+def test_one_prompt_with_two_answers_is_one_problem(tmp_path):
+    entries = plain() + [{"prompt": "say 3", "answer": "three"}, {"prompt": "say 4", "answer": 4.5}]
+    task = task_of(write(tmp_path / "p.jsonl", entries))
+    found = {p.question: p.answers for p in (*task.train, *task.held_out)}
+    assert found["say 3"] == ("3", "three")
+    assert found["say 4"] == ("4", "4.5")
+    assert len(found) == 8
+
+
+@pytest.mark.parametrize("answer", [None, True, False, float("nan"), {}, [], [None], [["a"]]])
+def test_what_is_no_answer_is_refused(tmp_path, answer):
+    path = write(tmp_path / "p.jsonl", [*plain(), {"prompt": "x", "answer": answer}])
+    with pytest.raises(ValueError, match=r"task\.name: line 9 of .*an answer must be a text or"):
+        task_of(path)
+
+
+@pytest.mark.parametrize(
+    "prompt", [None, 3, "", "  ", [], ["text"], [{"role": "user"}], [{"role": 1, "content": ""}]]
+)
+def test_what_is_no_prompt_is_refused(tmp_path, prompt):
+    path = write(tmp_path / "p.jsonl", [*plain(), {"prompt": prompt, "answer": "a"}])
+    with pytest.raises(ValueError, match=r"task\.name: line 9 of .*a prompt must be a text that"):
+        task_of(path)
+
+
+@pytest.mark.parametrize("line", ["[1, 2]", "3", '{"prompt": "x"}', "{", '{"answer": "x"}'])
+def test_a_line_that_is_no_problem_is_refused(tmp_path, line):
+    path = write(tmp_path / "p.jsonl", plain())
+    path.write_text(path.read_text() + "\n" + line)
+    with pytest.raises(ValueError, match=r"task\.name: line 9 of .* is not"):
+        task_of(path)
+
+
+def test_byte_order_marks_and_odd_line_ends(tmp_path):
+    """U+2028 inside of a text ends no line."""
+    entries = plain()
+    entries[0]["prompt"] = "say\u20280"
+    text = "\r\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(text.encode("utf-8-sig"))
+    assert len({p.question for p in (*task_of(path).train, *task_of(path).held_out)}) == 8
+    path.write_bytes(text.encode("utf-16"))
+    with pytest.raises(ValueError, match=r"task\.name: .* is not UTF-8"):
+        task_of(path)
+
+
+def test_chat_messages(tmp_path):
+    chats = [
+        [{"role": "system", "content": "Count."}, {"role": "user", "content": f"{i}?"}]
+        for i in range(9)
+    ]
+    path = write(tmp_path / "p.jsonl", [{"prompt": c, "answer": i} for i, c in enumerate(chats)])
+    with pytest.raises(ValueError, match=r"task\.chat: must be true for prompts that are chat"):
+        task_of(path)
+    task = task_of(path, examples=1, chat=True)
+    example, problem = task.examples[0], task.train[0]
+    assert task.chat(problem) == [
+        *example.messages, {"role": "assistant", "content": example.answer}, *problem.messages,
+    ]  # fmt: skip
+    assert problem.messages == tuple(chats[int(problem.answer)])
+
+
+def test_a_fingerprint_is_of_all_that_matters(tmp_path):
+    path = tmp_path / "p.jsonl"
+    first = task_of(write(path, plain())).fingerprint()
+    assert task_of(write(path, plain())).fingerprint() == first
+    for place, change in ((0, {"answer": "other"}), (5, {"prompt": "other"})):
+        entries = plain()
+        entries[place] |= change
+        assert task_of(write(path, entries)).fingerprint() != first
+    assert task_of(write(path, [*plain(), {"prompt": "say 1", "answer": "one"}])) != first
+    assert reward_fingerprint(is_correct) != reward_fingerprint(test_chat_messages)
