@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import subprocess
@@ -24,7 +25,7 @@ from gspo_ops.trainer.config import TaskConfig  # noqa: E402
 from gspo_ops.trainer.learner import Batch  # noqa: E402
 from gspo_ops.trainer.loop import Trainer  # noqa: E402
 from gspo_ops.trainer.model import load_model  # noqa: E402
-from gspo_ops.trainer.report import Summary  # noqa: E402
+from gspo_ops.trainer.report import Summary, pass_at_k  # noqa: E402
 from gspo_ops.trainer.rollout import (  # noqa: E402
     generate,
     response_hidden,
@@ -451,10 +452,115 @@ def gradients(trainer, batch, loss_from="hidden"):
 def test_gain_is_paired():
     before = torch.tensor([0.0, 0.0, 0.0, 1.0])
     after = torch.tensor([1.0, 1.0, 0.0, 1.0])
-    summary = Summary.of(before, after, seconds=1.0)
+    summary = Summary.of(before[:, None], after[:, None], seconds=1.0)
     assert (summary.problems, summary.before, summary.after) == (4, 0.25, 0.75)
     assert summary.gain == 0.5
     assert summary.gain_se == pytest.approx((after - before).std().item() / 2)
+
+
+def test_pass_at_k_is_the_mean_over_all_choices():
+    rewards = torch.tensor([[1.0, 0, 0, 0, 0.5], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0]])
+    for k in range(1, 6):
+        chosen = [max(row[i] >= 1 for i in places) for row in rewards
+                  for places in itertools.combinations(range(5), k)]  # fmt: skip
+        assert pass_at_k(rewards, k) == pytest.approx(sum(chosen) / len(chosen))
+
+
+class TestSettings:
+    """What users of a reference trainer expect."""
+
+    def step(self, model, tokenizer, tmp_path, **changes):
+        model = copy.deepcopy(model)
+        trainer = Trainer(config(tmp_path, **changes), model, tokenizer, task(answer=""))
+        return trainer, trainer.step()
+
+    @pytest.mark.parametrize("aggregation", ["seq-mean-token-mean", "token-mean"])
+    def test_micro_batches_add_up(self, model, tokenizer, tmp_path, aggregation):
+        more = {"rollout__prompts": 8, "objective__aggregation": aggregation,
+                "rollout__max_new_tokens": 6, "dtype": "float32"}  # fmt: skip
+        (_, row), (_, of_parts) = (
+            self.step(model, tokenizer, tmp_path, update__micro_batch=n, **more) for n in (0, 2)
+        )
+        assert row["reward"] == of_parts["reward"]
+        for name in ("grad_norm", "loss", "clip_frac_sequences", "ratio_max", "ratio_min"):
+            assert of_parts[name] == pytest.approx(row[name], rel=2e-3, abs=1e-6), name
+        with pytest.raises(ValueError, match=r"update\.micro_batch: expected a divisor of the 4"):
+            self.step(model, tokenizer, tmp_path, update__micro_batch=3, **more)
+
+    @pytest.mark.parametrize("aggregation", ["seq-mean-token-mean", "token-mean"])
+    def test_the_gradient_of_micro_batches_is_that_of_the_whole(
+        self, model, tokenizer, tmp_path, aggregation
+    ):
+        settings = config(tmp_path, dtype="float32", objective__aggregation=aggregation,
+                          update__max_grad_norm=1e9)  # fmt: skip
+        trainer = Trainer(settings, model, tokenizer, task(answer=""))
+        groups = trainer.sampler.groups(trainer.random_numbers("training"))
+        learner, grads = trainer.learner, []
+        learner.optimizer.step = lambda: grads.append([p.grad.clone() for p in model.parameters()])
+        for count in (1, 4):
+            parts = groups.rollout.split(count), groups.advantages().chunk(count)
+            learner.update(*[learner.prepare(*pair)[0] for pair in zip(*parts, strict=True)])
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+    def test_checkpointing_changes_nothing_and_runs_layers_again(self, model, tokenizer, tmp_path):
+        calls = []
+        kept = {}
+        for on in (False, True):
+            trainer, row = self.step(
+                model, tokenizer, tmp_path, dtype="float32", update__gradient_checkpointing=on
+            )
+            layer = trainer.model.model.layers[0]
+            count = []
+            layer.mlp.register_forward_pre_hook(lambda *_, count=count: count.append(1))
+            trainer.step()
+            calls.append(len(count))
+            kept[on] = row
+            assert not any(m.training for m in trainer.model.modules())
+        assert calls[1] == calls[0] + 2  # once more for each update
+        for name in ("loss", "grad_norm", "reward"):
+            assert kept[True][name] == pytest.approx(kept[False][name], rel=1e-5, abs=1e-7)
+
+    @pytest.mark.parametrize(
+        ("schedule", "expected"),
+        [("constant", [0.5, 1, 1, 1, 1]), ("linear", [0.5, 1, 0.8, 0.6, 0.4]),
+         ("cosine", [0.5, 1, 0.9045, 0.6545, 0.3455])],
+    )  # fmt: skip
+    def test_schedules(self, model, tokenizer, tmp_path, schedule, expected):
+        settings = config(
+            tmp_path, steps=3, update__schedule=schedule, update__warmup_steps=1,
+            update__learning_rate=1e-3,
+        )  # fmt: skip
+        learner = Trainer(settings, model, tokenizer, task()).learner
+        rates = []
+        for _ in expected:
+            rates.append(learner.optimizer.param_groups[0]["lr"] / 1e-3)
+            learner.optimizer.step()
+            learner.scheduler.step()
+        assert rates == pytest.approx(expected, abs=1e-3)
+
+    def test_adamw_s_own(self, model, tokenizer, tmp_path):
+        settings = config(tmp_path, update__weight_decay=0.1, update__beta1=0.8, update__beta2=0.95)
+        group = Trainer(settings, model, tokenizer, task()).learner.optimizer.param_groups[0]
+        assert (group["weight_decay"], *group["betas"]) == (0.1, 0.8, 0.95)
+
+    def test_greedy_evaluation(self, model, tokenizer, tmp_path):
+        more = {"evaluation__temperature": 0, "evaluation__samples": 3}
+        rewards = Trainer(config(tmp_path, **more), model, tokenizer, task(answer="")).evaluate()
+        assert rewards.shape == (6, 3)
+        assert (rewards == rewards[:, :1]).all()
+
+    def test_the_target_ends_the_run(self, model, tokenizer, tmp_path):
+        settings = config(
+            tmp_path, steps=5, evaluation__every=1, evaluation__target=1e-9, evaluation__pass_at=2
+        )
+        summary = Trainer(settings, model, tokenizer, task(answer="")).run()
+        rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert len(rows) < 5
+        assert 0 < rows[-1]["accuracy"] <= rows[-1]["pass_at_2"] <= 1
+        assert summary.pass_at == 2
+        assert summary.after <= summary.pass_after
+        assert "one of 2 right" in str(summary)
 
 
 def test_local_model_directory(model, tmp_path):

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
 pytest.importorskip("reasoning_gym")
-from gspo_ops.trainer.config import TaskConfig  # noqa: E402
-from gspo_ops.trainer.tasks import is_correct, make_task, reward_fingerprint  # noqa: E402
+from gspo_ops.trainer.config import TaskConfig
+from gspo_ops.trainer.tasks import is_correct, make_task, reward_fingerprint
 
 
 def write(path, entries):
@@ -41,11 +41,20 @@ def test_no_held_out_question_is_trained_on(tmp_path_factory, entries):
     """Whatever a file repeats: neither the same question, nor one of the same words and answer."""
     given_entries = [{"prompt": q, "answer": a} for q, a in entries if q.strip()]
     path = write(tmp_path_factory.mktemp("data") / "problems.jsonl", given_entries)
+    if task := task_if_enough(path):
+        check_sets(task, given_entries)
+
+
+def task_if_enough(path):
     try:
-        task = task_of(path, train=2, held_out=2)
-    except ValueError as error:
-        assert "distinct problems" in str(error)
-        return
+        return task_of(path, train=2, held_out=2)
+    except ValueError as found:
+        error = found
+    assert "distinct problems" in str(error)
+    return None
+
+
+def check_sets(task, given_entries):
     problems = [*task.train, *task.held_out]
     assert len(problems) == 4
     for i, problem in enumerate(problems):
@@ -61,7 +70,8 @@ def test_no_held_out_question_is_trained_on(tmp_path_factory, entries):
 
 
 def test_one_prompt_with_two_answers_is_one_problem(tmp_path):
-    entries = plain() + [{"prompt": "say 3", "answer": "three"}, {"prompt": "say 4", "answer": 4.5}]
+    more = [{"prompt": "say 3", "answer": "three"}, {"prompt": "say 4", "answer": 4.5}]
+    entries = [*plain(), *more]
     task = task_of(write(tmp_path / "p.jsonl", entries))
     found = {p.question: p.answers for p in (*task.train, *task.held_out)}
     assert found["say 3"] == ("3", "three")

@@ -483,7 +483,7 @@ class TestWhatSettingsName:
         path.write_text("\n".join(lines))
         make(f"task.name={path}", "steps=1").run()
         path.write_text("\n".join([*lines[:-1], lines[-1].replace("27}", "28}")]))
-        with pytest.raises(ValueError, match=r"task\.name: what .* is not what it was when the run"):
+        with pytest.raises(ValueError, match=r"task\.name: what .* is not what it was"):
             self.resume(make, f"task.name={path}")
         path.write_text("\n".join(lines))
         self.resume(make, f"task.name={path}")
@@ -492,7 +492,7 @@ class TestWhatSettingsName:
         make("steps=1").run()
         file = reward_module / "first_letter.py"
         file.write_text(file.read_text() + "\n# changed\n")
-        with pytest.raises(ValueError, match=r"task\.reward: what 'first_letter:score' names is not"):
+        with pytest.raises(ValueError, match=r"task\.reward: what 'first_letter:score' names"):
             self.resume(make)
 
     def test_the_model(self, make, directory):

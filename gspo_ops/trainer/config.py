@@ -69,7 +69,8 @@ class TaskConfig(_Section):
 
     Attributes:
         name: one of `gspo_ops.trainer.tasks.TASKS`, any dataset of reasoning-gym, or the path of a
-            `.jsonl` file of `{"prompt": ..., "answer": ...}`.
+            `.jsonl` file of `{"prompt": ..., "answer": ...}`: a text, or chat messages; a text or
+            a number, or a list of all that are accepted.
         options: of the reasoning-gym dataset.
         reward: `"exact"`, the answer character for character; `"score"`, what reasoning-gym's own
             check gives; or `"package.module:function"`, called with (response, problem) and
@@ -171,8 +172,14 @@ class UpdateConfig(_Section):
     Attributes:
         mini_batches: updates per pass over a rollout batch; divides `rollout.prompts`.
         epochs: passes over a rollout batch.
+        micro_batch: prompts per forward and backward, whose gradients are added up; 0 for all of a
+            mini-batch's at once.
         learning_rate: of AdamW.
-        warmup_steps: updates over which it rises linearly; constant afterwards.
+        warmup_steps: updates over which it rises linearly.
+        schedule: what it does afterwards: `"constant"`; or `"linear"` or `"cosine"`, down to 0 at
+            the last update of `steps`.
+        weight_decay: of AdamW.
+        beta1, beta2: of AdamW.
         max_grad_norm: the gradient is scaled down to this L2 norm.
         loss_from: `"hidden"`, the loss straight from the hidden states: the head is called to
             sample and never to train, and the logits of a mini-batch never exist; `"logits"`,
@@ -183,6 +190,8 @@ class UpdateConfig(_Section):
         rollout_weight_cap: multiply by importance weights from sampling to `"recompute"`, cut off
             here; 0 for none. One per sequence, the product over its tokens, unless the objective
             has a ratio per token.
+        gradient_checkpointing: keep the inputs of each layer only, and run it again in the
+            backward.
         routing_replay: route the tokens of each update to the experts that they had when the old
             log-probs were computed.
         max_bad_updates: so many updates in a row with a loss or a gradient that is not finite end
@@ -191,19 +200,31 @@ class UpdateConfig(_Section):
 
     mini_batches: int = 4
     epochs: int = 1
+    micro_batch: int = 0
     learning_rate: float = 1e-5
     warmup_steps: int = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
     max_grad_norm: float = 1.0
     loss_from: Literal["hidden", "logits", "eager"] = "hidden"
     old_log_probs: Literal["recompute", "rollout"] = "recompute"
     rollout_weight_cap: float = 0.0
+    gradient_checkpointing: bool = False
     routing_replay: bool = False
     max_bad_updates: int = 3
 
     def __post_init__(self) -> None:
         self._at_least(1, "mini_batches", "epochs", "max_bad_updates")
-        self._at_least(0, "warmup_steps")
+        self._at_least(0, "warmup_steps", "micro_batch", "weight_decay")
         self._positive("learning_rate", "max_grad_norm")
+        for name in ("beta1", "beta2"):
+            self._require(name, 0 <= getattr(self, name) < 1, "a number from 0 to below 1")
+        self._require(
+            "gradient_checkpointing", not (self.gradient_checkpointing and self.routing_replay),
+            "false with routing_replay, which records each layer once",
+        )  # fmt: skip
         self._require(
             "rollout_weight_cap", 0 <= self.rollout_weight_cap < math.inf, "0 or a positive number"
         )
@@ -223,16 +244,27 @@ class EvaluationConfig(_Section):
     """Held-out accuracy.
 
     Attributes:
-        samples: responses to each held-out problem, at the training temperature.
+        samples: responses to each held-out problem.
+        temperature: of sampling them, 0 for the likeliest tokens; by default that of training.
         every: steps between evaluations; 0 for one before and one after.
+        pass_at: k: also report the chance that one of k responses is right, with reward 1 or more,
+            estimated from the `samples` (arXiv 2107.03374); 0 for none.
+        target: end the run when an evaluation reaches this mean reward; 0 for never.
     """
 
     samples: int = 4
+    temperature: float | None = None
     every: int = 0
+    pass_at: int = 0
+    target: float = 0.0
 
     def __post_init__(self) -> None:
         self._at_least(1, "samples")
-        self._at_least(0, "every")
+        self._at_least(0, "every", "pass_at", "target")
+        if self.temperature is not None:
+            self._at_least(0, "temperature")
+        self._require("pass_at", self.pass_at <= self.samples, f"at most samples={self.samples}")
+        self._require("target", self.every > 0 or not self.target, "0 without evaluation.every")
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from .. import (
 )
 from ..integrations.heads import as_forward, output_head
 from .config import TrainConfig
+from .metrics import combine
 from .model import add_lora
 from .progress import Diverged
 from .ranks import Ranks, whole
@@ -50,8 +51,17 @@ _POLICY_LOSS: dict[str, Callable[..., tuple[Tensor, dict[str, Tensor]]]] = {
 }
 
 
+# Factors of the learning rate by how much of the run is done.
+_SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+}
+
+
 class Batch(NamedTuple):
-    """One mini-batch: sequences, their advantages, and the log-probs they are compared with.
+    """A mini-batch or a part of one: sequences, advantages, and what their log-probs are compared
+    with.
 
     Attributes:
         rollout: B responses.
@@ -100,6 +110,8 @@ class Learner:
                 raise ValueError(f"update.routing_replay: {error}") from None
         self.config, self.model, self.ranks = config, model, ranks
         output_head(model)  # is learnt from the whole model
+        if config.update.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         self.objective = config.objective.build()
         rank = config.model.lora_rank
         self.adapter = add_lora(model, rank, config.seed) if rank else None
@@ -111,15 +123,16 @@ class Learner:
         ranks.shard(model)
         trainable = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            trainable, lr=config.update.learning_rate, weight_decay=0.0, fused=True
-        )
+            trainable, lr=config.update.learning_rate, weight_decay=config.update.weight_decay,
+            betas=(config.update.beta1, config.update.beta2), fused=True,
+        )  # fmt: skip
         self.scheduler = self._schedule(updates=0)
         self.bad_updates = 0
         self.layout: Layout = "shared"
         self.compared = 0
 
     def prepare(self, rollout: Rollout, advantages: Tensor) -> tuple[Batch, dict[str, Tensor]]:
-        """A mini-batch, and how sampling's log-probs differ from those of training.
+        """A mini-batch, or a part of one, and how far sampling's log-probs are from training's.
 
         Args:
             rollout: B responses.
@@ -173,31 +186,63 @@ class Learner:
 
         return as_forward(model, forward)
 
-    def update(self, batch: Batch) -> dict[str, Tensor] | None:
-        """One optimizer step; returns the loss's stats, or None if it was skipped.
+    def update(self, *parts: Batch) -> dict[str, Tensor] | None:
+        """One optimizer step on a mini-batch, in its parts, of equally many prompts each.
+
+        Returns:
+            The loss's stats, or None if it was skipped.
 
         Raises:
             Diverged: `update.max_bad_updates` in a row were skipped.
         """
-        replay = nullcontext() if batch.routing is None else batch.routing.replay(self.model)
-        with replay:
-            loss, stats = self.loss(batch)
-            loss.backward()
+        cu_seqlens = [part.rollout.cu_seqlens() for part in parts]
+        denominator = self.ranks.denominator(self.objective, cu_seqlens)
+        found = [self._backward(part, denominator) for part in parts]
+        loss = torch.stack([of_part for of_part, _ in found]).sum()
         trained = self.optimizer.param_groups[0]["params"]
         norm = whole(torch.nn.utils.clip_grad_norm_(trained, self.config.update.max_grad_norm))
-        if self.ranks.any(not bool(torch.isfinite(loss.detach() + norm))):
+        if self.ranks.any(not bool(torch.isfinite(loss + norm))):
             self._skip(loss, norm)
             return None
         self.bad_updates = 0
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
-        return stats | {"loss": loss.detach(), "grad_norm": norm}
+        return _together([stats for _, stats in found]) | {"loss": loss, "grad_norm": norm}
 
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Of a mini-batch, this process's share of the mean, and the statistics."""
+    def _backward(
+        self, part: Batch, denominator: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        replay = nullcontext() if part.routing is None else part.routing.replay(self.model)
+        with replay, self._checkpointing():
+            loss, stats = self.loss(part, denominator)
+            loss.backward()
+        return loss.detach(), stats
+
+    @contextmanager
+    def _checkpointing(self) -> Iterator[None]:
+        """transformers checkpoints layers that are in training, and these have no cache then."""
+        layers = [m for m in self.model.modules() if getattr(m, "gradient_checkpointing", False)]
+        for layer in layers:
+            layer.training = True  # its dropouts are not
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
+
+    def loss(
+        self, batch: Batch, denominator: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of a part of a mini-batch, its share of the whole's mean, and the statistics.
+
+        Args:
+            batch: the part.
+            denominator: of the whole; None if the part is all that this process has of it.
+        """
         cu_seqlens = batch.rollout.cu_seqlens()
-        denominator = self.ranks.denominator(self.objective, cu_seqlens)
+        if denominator is None:
+            denominator = self.ranks.denominator(self.objective, [cu_seqlens])
 
         def forward() -> tuple[Tensor, dict[str, Tensor]]:
             inputs, options = self._distributions(self.model, batch.rollout)
@@ -273,12 +318,18 @@ class Learner:
 
     def _schedule(self, updates: int) -> LambdaLR:
         """As it is after that many."""
-        warmup = self.config.update.warmup_steps
+        update = self.config.update
+        last = self.config.steps * update.mini_batches * update.epochs
+
+        def factor(n: int) -> float:
+            if n < update.warmup_steps:
+                return (n + 1) / (update.warmup_steps + 1)
+            done = min((n - update.warmup_steps) / max(last - update.warmup_steps, 1), 1.0)
+            return _SCHEDULES[update.schedule](done)
+
         for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] = self.config.update.learning_rate
-        return LambdaLR(
-            self.optimizer, lambda n: min(1.0, (n + 1) / (warmup + 1)), last_epoch=updates - 1
-        )
+            group["lr"] = group["initial_lr"] = update.learning_rate
+        return LambdaLR(self.optimizer, factor, last_epoch=updates - 1)
 
     def _ref_log_probs(self, rollout: Rollout) -> Tensor | None:
         if self.objective.kl_coef == 0:
@@ -328,3 +379,12 @@ class Learner:
         if self.config.update.loss_from != "hidden":
             return (head.logits(hidden),), {"temperature": temperature}
         return (hidden, head.weight), head.options(temperature)
+
+
+def _together(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Statistics of a mini-batch from those of its parts."""
+    if len(parts) == 1:
+        return parts[0]
+    numbers = [{k: x for k, x in part.items() if x.ndim == 0} for part in parts]
+    per_sequence = {k: torch.cat([p[k] for p in parts]) for k, x in parts[0].items() if x.ndim}
+    return {k: torch.tensor(x) for k, x in combine(numbers).items()} | per_sequence

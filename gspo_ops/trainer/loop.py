@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -29,7 +30,7 @@ from .metrics import combine, in_words
 from .model import fingerprint, load_model
 from .progress import Interrupted, Progress, stop_signals
 from .ranks import Ranks
-from .report import RunFiles, Summary, plot
+from .report import RunFiles, Summary, pass_at_k, plot
 from .rollout import check_sampling
 from .sampling import Sampler
 from .tasks import Task, make_task, reward_fingerprint
@@ -119,8 +120,9 @@ class Trainer:
             self._train(files, stopped)
             after = self.evaluate()
             summary = Summary.of(
-                progress.before, after, seconds=progress.seconds + time.monotonic() - start
-            )
+                progress.before, after, pass_at=config.evaluation.pass_at,
+                seconds=progress.seconds + time.monotonic() - start,
+            )  # fmt: skip
             if files:
                 files.finish(summary)
                 plot({config.out.name: files.rows}, config.out / "training.png", title=str(summary))
@@ -138,17 +140,21 @@ class Trainer:
                 row = self.step()
                 every = config.evaluation.every
                 if every and progress.step % every == 0 and progress.step < config.steps:
-                    row["accuracy"] = self.evaluate().mean().item()
+                    row |= self._evaluated()
                 if files:
                     files.append({"step": progress.step} | row, self.samples)
                 progress.train_seconds = time.monotonic() - start
                 bar.update()
                 bar.set_postfix_str(in_words(row))
                 every = config.checkpoint.every
-                is_last = progress.step == config.steps
+                target = config.evaluation.target
+                reached = 0 < target <= row.get("accuracy", -math.inf)
+                is_last = reached or progress.step == config.steps
                 is_asked = ranks.any(stopped())
                 if is_asked or (every and (is_last or progress.step % every == 0)):
                     self._save(files)
+                if reached:
+                    break
                 if is_asked:
                     raise Interrupted(
                         f"stopped after step {progress.step} of {config.steps}: --resume goes on"
@@ -164,13 +170,16 @@ class Trainer:
         groups = self.sampler.groups(self.random_numbers("training"))
         sampled = time.monotonic()
         rollout, advantages = groups.rollout, groups.advantages()
-        parts = rollout.split(config.update.mini_batches)
-        chunks = advantages.chunk(config.update.mini_batches)
+        count = config.update.mini_batches * _micro_batches(config, self.ranks.size)
+        parts, chunks = rollout.split(count), advantages.chunk(count)
         prepared = [self.learner.prepare(*pair) for pair in zip(parts, chunks, strict=True)]
         ready = time.monotonic()
-        order = [batch for _ in range(config.update.epochs) for batch, _ in prepared]
+        batches = [batch for batch, _ in prepared]
+        size = count // config.update.mini_batches
+        order = [batches[i : i + size] for i in range(0, count, size)] * config.update.epochs
         with self._bar(order, desc="updates", leave=False) as bar:
-            stats = [found for found in map(self.learner.update, bar) if found is not None]
+            found = [self.learner.update(*parts) for parts in bar]
+        stats = [of_update for of_update in found if of_update is not None]
         self.progress.step += 1
         self.samples = self.sampler.show(groups, advantages)
 
@@ -195,11 +204,18 @@ class Trainer:
         return combine(self.ranks.gather(row))
 
     def evaluate(self) -> Tensor:
-        """(eval_size,) mean reward of the responses sampled to each held-out problem.
+        """(eval_size, samples) rewards of the responses sampled to each held-out problem.
 
         The random numbers are the evaluation's own: how often it is done changes no training.
         """
-        return self.sampler.accuracies(self.random_numbers("evaluation"))
+        return self.sampler.evaluate(self.random_numbers("evaluation"))
+
+    def _evaluated(self) -> dict[str, float]:
+        """Metrics of an evaluation on the way."""
+        rewards, k = self.evaluate(), self.config.evaluation.pass_at
+        return {"accuracy": rewards.mean().item()} | (
+            {f"pass_at_{k}": pass_at_k(rewards, k)} if k else {}
+        )
 
     def random_numbers(self, use: Literal["training", "evaluation"]) -> torch.Generator:
         """Those of a use in the present step; each process has its own."""
@@ -287,13 +303,25 @@ class Trainer:
 
 
 def _check_parts(config: TrainConfig, ranks: int) -> None:
-    """Mini-batches are of equally many prompts, on each process."""
+    """Mini-batches and their parts are of equally many prompts, on each process."""
     prompts, parts = config.rollout.prompts, config.update.mini_batches
     if prompts % (parts * ranks):
         raise ValueError(
             f"update.mini_batches: expected mini_batches * {ranks} processes to divide "
             f"rollout.prompts={prompts}, got {parts}"
         )
+    of_each, micro = prompts // (parts * ranks), config.update.micro_batch
+    if micro and of_each % micro:
+        raise ValueError(
+            f"update.micro_batch: expected a divisor of the {of_each} prompts that a process has "
+            f"of a mini-batch, got {micro}"
+        )
+
+
+def _micro_batches(config: TrainConfig, ranks: int) -> int:
+    """Parts of a mini-batch."""
+    of_each = config.rollout.prompts // (config.update.mini_batches * ranks)
+    return of_each // (config.update.micro_batch or of_each)
 
 
 def _flat(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -24,7 +24,7 @@ class Progress:
 
     Attributes:
         step: rollout batches trained on.
-        before: held-out accuracies before training.
+        before: (problems, samples) held-out rewards before training.
         train_seconds: spent in steps, by this start of the run and those before it.
         seconds: spent in all by the starts before this one.
         started: when this one began.

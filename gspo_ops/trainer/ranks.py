@@ -78,12 +78,13 @@ class Ranks:
         start = sum(counts[: self.rank])
         return list(items[start : start + counts[self.rank]])
 
-    def denominator(self, objective: Objective, cu_seqlens: Tensor) -> Tensor | None:
-        """What makes the mean of the losses of all that of the whole batch."""
-        if self.size == 1:
+    def denominator(self, objective: Objective, parts: Sequence[Tensor]) -> Tensor | None:
+        """What makes the losses of all parts, by their `cu_seqlens`, that of the whole batch."""
+        if self.size == len(parts) == 1:
             return None
-        batches: list[Mapping[str, Tensor | None]] = [{"cu_seqlens": cu_seqlens}]
-        return global_denominator(batches, objective=objective, group=dist.group.WORLD)
+        batches: list[Mapping[str, Tensor | None]] = [{"cu_seqlens": x} for x in parts]
+        group = dist.group.WORLD if self.size > 1 else None
+        return global_denominator(batches, objective=objective, group=group)
 
     # The model
 

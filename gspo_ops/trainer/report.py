@@ -130,6 +130,9 @@ class Summary:
         gain: after - before.
         gain_se: standard error of the gain: of the mean of the n differences, one per problem.
         seconds: the whole run, both evaluations included.
+        pass_at: k of the next two, 0 without them.
+        pass_before: chance that one of k responses is right, before training.
+        pass_after: the same after training.
     """
 
     problems: int
@@ -140,12 +143,20 @@ class Summary:
     gain: float
     gain_se: float
     seconds: float
+    pass_at: int = 0
+    pass_before: float = 0.0
+    pass_after: float = 0.0
 
     @classmethod
-    def of(cls, before: Tensor, after: Tensor, *, seconds: float) -> Summary:
-        """Summarise (n,) accuracies before and after, problem by problem."""
+    def of(cls, before: Tensor, after: Tensor, *, seconds: float, pass_at: int = 0) -> Summary:
+        """Summarise (n, samples) rewards before and after, problem by problem."""
+        passed = [pass_at_k(x, pass_at) if pass_at else 0.0 for x in (before, after)]
+        before, after = before.mean(1), after.mean(1)
         gain = after - before
         return cls(
+            pass_at=pass_at,
+            pass_before=passed[0],
+            pass_after=passed[1],
             problems=len(before),
             before=before.mean().item(),
             before_se=_standard_error(before),
@@ -163,7 +174,29 @@ class Summary:
             f"{self.before:.3f} ± {self.before_se:.3f} before, "
             f"{self.after:.3f} ± {self.after_se:.3f} after, "
             f"gain {self.gain:+.3f} ± {self.gain_se:.3f}{sigmas}"
+            + (
+                f"; one of {self.pass_at} right: {self.pass_before:.3f} before, "
+                f"{self.pass_after:.3f} after"
+                if self.pass_at
+                else ""
+            )
         )
+
+
+def pass_at_k(rewards: Tensor, k: int) -> float:
+    """Mean chance that one of k responses is right, with reward 1 or more.
+
+        1 - C(wrong, k) / C(n, k)
+
+    Args:
+        rewards: (problems, n) of n responses to each problem.
+        k: from 1 to n.
+
+    Source: arXiv 2107.03374, equation 1.
+    """
+    n = rewards.shape[1]
+    wrong = (rewards < 1).sum(1).tolist()
+    return 1.0 - sum(math.comb(w, k) for w in wrong) / math.comb(n, k) / len(wrong)
 
 
 def _standard_error(values: Tensor) -> float:

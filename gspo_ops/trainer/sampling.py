@@ -103,21 +103,25 @@ class Sampler:
             self.model, lambda: self._refill(self._groups_of(problems, generator), generator)
         )
 
-    def accuracies(self, generator: torch.Generator) -> Tensor:
-        """(eval_size,) mean reward of the responses to each held-out problem."""
+    def evaluate(self, generator: torch.Generator) -> Tensor:
+        """(eval_size, samples) rewards of the responses to each held-out problem."""
         ranks, samples = self.ranks, self.config.evaluation.samples
+        temperature = self.config.evaluation.temperature
         held_out = self.task.held_out[ranks.rank :: ranks.size]
         batches = [held_out[i : i + _EVAL_BATCH] for i in range(0, len(held_out), _EVAL_BATCH)]
         options: dict[str, Any] = {"leave": False, "disable": not ranks.is_first}
         with tqdm(batches, desc="held-out problems", **options) as bar:
             rewards = ranks.with_whole_weights(
                 self.model,
-                lambda: [self.respond(list(b), samples, generator).rewards.mean(1) for b in bar],
+                lambda: [
+                    self.respond(list(b), samples, generator, temperature).rewards.mean(1)
+                    for b in bar
+                ],
             )
         none = torch.empty(0, dtype=torch.float32, device="cpu")
         mine = torch.cat([none, *(r.cpu() for r in rewards)])
-        mine = mine.view(len(held_out), samples).mean(1)
-        found = none.new_empty(len(self.task.held_out))
+        mine = mine.view(len(held_out), samples)
+        found = none.new_empty(len(self.task.held_out), samples)
         for rank, part in enumerate(ranks.gather(mine)):
             found[rank :: ranks.size] = part
         return found
@@ -127,16 +131,24 @@ class Sampler:
         problems: list[Problem],
         group_size: int,
         generator: torch.Generator,
+        temperature: float | None = None,
         *,
         bar: bool = False,
     ) -> Groups:
         """Responses to these problems, in as many turns as the task has, and their rewards.
 
+        Args:
+            problems: Q of them.
+            group_size: responses to each.
+            generator: of the random numbers.
+            temperature: of sampling; None for that of training.
+            bar: show the progress.
+
         Raises:
             Diverged: the model's logits are not finite.
         """
         prompts = [self.prompt_tokens(problem) for problem in problems]
-        rollout = self._generate(prompts, group_size, generator, bar)
+        rollout = self._generate(prompts, group_size, generator, temperature, bar)
         asked = [problem for problem in problems for _ in range(group_size)]
         answers = self.texts(rollout)
         rewards = [self._rewards(answers, asked)]
@@ -152,7 +164,7 @@ class Sampler:
                 prompts[b // group_size] + rollout.responses[b, rollout.real[b]].tolist() + question
                 for b, question in enumerate(questions)
             ]
-            turn = self._generate(so_far, 1, generator, bar)
+            turn = self._generate(so_far, 1, generator, temperature, bar)
             answers = self.texts(turn)
             rewards.append(self._rewards(answers, asked))
             rollout = append_turn(rollout, questions, turn)
@@ -203,13 +215,20 @@ class Sampler:
         return groups
 
     def _generate(
-        self, prompts: list[list[int]], group_size: int, generator: torch.Generator, bar: bool
+        self,
+        prompts: list[list[int]],
+        group_size: int,
+        generator: torch.Generator,
+        temperature: float | None,
+        bar: bool,
     ) -> Rollout:
         config, device = self.config.rollout, self.model.device
+        if temperature is None:
+            temperature = config.temperature
         try:
             return generate(
                 self.model, prompts, self.stops, group_size=group_size,
-                max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+                max_new_tokens=config.max_new_tokens, temperature=temperature,
                 autocast=autocast(device, self.config.rollout_dtype), generator=generator, bar=bar,
             )  # fmt: skip
         except FloatingPointError as error:

@@ -26,7 +26,7 @@ class Problem:
 
     Attributes:
         also: further answers that are accepted.
-        messages: the question as a chat, `{"role": ..., "content": ...}` each; none if it is a text.
+        messages: the question as a chat, `{"role": ..., "content": ...}` each; none for a text.
         entry: what the data set says besides.
     """
 
@@ -366,9 +366,7 @@ def _reward(name: str, source: Dataset | JsonLines) -> Reward:
     return cast(Reward, found)
 
 
-def _distinct(
-    problems: Iterator[Problem], needed: int, *, to_the_end: bool
-) -> list[Problem]:
+def _distinct(problems: Iterator[Problem], needed: int, *, to_the_end: bool) -> list[Problem]:
     """Up to `needed` different ones, in the order drawn.
 
     A question is one problem, whatever its white space, and all its answers are accepted. Questions
