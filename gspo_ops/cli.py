@@ -1,4 +1,4 @@
-"""`gspo-ops train | plot | compare | bench | verify | env`."""
+"""`gspo-ops train | plot | sample | compare | bench | verify | env`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .environment import environment
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] in (["train"], ["plot"], ["compare"]):
+    if argv[:1] in (["train"], ["plot"], ["sample"], ["compare"]):
         from . import trainer
 
         return trainer.COMMANDS[argv[0]](argv[1:])
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("train", help="train a language model with the fused op")
     commands.add_parser("plot", help="draw the metrics of training runs side by side")
+    commands.add_parser("sample", help="show what the model of a training run answers")
     commands.add_parser("compare", help="GSPO against GRPO, dense and MoE, several seeds")
     commands.add_parser("bench", help="time the ops against eager PyTorch, torch.compile and peers")
     commands.add_parser("env", help="print versions and devices")

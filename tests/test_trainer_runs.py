@@ -562,3 +562,25 @@ def test_tensorboard(make, tmp_path):
     make("steps=2", "logging.tensorboard=true").run()
     found = events.EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert [e.step for e in found.Scalars("reward")] == [1, 2]
+
+
+@pytest.mark.parametrize("more", [(), ("model.lora_rank=2",)], ids=["weights", "LoRA"])
+def test_what_a_run_has_learnt_can_be_asked(make, tmp_path, capsys, more):
+    trainer = make("steps=2", "update.learning_rate=1e-2", *more)
+    trainer.run()
+    capsys.readouterr()
+    ask = [str(tmp_path / "run"), "--temperature", "0"]
+    assert COMMANDS["sample"](ask) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 16  # eight problems, an answer each
+    numbers = torch.Generator().manual_seed(0)
+    held_out = list(trainer.sampler.task.held_out[:8])
+    for problem, shown in zip(held_out, lines[::2], strict=True):
+        assert shown.startswith(problem.question)
+    expected = trainer.sampler.answers(held_out, 1, numbers, 0)
+    assert [line.strip() for line in lines[1::2]] == [repr(texts[0].strip()) for texts in expected]
+    assert COMMANDS["sample"]([*ask, "say x:", "--responses", "3"]) == 0
+    assert capsys.readouterr().out.count("\n") == 4
+    (tmp_path / "run" / "config.json").unlink()
+    assert COMMANDS["sample"](ask) == 2
+    assert "no run in" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from . import compare
-from .command import main, plot_main
+from .command import main, plot_main, sample_main
 from .config import TrainConfig, load_config
 
 if TYPE_CHECKING:
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["COMMANDS", "TrainConfig", "load_config", "train"]
 
-COMMANDS = {"train": main, "plot": plot_main, "compare": compare.main}
+COMMANDS = {
+    "train": main, "plot": plot_main, "sample": sample_main, "compare": compare.main
+}  # fmt: skip
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> Summary:

@@ -1,4 +1,4 @@
-"""`gspo-ops train` and `gspo-ops plot`: runs from the command line."""
+"""`gspo-ops train`, `plot` and `sample`: runs from the command line."""
 
 from __future__ import annotations
 
@@ -88,6 +88,44 @@ def plot_main(argv: Sequence[str]) -> int:
         return 2
     plot(runs, args.out)
     print(args.out)
+    return 0
+
+
+def sample_main(argv: Sequence[str]) -> int:
+    """`gspo-ops sample`: what the model of a run answers; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="gspo-ops sample",
+        description="Show what the model that a run has trained answers to held-out problems of "
+        "the run, or to other questions, asked as the run asks.",
+    )
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="directory of the run")
+    add("questions", nargs="*", metavar="QUESTION", help="default: held-out problems")
+    add("--problems", type=int, default=8, help="held-out problems (default: %(default)s)")
+    add("--responses", type=int, default=1, help="to each (default: %(default)s)")
+    add("--temperature", type=float, help="0 for the likeliest (default: that of the run)")
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    args = parser.parse_intermixed_args(argv)
+    try:
+        _require_packages()
+        import torch
+
+        from .loop import trained
+        from .tasks import Problem
+
+        sampler = trained(args.run)
+    except (ValueError, ImportError) as error:
+        print(f"gspo-ops sample: error: {error}", file=sys.stderr)
+        return 2
+    problems = [Problem(question, "") for question in args.questions]
+    problems = problems or list(sampler.task.held_out[: args.problems])
+    generator = torch.Generator(sampler.model.device).manual_seed(args.seed)
+    answers = sampler.answers(problems, args.responses, generator, args.temperature)
+    for problem, texts in zip(problems, answers, strict=True):
+        expected = f"   (expected: {' or '.join(problem.answers)})" if problem.answer else ""
+        print(f"{problem.question}{expected}")
+        for text in texts:
+            print(f"    {text.strip()!r}")
     return 0
 
 

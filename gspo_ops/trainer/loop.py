@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -61,6 +62,32 @@ def train(config: TrainConfig, *, resume: bool = False) -> Summary:
         Diverged: loss or gradient was not finite too often, or the model's logits were not.
     """
     return Trainer.of(config).run(resume=resume)
+
+
+def trained(out: Path) -> Sampler:
+    """What a run has left: its model, to be asked its problems or others.
+
+    Args:
+        out: directory of the run.
+
+    Raises:
+        ValueError: there is no run, or it has not left its model yet.
+    """
+    config_file, model = out / "config.json", out / "model"
+    if not config_file.is_file():
+        raise ValueError(f"no run in {out}: {config_file.name} is not there")
+    if not model.is_dir():
+        raise ValueError(f"{model} is not there: the run is not over, or has not kept its model")
+    config = from_tables(json.loads(config_file.read_text(encoding="utf-8")))
+    is_adapter = (model / "adapter_config.json").is_file()
+    loaded, tokenizer = load_model(config.model.name if is_adapter else str(model))
+    if is_adapter:
+        from peft import PeftModel
+
+        loaded = PeftModel.from_pretrained(loaded, model).merge_and_unload()
+    device = config.torch_device()
+    task = make_task(config.task, config.seed)
+    return Sampler(config, loaded.to(device).eval(), tokenizer, task, Ranks(device))
 
 
 class Trainer:

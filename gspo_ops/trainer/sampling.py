@@ -171,6 +171,18 @@ class Sampler:
         scored = torch.tensor(rewards, dtype=torch.float32, device=self.model.device).mT
         return Groups(problems, rollout, scored)
 
+    def answers(
+        self,
+        problems: list[Problem],
+        count: int,
+        generator: torch.Generator,
+        temperature: float | None = None,
+    ) -> list[list[str]]:
+        """`count` responses to each problem, as texts, without rewards."""
+        prompts = [self.prompt_tokens(problem) for problem in problems]
+        texts = self.texts(self._generate(prompts, count, generator, temperature, bar=False))
+        return [texts[i : i + count] for i in range(0, len(texts), count)]
+
     def prompt_tokens(self, problem: Problem) -> list[int]:
         """Of a problem as the model is asked it."""
         if not self.config.task.chat:
