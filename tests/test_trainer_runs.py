@@ -297,9 +297,9 @@ class TestBadUpdates:
         loss = trainer.learner.loss
         seen = []
 
-        def poisoned(batch):
+        def poisoned(batch, *args):
             seen.append(batch)
-            found = loss(batch)
+            found = loss(batch, *args)
             return found._replace(loss=found.loss * float("nan")) if len(seen) in calls else found
 
         monkeypatch.setattr(trainer.learner, "loss", poisoned)

@@ -26,7 +26,10 @@ Result = TypeVar("Result")
 # logits that a model is given: 0, one that is nearly not capped, usual ones, one that caps fully
 _PROBES = (0.0, 2.0**-20, -1.0, 2.0, -8.0, 30.0, -100.0, 2.0**15)
 _TOKENS = 8  # on which a head is compared with its model
-_OF_TEXT = {"input_ids", "attention_mask", "position_ids", "use_cache", "output_router_logits"}
+_OF_TEXT = {
+    "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache",
+    "output_router_logits",
+}  # fmt: skip
 _COLUMNS = 1024  # of the vocabulary, evenly spread, that are compared
 
 

@@ -279,7 +279,7 @@ class Learner:
         self.layout, self.compared = state["layout"], state["compared"]
 
     def _choose_layout(self, rollout: Rollout) -> None:
-        """One that gives the model's own log-probs, in fp32, for a group of these responses.
+        """One that gives the model's own log-probs, in fp32, for two groups of these responses.
 
         Asked for the first rollout, and again where rows are longer than any before: a window may
         be shorter than they are.
@@ -288,13 +288,14 @@ class Learner:
         if width <= self.compared:
             return
         self.compared = width
-        group = rollout.select(torch.zeros(1, dtype=torch.long, device=rollout.prompts.device))
-        own = own_log_probs(self.model, group, 1.0)
-        while self.ranks.any(not self._distance(group, own) <= LARGEST_DISTANCE):
+        lengths = rollout.prompt_mask.sum(1)  # of those with the most padding, and with the least
+        groups = rollout.select(torch.stack([lengths.argmin(), lengths.argmax()]))
+        own = own_log_probs(self.model, groups, 1.0)
+        while self.ranks.any(not (distance := self._distance(groups, own)) <= LARGEST_DISTANCE):
             if self.layout == "separate":
                 raise ValueError(
-                    f"model.name: the log-probs of {type(self.model).__name__} in training's rows "
-                    f"are {self._distance(group, own):.2g} nats from those of the model itself"
+                    f"model.name: the log-probs of {type(self.model).__name__} in padded rows are "
+                    f"{distance:.2g} nats from those of the model itself"
                 )
             self.layout = "separate"
 
@@ -311,9 +312,11 @@ class Learner:
 
         try:
             return (as_forward(self.model, forward) - own).abs().mean().item()
-        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+        except Exception as error:  # of the model's own code
             if self.layout == "separate":
-                raise
+                raise ValueError(
+                    f"model.name: {type(self.model).__name__} fails in padded rows: {error}"
+                ) from error
             return math.inf
 
     def _schedule(self, updates: int) -> LambdaLR:

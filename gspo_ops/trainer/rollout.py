@@ -19,6 +19,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import log_probs_from_logits
-from ..integrations.heads import output_head
+from ..integrations.heads import hidden_to, output_head
 from ..integrations.transformers import log_probs_from_model
 
 Autocast = Callable[[], AbstractContextManager]
@@ -210,7 +211,7 @@ def generate(
     prompt_tokens, prompt_mask = _pad_left(prompts, model.device)
     cache = DynamicCache(config=model.config)
     cached: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
-    hidden = _body(model, autocast, prompt_tokens, prompt_mask, _positions(prompt_mask), **cached)
+    hidden = _hidden(model, autocast, prompt_tokens, prompt_mask, _positions(prompt_mask), **cached)
     # The prompt is run once for its whole group.
     cache.batch_repeat_interleave(group_size)
     last = hidden[:, -1].repeat_interleave(group_size, 0)
@@ -236,7 +237,9 @@ def generate(
             rows, attention = rows[going], pad(attention[going], (0, 1), value=True)
             cache.batch_select_indices(going)
             position = attention.sum(1, keepdim=True) - 1
-            last = _body(model, autocast, chosen[going, None], attention, position, **cached)[:, -1]
+            last = _hidden(model, autocast, chosen[going, None], attention, position, **cached)[
+                :, -1
+            ]
     sampled = (x[:, : t + 1] for x in (responses, turn >= 0, turn, log_probs))
     return Rollout(prompt_tokens, prompt_mask, *sampled)
 
@@ -270,7 +273,7 @@ def _shared(model: PreTrainedModel, rollout: Rollout, autocast: Autocast) -> Ten
     place = column - width - response.clamp(min=0) * length
     positions = _positions(rollout.prompt_mask)
     positions = torch.cat([positions, positions[:, -1:] + 1 + place[width:]], 1)
-    hidden = _body(model, autocast, tokens, _tree_mask(real, response), positions)
+    hidden = _hidden(model, autocast, tokens, _tree_mask(real, response), positions)
     # A token's state predicts the next; a response's first token is predicted by the prompt's last.
     before = torch.where(place == 0, width - 1, column - 1)[width:]
     return hidden[:, before].view(count, length, -1)[rollout.mask]
@@ -282,23 +285,21 @@ def _separate(model: PreTrainedModel, rollout: Rollout, autocast: Autocast) -> T
     )
     tokens = torch.cat([prompts, rollout.responses], 1)
     real = torch.cat([prompt_mask, rollout.real], 1)
-    hidden = _body(model, autocast, tokens, real, _positions(real))
+    hidden = _hidden(model, autocast, tokens, real, _positions(real))
     return hidden[:, prompts.shape[1] - 1 : -1][rollout.mask]
 
 
-def _body(
+def _hidden(
     model: PreTrainedModel, autocast: Autocast, tokens: Tensor, mask: Tensor, positions: Tensor,
     **options: Any,
 ) -> Tensor:  # fmt: skip
-    """(B, S, H) last hidden states; models without positions, as with alibi, are given none."""
-    body = model.base_model
-    known = inspect.signature(body.forward).parameters
-    if "position_ids" in known:
-        options["position_ids"] = positions
-    if "use_cache" in known:
-        options.setdefault("use_cache", False)
+    """(B, S, H) that the head is given; models without positions, as with alibi, are given none."""
+    own = partial(type(model).forward, model)  # this is called within a forward already
+    batch = {"input_ids": tokens, "attention_mask": mask, **options}
+    if "position_ids" in inspect.signature(own).parameters:
+        batch["position_ids"] = positions
     with autocast():
-        return body(tokens, attention_mask=mask, **options).last_hidden_state
+        return hidden_to(model, batch, lambda head, hidden, output: hidden, within=own)
 
 
 @torch.no_grad()
@@ -323,7 +324,8 @@ def check_sampling(model: PreTrainedModel) -> None:
     Raises:
         ValueError: log-probs of sampled tokens are not the model's own, or the model fails.
     """
-    ids = [[i % model.config.get_text_config().vocab_size for i in range(n)] for n in (4, 9)]
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = [[(7 * i + 5) % vocabulary for i in range(n)] for n in (4, 9)]
     stops = torch.empty(0, dtype=torch.long, device=model.device)
     numbers = torch.Generator(model.device).manual_seed(0)
     try:
