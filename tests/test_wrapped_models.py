@@ -1,5 +1,6 @@
 """log_probs_from_model and loss_from_model on wrapped models, against those models' own logits."""
 
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -7,6 +8,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import CustomPolicy
 
 from gspo_ops.integrations.transformers import log_probs_from_model, loss_from_model
 from gspo_ops.testing import relative
@@ -36,9 +40,21 @@ def make_batch():
     return {"input_ids": ids, "attention_mask": attention}
 
 
+def log_probs_of(model, batch):
+    return log_probs_from_model(model, batch, T)
+
+
 def log_probs_of_logits(model, batch):
     logits = model(**batch).logits[:, -T - 1 : -1].float().log_softmax(-1)
     return logits.gather(-1, batch["input_ids"][:, -T:, None]).squeeze(-1)
+
+
+def loss_of(model, batch, rows=slice(4), denominator=4):
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])[rows]
+    return loss_from_model(
+        model, {name: x[rows] for name, x in batch.items()}, None, advantages,
+        mask=torch.ones(len(advantages), T), denominator=denominator,
+    ).loss  # fmt: skip
 
 
 def assert_same(model, batch):
@@ -46,11 +62,8 @@ def assert_same(model, batch):
     weights = torch.randn(4, T, generator=torch.Generator().manual_seed(1))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     values, grads = [], []
-    for function in (
-        lambda: log_probs_from_model(model, batch, T),
-        lambda: log_probs_of_logits(model, batch),
-    ):
-        values.append(function())
+    for function in (log_probs_of, log_probs_of_logits):
+        values.append(function(model, batch))
         found = [None] * len(trained)
         if values[-1].requires_grad:
             found = torch.autograd.grad(
@@ -175,13 +188,11 @@ def test_adapters(name):
     model = adapted(kind)
     if kind.refused:
         with pytest.raises(ValueError, match=kind.refused):
-            log_probs_from_model(model, batch, T)
+            log_probs_of(model, batch)
         return
     assert_same(model, batch)
     with torch.no_grad():
-        change = log_probs_from_model(model, batch, T) - log_probs_from_model(
-            make(kind.is_tied), batch, T
-        )
+        change = log_probs_of(model, batch) - log_probs_from_model(make(kind.is_tied), batch, T)
     assert ("disable" in kind.after) == (change.abs().max() < 1e-4)
 
 
@@ -190,11 +201,11 @@ def test_adapters(name):
 def test_an_adapter_that_a_known_model_gets(name):
     """What is learnt of a model at its first call is of its base, not of its adapters."""
     kind, batch, plain = KINDS[name], make_batch(), make()
-    log_probs_from_model(plain, batch, T)
+    log_probs_of(plain, batch)
     model = adapted(kind, plain)
     if kind.refused:
         with pytest.raises(ValueError, match=kind.refused):
-            log_probs_from_model(model, batch, T)
+            log_probs_of(model, batch)
     else:
         assert_same(model, batch)
 
@@ -203,7 +214,7 @@ def test_one_adapter_for_each_row():
     model, batch = adapted(KINDS["LoRA on the head, two adapters"]).eval(), make_batch()
     names = ["default", "second", "__base__", "default"]
     with pytest.raises(ValueError, match=r"LlamaForCausalLM .*adapter_names"):
-        log_probs_from_model(model, {**batch, "adapter_names": names}, T)
+        log_probs_of(model, {**batch, "adapter_names": names})
     model, batch = adapted(KINDS["LoRA"]).eval(), make_batch()
     names = ["default", "default", "__base__", "default"]
     assert_same(model, {**batch, "adapter_names": names})
@@ -254,12 +265,12 @@ HOWS = ["torch.compile(model)", "model.compile()"]
 def test_the_compiled_body_runs(how, name):
     batch, backend = make_batch(), Backend("aot_eager")
     model = adapted(KINDS[name]) if name else make()
-    eager = log_probs_from_model(model, batch, T)
+    eager = log_probs_of(model, batch)
     loss = loss_of(model, batch)
     model = compiled(model, how, backend)
     counts = []
     for _ in range(3):
-        torch.testing.assert_close(log_probs_from_model(model, batch, T), eager)
+        torch.testing.assert_close(log_probs_of(model, batch), eager)
         torch.testing.assert_close(loss_of(model, batch), loss)
         model(**batch)
         counts.append((backend.graphs, backend.calls))
@@ -269,25 +280,20 @@ def test_the_compiled_body_runs(how, name):
     assert backend.graphs == 2
 
 
-def loss_of(model, batch):
-    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])
-    return loss_from_model(model, batch, None, advantages, mask=torch.ones(4, T)).loss
-
-
 @pytest.mark.parametrize("how", HOWS)
 def test_one_graph_is_refused(how):
     model, batch = make(), make_batch()
     model = compiled(model, how, Backend("eager"), fullgraph=True)
     for _ in range(2):
         with pytest.raises(ValueError, match=r"LlamaForCausalLM .* leave fullgraph out"):
-            log_probs_from_model(model, batch, T)
+            log_probs_of(model, batch)
     model(**batch)
 
 
 @pytest.mark.parametrize("how", ["eager", *HOWS])
 def test_hooks_fire_once(how):
     model, batch = make(), make_batch()
-    log_probs_from_model(model, batch, T)
+    log_probs_of(model, batch)
     fired = Counter()
     expected = {}
     for name, part in model.named_modules():
@@ -297,7 +303,127 @@ def test_hooks_fire_once(how):
         expected |= dict.fromkeys([(name, "before"), (name, "after")], 1) if is_called else {}
     if how != "eager":
         model = compiled(model, how, "eager")
-    for function in (lambda: log_probs_from_model(model, batch, T), lambda: loss_of(model, batch)):
+    for function in (log_probs_of, loss_of):
         fired.clear()
-        function()
+        function(model, batch)
         assert fired == expected
+
+
+# Over ranks: each takes half of the rows, and together they make the gradient of all
+
+HEADS = ["untied", "tied", "LoRA on the head, tied", "modules_to_save with the head"]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("stage", [1, 2, 3, "3, bare module"])
+def test_deepspeed(ranks, stage, head):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    ranks(2)(on_rank_deepspeed, stage, head)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("version", [1, 2])
+def test_fsdp(ranks, version, head):
+    ranks(2)(on_rank_fsdp1 if version == 1 else on_rank_fsdp2, head)
+
+
+def make_head(head):
+    return adapted(KINDS[head]) if head in KINDS else make(head == "tied")
+
+
+def on_rank_deepspeed(stage, head):
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": os.environ["RANK"]}
+    import deepspeed
+
+    model = make_head(head)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.SGD(trained(model), lr=0.1),
+        dist_init_required=False,
+        config={
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_clipping": 0.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {
+                "stage": int(str(stage)[0]), "stage3_param_persistence_threshold": 0
+            },
+        },
+    )  # fmt: skip
+
+    def grads():
+        get = deepspeed.utils.safe_get_full_grad
+        return {name: get(p) for name, p in model.named_parameters() if p.requires_grad}
+
+    called = engine if isinstance(stage, int) else engine.module
+    assert_same_steps(called, head, grads, engine)
+    engine.destroy()
+
+
+def on_rank_fsdp1(head):
+    def is_unit(part):  # as in peft's policy, layers, and what is trained apart from what is frozen
+        is_trained = any(p.requires_grad for p in part.parameters(recurse=False))
+        return type(part).__name__ == "LlamaDecoderLayer" or (head in KINDS and is_trained)
+
+    model = FullyShardedDataParallel(
+        make_head(head), auto_wrap_policy=CustomPolicy(is_unit), use_orig_params=True,
+        device_id=torch.device("cpu"),
+    )  # fmt: skip
+
+    def grads():
+        with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
+            return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    assert_same_steps(model, head, grads, Steps(model))
+
+
+def on_rank_fsdp2(head):
+    model = make_head(head)
+    inner = model.get_base_model() if head in KINDS else model
+    separate = [] if head == "tied" or head.endswith(", tied") else [inner.lm_head]
+    for part in [*inner.model.layers, *separate, model]:
+        fully_shard(part)
+
+    def grads():
+        return {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.requires_grad}
+
+    assert_same_steps(model, head, grads, Steps(model))
+
+
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+class Steps:
+    """Backward and step in PyTorch, as of DeepSpeed's engine."""
+
+    def __init__(self, model):
+        self.optimizer = torch.optim.SGD(trained(model), lr=0.1)
+
+    def backward(self, loss):
+        self.optimizer.zero_grad()
+        loss.backward()
+
+    def step(self):
+        self.optimizer.step()
+
+
+def assert_same_steps(model, head, grads, steps):
+    """Two steps of a wrapped model are those of one process."""
+    batch, of_one = make_batch(), make_head(head)
+    own = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+    mine = {name: x[own] for name, x in batch.items()}
+    steps_of_one = Steps(of_one)
+    for _ in range(2):
+        with torch.no_grad():
+            expected = log_probs_of_logits(of_one, batch)[own]
+            for function in (log_probs_of, log_probs_of_logits):
+                torch.testing.assert_close(function(model, mine), expected, atol=2e-5, rtol=2e-5)
+        steps.backward(loss_of(model, batch, own, denominator=2))
+        steps_of_one.backward(loss_of(of_one, batch))
+        ours = grads()
+        theirs = {name: p.grad for name, p in of_one.named_parameters() if p.requires_grad}
+        assert ours.keys() == theirs.keys()
+        for name, grad in theirs.items():
+            assert relative(ours[name], grad) <= 1e-5, name
+        steps.step()
+        steps_of_one.step()

@@ -137,7 +137,7 @@ def hidden_to(
 
     def finish(hidden: Tensor, output: Any) -> Result:
         head = partial(_head, inner, _transforms[inner])
-        return as_forward(last, lambda: function(head(), hidden, output))
+        return _at_head(last, lambda: function(head(), hidden, output))
 
     return _seam(inner, last).run(model, batch, finish, within)
 
@@ -280,7 +280,7 @@ def learn(
         logits = output.logits if hasattr(output, "logits") else output[0]
         transform = _fitted(inner, logits[0, -len(_PROBES) :])
         if check:
-            as_forward(last, lambda: _compare(inner, transform, hidden, logits[0]))
+            _at_head(last, lambda: _compare(inner, transform, hidden, logits[0]))
         found.append(transform)
         return logits
 
@@ -473,6 +473,13 @@ def as_forward(module: Any, function: Callable[[], Result]) -> Result:
         del inner.forward
         if own is not None:
             inner.forward = own
+
+
+def _at_head(last: Any, function: Callable[[], Result]) -> Result:
+    """function() as the forward of a head and of its parts: ZeRO-3 gathers what each owns."""
+    for part in reversed(list(dict.fromkeys([last, *_layer(last).modules()]))):
+        function = partial(as_forward, part, function)
+    return function()
 
 
 def _seam(model: Any, last: nn.Module) -> _Seam:
