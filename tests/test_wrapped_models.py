@@ -1,5 +1,7 @@
 """log_probs_from_model and loss_from_model on wrapped models, against those models' own logits."""
 
+import contextlib
+import itertools
 import os
 import re
 from collections import Counter
@@ -11,7 +13,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import CustomPolicy
+from torch.nn.parallel import DistributedDataParallel
 
+from gspo_ops.integrations.heads import unwrapped
 from gspo_ops.integrations.transformers import log_probs_from_model, loss_from_model
 from gspo_ops.testing import relative
 
@@ -118,6 +122,15 @@ KINDS = {
     "IA3": ia3(BODY, ["down_proj"]),
     "VeRA": Kind("Vera", {"target_modules": ["q_proj"], "r": 8}),
     "OFT": Kind("OFT", {"target_modules": BODY, "oft_block_size": 8, "r": 0}),
+    "CPT": Kind(
+        "CPT", {"cpt_token_ids": [1, 2], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 1]}
+    ),
+    "LoRA on the embeddings, tied": lora(["embed_tokens"], True),
+    "Adaption prompt": Kind(
+        "AdaptionPrompt",
+        {"adapter_len": 3, "adapter_layers": 2},
+        refused="PeftModelForCausalLM kept the forward that LlamaForCausalLM had",
+    ),
     "LN tuning": Kind("LNTuning", {"target_modules": ["norm"]}),
     "modules_to_save with the head": lora(BODY, **SAVED),
     "modules_to_save with the head, tied": lora(BODY, True, **SAVED),
@@ -142,6 +155,13 @@ KINDS = {
     "LoRA on the head, dropout in evaluation": lora(HEAD, after=("eval",), lora_dropout=0.5),
     "LoRA on the head, dropout in training": lora(
         HEAD, lora_dropout=0.5, refused="LlamaForCausalLM has an adapter of peft with dropout"
+    ),
+    "LoRA on the head, with modules_to_save": lora(HEAD, **SAVED),
+    "LoRA on the head, trainable_token_indices, tied": lora(
+        HEAD, True, refused="LlamaForCausalLM .* on a weight that is trained too", **TOKENS
+    ),
+    "LoRA on the head by target_parameters": lora(
+        BODY, target_parameters=["lm_head.weight"], refused="LlamaForCausalLM .*ParamWrapper"
     ),
     "LoRA on the head, bias": lora(
         HEAD, lora_bias=True, refused="LlamaForCausalLM has an adapter of peft with a bias"
@@ -321,10 +341,12 @@ def test_deepspeed(ranks, stage, head):
     ranks(2)(on_rank_deepspeed, stage, head)
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("version", [1, 2])
-def test_fsdp(ranks, version, head):
-    ranks(2)(on_rank_fsdp1 if version == 1 else on_rank_fsdp2, head)
+@pytest.mark.parametrize(
+    ("wrapper", "head"),
+    [*itertools.product(["DDP", "FSDP1", "FSDP2"], HEADS), ("DDP, compiled", "untied")],
+)
+def test_data_parallel(ranks, wrapper, head):
+    ranks(2)(on_rank, wrapper, head)
 
 
 def make_head(head):
@@ -359,34 +381,48 @@ def on_rank_deepspeed(stage, head):
     engine.destroy()
 
 
-def on_rank_fsdp1(head):
+def on_rank(wrapper, head):
+    plain = make_head(head)
+    model = {"FSDP1": fsdp1, "FSDP2": fsdp2}.get(wrapper, DistributedDataParallel)(plain)
+    called = torch.compile(model, backend="aot_eager") if "compiled" in wrapper else model
+
+    def grads():
+        context = contextlib.nullcontext()
+        if wrapper == "FSDP1":
+            context = FullyShardedDataParallel.summon_full_params(model, with_grads=True)
+        with context:
+            return {
+                name.removeprefix("module."): full(p.grad)
+                for name, p in model.named_parameters()
+                if p.requires_grad
+            }
+
+    assert_same_steps(called, head, grads, Steps(model))
+
+
+def full(grad):
+    return grad.full_tensor() if hasattr(grad, "full_tensor") else grad.clone()
+
+
+def fsdp1(model):
+    is_adapted = hasattr(model, "peft_config")
+
     def is_unit(part):  # as in peft's policy, layers, and what is trained apart from what is frozen
         is_trained = any(p.requires_grad for p in part.parameters(recurse=False))
-        return type(part).__name__ == "LlamaDecoderLayer" or (head in KINDS and is_trained)
+        return type(part).__name__ == "LlamaDecoderLayer" or (is_adapted and is_trained)
 
-    model = FullyShardedDataParallel(
-        make_head(head), auto_wrap_policy=CustomPolicy(is_unit), use_orig_params=True,
+    return FullyShardedDataParallel(
+        model, auto_wrap_policy=CustomPolicy(is_unit), use_orig_params=True,
         device_id=torch.device("cpu"),
     )  # fmt: skip
 
-    def grads():
-        with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
-            return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
-    assert_same_steps(model, head, grads, Steps(model))
-
-
-def on_rank_fsdp2(head):
-    model = make_head(head)
-    inner = model.get_base_model() if head in KINDS else model
-    separate = [] if head == "tied" or head.endswith(", tied") else [inner.lm_head]
+def fsdp2(model):
+    inner = unwrapped(model)
+    separate = [] if inner.config.tie_word_embeddings else [inner.lm_head]
     for part in [*inner.model.layers, *separate, model]:
         fully_shard(part)
-
-    def grads():
-        return {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.requires_grad}
-
-    assert_same_steps(model, head, grads, Steps(model))
+    return model
 
 
 def trained(model):

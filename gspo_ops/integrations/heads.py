@@ -128,7 +128,8 @@ def hidden_to(
         within: the model's own forward, where it is called by a forward that took its place.
 
     Raises:
-        ValueError: the model's head is one that the ops can't apply.
+        ValueError: the model's head is one that the ops can't apply, or a wrapper keeps them from
+            it: torch.compile with fullgraph=True for example.
     """
     inner = unwrapped(model)
     if inner not in _transforms:
@@ -211,7 +212,13 @@ class _Seam:
         self._put(model, self.tap)
         model.forward = self._forward
         try:
-            return wrapped(**arguments) if within is None else self._forward(**arguments)
+            result = wrapped(**arguments) if within is None else self._forward(**arguments)
+            if self.finish is not None:
+                raise ValueError(
+                    f"{type(wrapped).__name__} kept the forward that {type(model).__name__} had "
+                    "when it was wrapped, so that the ops can't apply its head"
+                )
+            return result
         except torch._dynamo.exc.Unsupported as error:
             raise ValueError(
                 f"{type(model).__name__} is compiled with fullgraph=True, but the ops run between "
@@ -242,8 +249,9 @@ class _Seam:
                 f"last with {None if hidden is None else tuple(hidden.shape)}: the ops need hidden "
                 "states (B, S, H), once"
             )
-        assert self.finish is not None
-        return self.finish(hidden, output)
+        finish, self.finish = self.finish, None
+        assert finish is not None
+        return finish(hidden, output)
 
 
 _transforms: weakref.WeakKeyDictionary[nn.Module, Transform] = weakref.WeakKeyDictionary()
@@ -348,14 +356,15 @@ def _compare(model: Any, transform: Transform, hidden: Tensor, logits: Tensor) -
 
 def unwrapped(model: Any) -> Any:
     """The model of transformers inside of torch.compile, DDP, FSDP, DeepSpeed and peft."""
-    while isinstance(model, nn.Module):
-        for name in ("_orig_mod", "module", "_fsdp_wrapped_module"):
-            if name in model._modules:
-                model = model._modules[name]
-                break
+    while True:
+        parts = getattr(model, "_modules", {})
+        inside = {"_orig_mod", "module", "_fsdp_wrapped_module"} & parts.keys()
+        if inside:
+            model = parts[inside.pop()]
+        elif hasattr(model, "get_base_model"):  # peft
+            model = model.get_base_model()
         else:
-            break
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # peft
+            return model
 
 
 def last_layer(model: Any) -> Any:
@@ -438,9 +447,12 @@ def _lora(model: Any, layer: Any) -> LoRA | None:
     for name in names:
         variant = getattr(layer, "lora_variant", {}).get(name)
         dropout = layer.lora_dropout[name]
+        # with FSDP1, frozen weights look trained where they are gathered with trained ones
+        is_trained = layer.base_layer.weight.requires_grad
         for found, is_refused in (
             (f"of the kind {type(variant).__name__}", variant is not None),
             ("with a bias", getattr(layer, "lora_bias", {}).get(name, False)),
+            ("on a weight that is trained too", is_trained),
             ("with dropout", dropout.training and getattr(dropout, "p", 0.0) > 0),
         ):
             if is_refused:
