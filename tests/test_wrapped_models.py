@@ -332,7 +332,9 @@ def test_hooks_fire_once(how):
 
 # Over ranks: each takes half of the rows, and together they make the gradient of all
 
-HEADS = ["untied", "tied", "LoRA on the head, tied", "modules_to_save with the head"]
+HEADS = [
+    "untied", "tied", "LoRA on the head", "LoRA on the head, tied", "modules_to_save with the head"
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -350,6 +352,11 @@ def test_deepspeed(ranks, stage, head):
 def test_data_parallel(ranks, wrapper, head):
     need_peft(head)
     ranks(2)(on_rank, wrapper, head)
+
+
+def test_frozen_and_trained_weights_in_one_unit_of_fsdp1(ranks):
+    pytest.importorskip("peft")
+    ranks(2)(on_rank_one_unit)
 
 
 def need_peft(head):
@@ -406,6 +413,16 @@ def on_rank(wrapper, head):
             }
 
     assert_same_steps(called, head, grads, Steps(model))
+
+
+def on_rank_one_unit():
+    layers = CustomPolicy(lambda part: hasattr(part, "lora_A"))
+    model = FullyShardedDataParallel(
+        make_head("LoRA on the head"), auto_wrap_policy=layers, use_orig_params=True,
+        device_id=torch.device("cpu"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM .* on a weight that is trained too"):
+        log_probs_of(model, make_batch())
 
 
 def full(grad):

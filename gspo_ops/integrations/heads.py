@@ -391,6 +391,7 @@ def last_layer(model: Any) -> Any:
 
 def _layer(last: Any) -> Any:
     """The layer that does a head's work, where peft has put another or a wrapper in its place."""
+    last = unwrapped(last)  # of FSDP1, which may have wrapped it by itself
     if hasattr(last, "modules_to_save") and hasattr(last, "original_module"):
         name = next(iter(last.active_adapters), None)
         is_saved = not last.disable_adapters and name in last.modules_to_save
@@ -404,9 +405,15 @@ def _base(last: Any) -> Any:
     return getattr(layer, "base_layer", layer)
 
 
+def _kind(layer: Any) -> str:
+    """The class of a layer of peft, of which FSDP2 makes a class of its own; or nothing."""
+    names = (f"{kind.__module__}.{kind.__name__}" for kind in type(layer).__mro__)
+    return next((name for name in names if name.startswith("peft.tuners.")), "")
+
+
 def _active(layer: Any) -> list[str]:
     """Adapters that the forward of a layer of peft applies; merged ones are in its weight."""
-    if not type(layer).__module__.startswith("peft.tuners."):
+    if not _kind(layer):
         return []
     if layer.disable_adapters and layer.merged:
         layer.unmerge()  # as its forward does, in whose place the tap is
@@ -438,11 +445,10 @@ def _lora(model: Any, layer: Any) -> LoRA | None:
     names = _active(layer)
     if not names or hasattr(layer, "get_merged_weights"):
         return None
-    kind = type(layer)
     what = f"the head of {type(model).__name__} has an adapter of peft"
     # by its name: layers of other kinds have a lora_A too
-    if f"{kind.__module__}.{kind.__name__}" != "peft.tuners.lora.layer.Linear":
-        raise ValueError(f"{what}, {kind.__module__}.{kind.__name__}, which the ops can't apply")
+    if _kind(layer) != "peft.tuners.lora.layer.Linear":
+        raise ValueError(f"{what}, {_kind(layer)}, which the ops can't apply")
     names = [name for name in names if name in layer.lora_A]
     for name in names:
         variant = getattr(layer, "lora_variant", {}).get(name)
