@@ -132,7 +132,8 @@ def hidden_to(
         within: the model's own forward, where it is called by a forward that took its place.
 
     Raises:
-        ValueError: the model's head is one that the ops can't apply.
+        ValueError: the model's head is one that the ops can't apply, or a wrapper keeps them from
+            it: torch.compile with fullgraph=True for example.
     """
     inner = unwrapped(model)
     if inner not in _transforms:
@@ -141,7 +142,7 @@ def hidden_to(
 
     def finish(hidden: Tensor, output: Any) -> Result:
         head = partial(_head, inner, _transforms[inner])
-        return as_forward(last, lambda: function(head(), hidden, output))
+        return _at_head(last, lambda: function(head(), hidden, output))
 
     return _seam(inner, last).run(model, batch, finish, within)
 
@@ -181,7 +182,7 @@ class _Probe(_Tap):
 
 
 class _Seam:
-    """A model's forward with a tap in its head's place, and a function of the hidden states.
+    """A model's forward with another layer in its head's place, and a function at its end.
 
     One for each model, which stays, so that torch.compile compiles the forward once.
     """
@@ -203,6 +204,11 @@ class _Seam:
     ) -> Result:
         """finish(hidden, output) as the result of the model's forward, by way of its wrappers."""
         model, arguments = unwrapped(wrapped), dict(batch)
+        if arguments.get("adapter_names") is not None and _base(self.last) is not self.last:
+            raise ValueError(
+                f"the head of {type(model).__name__} has adapters of peft, and adapter_names gives "
+                "each row its own, which the ops can't apply"
+            )
         self.own, self.finish = within or model.forward, finish
         if "use_cache" in inspect.signature(self.own).parameters:
             arguments = {"use_cache": False} | arguments
@@ -210,7 +216,18 @@ class _Seam:
         self._put(model, self.tap)
         model.forward = self._forward
         try:
-            return wrapped(**arguments) if within is None else self._forward(**arguments)
+            result = wrapped(**arguments) if within is None else self._forward(**arguments)
+            if self.finish is not None:
+                raise ValueError(
+                    f"{type(wrapped).__name__} kept the forward that {type(model).__name__} had "
+                    "when it was wrapped, so that the ops can't apply its head"
+                )
+            return result
+        except torch._dynamo.exc.Unsupported as error:
+            raise ValueError(
+                f"{type(model).__name__} is compiled with fullgraph=True, but the ops run between "
+                "its graph and the wrappers around it: leave fullgraph out"
+            ) from error
         finally:
             self._put(model, self.last)
             del model.forward
@@ -236,8 +253,9 @@ class _Seam:
                 f"last with {None if hidden is None else tuple(hidden.shape)}: the ops need hidden "
                 "states (B, S, H), once"
             )
-        assert self.finish is not None
-        return self.finish(hidden, output)
+        finish, self.finish = self.finish, None
+        assert finish is not None
+        return finish(hidden, output)
 
 
 _transforms: weakref.WeakKeyDictionary[nn.Module, Transform] = weakref.WeakKeyDictionary()
@@ -274,7 +292,7 @@ def learn(
         logits = output.logits if hasattr(output, "logits") else output[0]
         transform = _fitted(inner, logits[0, -len(_PROBES) :])
         if check:
-            as_forward(last, lambda: _compare(inner, transform, hidden, logits[0]))
+            _at_head(last, lambda: _compare(inner, transform, hidden, logits[0]))
         found.append(transform)
         return logits
 
@@ -342,14 +360,15 @@ def _compare(model: Any, transform: Transform, hidden: Tensor, logits: Tensor) -
 
 def unwrapped(model: Any) -> Any:
     """The model of transformers inside of torch.compile, DDP, FSDP, DeepSpeed and peft."""
-    while isinstance(model, nn.Module):
-        for name in ("_orig_mod", "module", "_fsdp_wrapped_module"):
-            if name in model._modules:
-                model = model._modules[name]
-                break
+    while True:
+        parts = getattr(model, "_modules", {})
+        inside = {"_orig_mod", "module", "_fsdp_wrapped_module"} & parts.keys()
+        if inside:
+            model = parts[inside.pop()]
+        elif hasattr(model, "get_base_model"):  # peft
+            model = model.get_base_model()
         else:
-            break
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # peft
+            return model
 
 
 def last_layer(model: Any) -> Any:
@@ -360,6 +379,7 @@ def last_layer(model: Any) -> Any:
     """
     name = type(model).__name__
     last = getattr(model, "get_output_embeddings", lambda: None)()
+    last = vars(last)["head"] if isinstance(last, _Tap) else last
     if last is None or not hasattr(last, "forward"):
         raise ValueError(f"{name} has no output embeddings: is it a causal model?")
     weight = getattr(_base(last), "weight", None)
@@ -373,19 +393,50 @@ def last_layer(model: Any) -> Any:
     return last
 
 
+def _layer(last: Any) -> Any:
+    """The layer that does a head's work, where peft has put another or a wrapper in its place."""
+    last = unwrapped(last)  # of FSDP1, which may have wrapped it by itself
+    if hasattr(last, "modules_to_save") and hasattr(last, "original_module"):
+        name = next(iter(last.active_adapters), None)
+        is_saved = not last.disable_adapters and name in last.modules_to_save
+        last = last.modules_to_save[name] if is_saved else last.original_module
+    return getattr(last, "token_adapter", last)  # of trainable_token_indices
+
+
 def _base(last: Any) -> Any:
     """The layer itself, without peft's adapters."""
-    if hasattr(last, "modules_to_save") and hasattr(last, "original_module"):
-        if last.disable_adapters or not last.active_adapters:
-            return last.original_module
-        return last.modules_to_save[last.active_adapters[0]]
-    return getattr(last, "base_layer", last)
+    layer = _layer(last)
+    return getattr(layer, "base_layer", layer)
+
+
+def _kind(layer: Any) -> str:
+    """The class of a layer of peft, of which FSDP2 makes a class of its own; or nothing."""
+    names = (f"{kind.__module__}.{kind.__name__}" for kind in type(layer).__mro__)
+    return next((name for name in names if name.startswith("peft.tuners.")), "")
+
+
+def _active(layer: Any) -> list[str]:
+    """Adapters that the forward of a layer of peft applies; merged ones are in its weight."""
+    if not _kind(layer):
+        return []
+    if layer.disable_adapters and layer.merged:
+        layer.unmerge()  # as its forward does, in whose place the tap is
+    return [] if layer.disable_adapters or layer.merged else list(layer.active_adapters)
+
+
+def _weights(last: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a head, without LoRA."""
+    layer, base = _layer(last), _base(last)
+    names = _active(layer)
+    if names and hasattr(layer, "get_merged_weights"):  # trained tokens; peft adds no bias to them
+        return layer.get_merged_weights(names), None
+    return base.weight, getattr(base, "bias", None)
 
 
 def _head(model: Any, transform: Transform) -> OutputHead:
     last = last_layer(model)
-    base, lora = _base(last), _lora(model, last)
-    weight, bias = base.weight, getattr(base, "bias", None)
+    weight, bias = _weights(last)
+    lora = _lora(model, _layer(last))
     if transform.columns < len(weight):
         weight = weight[: transform.columns]
         bias = None if bias is None else bias[: transform.columns]
@@ -393,32 +444,34 @@ def _head(model: Any, transform: Transform) -> OutputHead:
     return OutputHead(weight, bias, lora, transform)
 
 
-def _lora(model: Any, last: Any) -> LoRA | None:
+def _lora(model: Any, layer: Any) -> LoRA | None:
     """The active adapters of peft on the head, as one."""
-    is_adapted = type(last).__module__.startswith("peft.")
-    if not is_adapted or hasattr(last, "modules_to_save"):
+    names = _active(layer)
+    if not names or hasattr(layer, "get_merged_weights"):
         return None
     what = f"the head of {type(model).__name__} has an adapter of peft"
-    if not hasattr(last, "lora_A"):
-        raise ValueError(f"{what}, {type(last).__name__}, which the ops can't apply")
-    names = [name for name in last.active_adapters if name in last.lora_A]
-    if last.disable_adapters or last.merged or not names:
-        return None
+    # by its name: layers of other kinds have a lora_A too
+    if _kind(layer) != "peft.tuners.lora.layer.Linear":
+        raise ValueError(f"{what}, {_kind(layer)}, which the ops can't apply")
+    names = [name for name in names if name in layer.lora_A]
     for name in names:
-        variant = getattr(last, "lora_variant", {}).get(name)
-        is_dropped = last.training and getattr(last.lora_dropout[name], "p", 0.0) > 0
+        variant = getattr(layer, "lora_variant", {}).get(name)
+        dropout = layer.lora_dropout[name]
+        # with FSDP1, frozen weights look trained where they are gathered with trained ones
+        is_trained = layer.base_layer.weight.requires_grad
         for found, is_refused in (
             (f"of the kind {type(variant).__name__}", variant is not None),
-            ("with a bias", last.lora_bias.get(name, False)),
-            ("with dropout", is_dropped),
+            ("with a bias", getattr(layer, "lora_bias", {}).get(name, False)),
+            ("on a weight that is trained too", is_trained),
+            ("with dropout", dropout.training and getattr(dropout, "p", 0.0) > 0),
         ):
             if is_refused:
                 raise ValueError(f"{what} {found}, which the ops can't apply")
-    a = [last.lora_A[name].weight for name in names]
-    b = [last.lora_B[name].weight for name in names]
-    scales = [last.scaling[name] for name in names]
-    if len(names) == 1:
-        return LoRA(a[0], b[0], scales[0])
+    a = [layer.lora_A[name].weight for name in names]
+    b = [layer.lora_B[name].weight for name in names]
+    scales = [layer.scaling[name] for name in names]
+    if len(names) < 2:
+        return LoRA(a[0], b[0], scales[0]) if names else None
     return LoRA(
         torch.cat(a), torch.cat([s * x for s, x in zip(scales, b, strict=True)], dim=1), 1.0
     )
@@ -442,6 +495,13 @@ def as_forward(module: Any, function: Callable[[], Result]) -> Result:
         del inner.forward
         if own is not None:
             inner.forward = own
+
+
+def _at_head(last: Any, function: Callable[[], Result]) -> Result:
+    """function() as the forward of a head and of its parts: ZeRO-3 gathers what each owns."""
+    for part in reversed(list(dict.fromkeys([last, *_layer(last).modules()]))):
+        function = partial(as_forward, part, function)
+    return function()
 
 
 def _seam(model: Any, last: nn.Module) -> _Seam:
