@@ -27,6 +27,7 @@ Result = TypeVar("Result")
 _PROBES = (0.0, 2.0**-20, -1.0, 2.0, -8.0, 30.0, -100.0, 2.0**15)
 _TOKENS = 8  # on which a head is compared with its model
 _COLUMNS = 1024  # of the vocabulary, evenly spread, that are compared
+_INSTEAD = "use the ops from logits for it"  # the end of what a refused model's user is told
 
 
 class Transform(NamedTuple):
@@ -166,8 +167,9 @@ class _Probe(_Tap):
     is_real = True  # whether there are logits
 
     def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        self.calls += 1
-        self.hidden = hidden
+        nothing = super().forward(hidden)
+        if hidden.ndim != 3:  # it is refused once the model is done
+            return nothing
         head = vars(self)["head"]
         real = head(hidden[:1, -_TOKENS:])[0] if self.is_real else None
         columns = len(_base(head).weight) if real is None else real.shape[-1]
@@ -183,7 +185,7 @@ class _Seam:
     """
 
     def __init__(self, model: Any, last: nn.Module, tap: _Tap) -> None:
-        self.last, self.tap = last, tap
+        self.name, self.last, self.tap = type(model).__name__, last, tap
         modules = model.named_modules(remove_duplicate=False)
         self.places = [name for name, part in modules if part is last]
         self.finish: Callable[[Tensor, Any], Any] | None = None
@@ -200,7 +202,8 @@ class _Seam:
         """finish(hidden, output) as the result of the model's forward, by way of its wrappers."""
         model, arguments = unwrapped(wrapped), dict(batch)
         self.own, self.finish = within or model.forward, finish
-        if "use_cache" in inspect.signature(self.own).parameters:
+        parameters = inspect.signature(self.own).parameters.values()
+        if any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in parameters):
             arguments = {"use_cache": False} | arguments
         was = vars(model).get("forward")
         self._put(model, self.tap)
@@ -228,9 +231,9 @@ class _Seam:
         hidden = self.tap.hidden
         if self.tap.calls != 1 or hidden is None or hidden.ndim != 3:
             raise ValueError(
-                f"the model calls its head, {type(self.last).__name__}, {self.tap.calls} times, "
-                f"last with {None if hidden is None else tuple(hidden.shape)}: the ops need hidden "
-                "states (B, S, H), once"
+                f"{self.name} calls its head, {type(self.last).__name__}, {self.tap.calls} times, "
+                f"last with {None if hidden is None else tuple(hidden.shape)}, where the ops need "
+                f"hidden states (B, S, H), once: {_INSTEAD}"
             )
         assert self.finish is not None
         return self.finish(hidden, output)
@@ -290,7 +293,9 @@ def _fitted(model: Any, logits: Tensor) -> Transform:
     values = logits.double()
     of_columns = values[:, 0]
     if not torch.equal(values, of_columns[:, None].expand_as(values)):
-        raise ValueError(f"{name} treats the logits of some tokens in another way than others'")
+        raise ValueError(
+            f"{name} treats the logits of some tokens in another way than others': {_INSTEAD}"
+        )
     gain = (of_columns[1] / _PROBES[1]).item()
     top = of_columns[-1].item()
     limit = top if abs(top) < 0.5 * abs(gain) * _PROBES[-1] else None
@@ -300,7 +305,7 @@ def _fitted(model: Any, logits: Tensor) -> Transform:
     if not gain > 0 or not error.max() <= 1e-6:
         raise ValueError(
             f"{name} makes of its logits what is neither a scale nor a soft cap: at "
-            f"{list(_PROBES)} they become {of_columns.tolist()}"
+            f"{list(_PROBES)} they become {of_columns.tolist()}: {_INSTEAD}"
         )
     return transform
 
@@ -329,7 +334,7 @@ def _compare(model: Any, transform: Transform, hidden: Tensor, logits: Tensor) -
     if not difference <= allowed.item():
         raise ValueError(
             f"the logits of {type(model).__name__} differ by {difference:.3g} from those that its "
-            "head's weight and bias make of its hidden states: use the ops from logits for it"
+            f"head's weight and bias make of its hidden states: {_INSTEAD}"
         )
 
 
@@ -360,7 +365,9 @@ def last_layer(model: Any) -> Any:
         raise ValueError(f"{name} has no output embeddings: is it a causal model?")
     weight = getattr(_base(last), "weight", None)
     if weight is None or weight.ndim not in (1, 2):  # 1: of ZeRO-3, before it is gathered
-        raise ValueError(f"the head of {name}, {type(last).__name__}, has no weight (V, H)")
+        raise ValueError(
+            f"the head of {name}, {type(last).__name__}, has no weight (V, H): {_INSTEAD}"
+        )
     if not weight.is_floating_point():
         raise ValueError(
             f"the head of {name}, {type(last).__name__}, is quantised to {weight.dtype}: leave it "
