@@ -1,20 +1,26 @@
-"""Every causal language model of transformers, small and random: log-probs are those of its logits.
+"""Models of transformers, small and random, against the log-probs of their own logits.
 
-`python tests/test_models.py --write` writes the table of docs/models.md from what stands here.
+Every class for causal language modelling and for text from images is built, or refused, or stands
+in NOT_BUILT with the reason. `python tests/test_models.py --write` writes this into docs/models.md.
 """
 
 import inspect
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from gspo_ops.integrations.transformers import log_probs_from_model
+from gspo_ops.testing import relative
 
 transformers = pytest.importorskip("transformers")
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
-)
+
+NAMES = transformers.models.auto.modeling_auto
+CAUSAL = set(NAMES.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+FROM_IMAGES = set(NAMES.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
+CLASSES = sorted(CAUSAL | FROM_IMAGES)
 
 T = 5
 H, HEADS, KV_HEADS, HEAD_DIM, FFN, V = 64, 4, 2, 16, 48, 96
@@ -50,87 +56,198 @@ SIZES = {
        "first_k_dense_replace num_group num_expert_group num_expert_groups num_shared_experts",
 }  # fmt: skip
 SMALL = {name: size for size, names in SIZES.items() for name in names.split()}
+IMAGE = V - 1
+SMALL |= {"image_token_id": IMAGE, "image_token_index": IMAGE}
+SMALL |= {
+    name: V - 2 - i
+    for i, names in enumerate((
+        "video_token_id video_token_index", "vision_start_token_id image_start_token_id boi_token_index",
+        "vision_end_token_id image_end_token_id eoi_token_index", "video_start_token_id",
+        "video_end_token_id", "audio_token_id",
+    ))
+    for name in names.split()
+}  # fmt: skip
 SMALL |= {"is_decoder": True}
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
-OVERRIDES: dict[str, dict] = {
+TWO_ROPES = {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}}
+MROPE = {"rope_parameters": {**ROPE, "mrope_section": [2, 3, 3]}}
+HALF_MROPE = {
+    "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]},
+}  # fmt: skip
+SHARED = {"layer_types": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3}
+VIT = {"vision_config": {"image_size": 16, "patch_size": 8}}
+VIT_32 = {"vision_config": {"image_size": 32, "patch_size": 8}}
+TILES = {**VIT, "image_grid_pinpoints": [[16, 32], [32, 16]]}
+# what a class needs besides
+OVERRIDES = {
+    "AyaVisionForConditionalGeneration": VIT_32,
+    "Blip2ForConditionalGeneration": {**VIT, "num_query_tokens": 3},
+    "BlipForConditionalGeneration": VIT,
     "BltForCausalLM": {"encoder_hash_byte_group_vocab": 50},
-    "CohereCompassForCausalLM": {
-        "rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE},
-    },
-    "DbrxForCausalLM": {
-        "attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0},
-    },
+    "Cohere2VisionForConditionalGeneration": {**VIT_32, "alignment_intermediate_size": 64},
+    "CohereCompassForCausalLM": TWO_ROPES,
+    "CohereCompassForConditionalGeneration": {"text_config": TWO_ROPES},
+    "Cosmos3EdgeForConditionalGeneration": {"text_config": MROPE},
+    "DbrxForCausalLM": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
+    "DeepseekOcr2ForConditionalGeneration": {
+        "text_config": {"mlp_layer_types": ["dense", "sparse"]}},
+    "Ernie4_5_VLMoeForConditionalGeneration": {"text_config": {
+        "moe_intermediate_size": [48, 48],
+        "rope_parameters": {**ROPE, "mrope_section": [2, 2, 4]}}},
+    "Florence2ForConditionalGeneration": {"vision_config": {
+        "embed_dim": [8, 16, 32, 64], "num_heads": [1, 2, 4, 8], "num_groups": [1, 2, 4, 8],
+        "depths": [1, 1, 1, 1]}},
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]]},
+    "Gemma3ForConditionalGeneration": {**VIT, "mm_tokens_per_image": 4},
     "Gemma3nForCausalLM": {
         "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.5, 0.0],
-        "hidden_size_per_layer_input": 8,
-    },
+        "hidden_size_per_layer_input": 8},
+    "Gemma4UnifiedForConditionalGeneration": {"vision_config": {
+        "mm_embed_dim": 64, "output_proj_dims": 64, "mm_posemb_size": 16}},
+    "Glm46VForConditionalGeneration": {"text_config": MROPE},
+    "Glm4vForConditionalGeneration": {**VIT_32, "text_config": HALF_MROPE},
+    "Glm4vMoeForConditionalGeneration": {"text_config": HALF_MROPE},
+    "GlmOcrForConditionalGeneration": {"text_config": MROPE},
+    "GotOcr2ForConditionalGeneration": {"vision_config": {
+        "image_size": 64, "patch_size": 8, "window_size": 4, "global_attn_indexes": [1],
+        "output_channels": 16}},
+    "HunYuanVLForConditionalGeneration": {"text_config": {
+        "rope_parameters": {**ROPE, "mrope_section": [2, 2, 2, 2]}}},
+    "Idefics2ForConditionalGeneration": {**VIT, "perceiver_config": {
+        "resampler_n_latents": 3, "resampler_depth": 1, "resampler_n_heads": 4,
+        "resampler_head_dim": 16}},
+    "Idefics3ForConditionalGeneration": VIT,
+    "IdeficsForVisionText2Text": {**VIT, "cross_layer_interval": 1},
+    "Inkling2ForConditionalGeneration": {"vision_config": {"text_hidden_size": 64}},
+    "InstructBlipForConditionalGeneration": {**VIT, "num_query_tokens": 3},
+    "InternVLForConditionalGeneration": {"vision_config": {
+        "image_size": [32, 32], "patch_size": [8, 8]}},
+    "Kosmos2ForConditionalGeneration": {**VIT, "latent_query_num": 3},
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "Llama4ForConditionalGeneration": {"vision_config": {
+        "image_size": 32, "patch_size": 8, "intermediate_size": 256, "vision_output_dim": 64,
+        "projector_input_dim": 64, "projector_output_dim": 64}},
+    "LlavaForConditionalGeneration": VIT,
+    "LlavaNextForConditionalGeneration": TILES,
+    "LlavaOnevisionForConditionalGeneration": TILES,
+    "Mistral3ForConditionalGeneration": VIT_32,
+    "Mistral4ForCausalLM": {"rope_parameters": {
+        **ROPE, "original_max_position_embeddings": 64, "llama_4_scaling_beta": 0.1}},
+    "MllamaForConditionalGeneration": {
+        "vision_config": {
+            "image_size": 16, "patch_size": 8, "intermediate_layers_indices": [0],
+            "max_num_tiles": 1, "vision_output_dim": 128, "supported_aspect_ratios": [[1, 1]]},
+        "text_config": {"cross_attention_layers": [1]}},
+    "MuseGlimmerForConditionalGeneration": {"vision_config": {
+        "patch_size": 8, "pos_emb_height": 4, "pos_emb_width": 4}},
+    "PaddleOCRVLForConditionalGeneration": {"text_config": MROPE},
+    "PaliGemmaForConditionalGeneration": VIT,
+    "Qwen2VLForConditionalGeneration": {"vision_config": {"patch_size": 8}, "text_config": MROPE},
+    "Qwen2_5OmniThinkerForConditionalGeneration": {"vision_start_token_id": V - 3},
+    "Qwen2_5_VLForConditionalGeneration": {
+        "vision_config": {"patch_size": 8, "window_size": 32, "fullatt_block_indexes": [1]},
+        "text_config": MROPE},
+    "Qwen3OmniMoeThinkerForConditionalGeneration": {"vision_start_token_id": V - 3},
+    "Qwen3VLForConditionalGeneration": {
+        "vision_config": {
+            "patch_size": 8, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        "text_config": MROPE},
+    "Qwen3_5ForConditionalGeneration": {
+        "vision_config": {"patch_size": 8, "num_position_embeddings": 16},
+        "text_config": {"layer_types": ["linear_attention", "full_attention"]}},
     "ReformerModelWithLMHead": {
         "axial_pos_embds": False, "attn_layers": ["local", "lsh"], "attention_head_size": 16,
-        "hash_seed": 0, "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4,
-    },
+        "hash_seed": 0, "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4},
     "RoCBertForCausalLM": {
         "pronunciation_vocab_size": 16, "shape_vocab_size": 16, "pronunciation_embed_dim": 16,
-        "shape_embed_dim": 16,
-    },
+        "shape_embed_dim": 16},
+    "SmolVLMForConditionalGeneration": VIT,
+    "UnlimitedOcrForConditionalGeneration": {"text_config": {
+        "mlp_layer_types": ["dense", "sparse"], "num_key_value_heads": HEADS}},
     "XmodForCausalLM": {"default_language": "en_XX"},
-    "ZambaForCausalLM": {"layer_types": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3, "attention_hidden_size": 128, "attention_head_dim": 32},
-    "Zamba2ForCausalLM": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3},
-    "Gemma4UnifiedForConditionalGeneration": {
-        "vision_config": {"mm_embed_dim": 64, "output_proj_dims": 64, "mm_posemb_size": 16}},
+    "Zamba2ForCausalLM": SHARED,
+    "ZambaForCausalLM": {**SHARED, "attention_hidden_size": 128, "attention_head_dim": 32},
     "ZayaForCausalLM": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
+HEADS_OF_SEVERAL = "It has several heads, one for each codebook."
+TWO_PARTS = "It has an encoder and a decoder, so that its logits are not those of input_ids."
+REFUSED: dict[str, str] = {
+    "MusicgenForCausalLM": HEADS_OF_SEVERAL,
+    "MusicgenMelodyForCausalLM": HEADS_OF_SEVERAL,
+    "Florence2ForConditionalGeneration": TWO_PARTS,
+    "PI0ForConditionalGeneration": "It predicts actions, and has no head.",
+    "PPFormulaNetForConditionalGeneration": TWO_PARTS,
+    "Pix2StructForConditionalGeneration": TWO_PARTS,
+    "T5Gemma2ForConditionalGeneration": TWO_PARTS,
+    "UdopForConditionalGeneration": TWO_PARTS,
+    "VisionEncoderDecoderModel": TWO_PARTS,
+    "ProphetNetForCausalLM": "Its head predicts several tokens at once, from (B, N, S, H).",
+}
+NOT_BUILT: dict[str, str] = {}
+NEED_IMAGES = {
+    "Blip2ForConditionalGeneration", "BlipForConditionalGeneration", "IdeficsForVisionText2Text",
+    "InstructBlipForConditionalGeneration", "Kosmos2ForConditionalGeneration",
+}  # fmt: skip
+TEXT = [name for name in CLASSES if name not in REFUSED.keys() | NOT_BUILT.keys() | NEED_IMAGES]
+
 
 def small_config(kind, overrides):
-    """A config of this class with every size small, and of its parts."""
+    """A config of this class, and of its parts, with every size small."""
     default = kind()
-    known = default.to_dict()
+    known, parts = default.to_dict(), getattr(kind, "sub_configs", {})
     small = {name: SMALL[name] for name in known if name in SMALL}
-    if "kv_lora_rank" in known:
+    if "kv_lora_rank" in known:  # MLA has as many of both
         small["num_key_value_heads"] = HEADS
-    for name, part in getattr(kind, "sub_configs", {}).items():
+    small |= {name: x for name, x in overrides.items() if name not in parts}
+    for name, part in parts.items():
         if getattr(default, name, None) is not None:
             part = type(getattr(default, name))
         if part is not transformers.AutoConfig:
             small[name] = small_config(part, overrides.get(name, {}))
-    parts = getattr(kind, "sub_configs", {})
-    return kind(**small | {name: x for name, x in overrides.items() if name not in parts})
+    return kind(**small)
 
 
-def make(name, options):
+def make(name, options=None):
     torch.manual_seed(0)
     kind = getattr(transformers, name)
-    config = small_config(kind.config_class, OVERRIDES.get(name, {}) | options)
+    config = small_config(kind.config_class, merged(OVERRIDES.get(name, {}), options or {}))
     config._attn_implementation = "eager"
-    with torch.device("meta"):
+    with torch.device("meta"):  # a size that is missing above must not fill the memory
         size = sum(p.numel() for p in kind(config).parameters())
-    assert size < 5e6, f"too large: {size}"
+    assert size < 8e6, f"{name} has {size} parameters"
     model = kind(config).eval()
     randomise(model)
     return model
 
 
+def merged(a, b):
+    both = {name: merged(a[name], b[name]) for name in a.keys() & b.keys() if type(b[name]) is dict}
+    return a | b | both
+
+
 @torch.no_grad()
 def randomise(model):
-    """No parameter is left at a value that hides what it does, and logits vary by 2."""
+    """No parameter keeps a value that hides what it does, 0 or 1."""
     for name, part in [*model.named_parameters(), *model.named_buffers()]:
         if part.is_floating_point() and ("bias" in name or isinstance(part, torch.nn.Parameter)):
             part.add_(0.1 * torch.randn_like(part))
     head = model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
         head.bias.normal_()
-    if hasattr(head, "weight"):
-        head.weight.mul_(2 / own_logits(model, make_batch(model)).std())
+
+
+@torch.no_grad()
+def widen(model, batch):
+    """Give logits a standard deviation of about 2."""
+    model.get_output_embeddings().weight.mul_(2 / own_logits(model, batch).std())
 
 
 def make_batch(model):
-    ids = torch.randint(2, V, (2, 11), generator=torch.Generator().manual_seed(0))
-    names = inspect.signature(model.forward).parameters
+    ids = torch.randint(2, V - 10, (2, 11))
     batch = {"input_ids": ids}
-    if "attention_mask" in names:
+    if "attention_mask" in inspect.signature(model.forward).parameters:
         batch["attention_mask"] = torch.ones_like(ids)
     return batch
 
@@ -142,3 +259,133 @@ def own_logits(model, batch):
 def own_log_probs(model, batch):
     log_probs = own_logits(model, batch).double().log_softmax(-1)[:, -T - 1 : -1]
     return log_probs.gather(-1, batch["input_ids"][:, -T:, None])[..., 0]
+
+
+# what configs call a factor of logits, a soft cap of them, or a bias of the head
+TRANSFORMS = {
+    "logit_scale": 0.25, "logits_scaling": 3.0, "lm_head_multiplier": 0.5,
+    "output_multiplier": 0.5, "logits_mup_width_multiplier": 3.0, "final_logit_softcapping": 2.0,
+    "logits_soft_cap": 2.0, "output_logit_soft_cap": 2.0, "lm_head_bias": True,
+}  # fmt: skip
+
+
+def variants(name):
+    """Options of configs: none, and everything that changes logits, where there is something."""
+    yield {}
+    default = getattr(transformers, name).config_class()
+    for part, wrap in ((default, dict), (default.get_text_config(), lambda x: {"text_config": x})):
+        if found := {name: x for name, x in TRANSFORMS.items() if name in part.to_dict()}:
+            yield wrap(found)
+            return
+
+
+@pytest.mark.parametrize("name", TEXT)
+@torch.no_grad()
+def test_log_probs(name):
+    for options in variants(name):
+        model = make(name, options)
+        batch = make_batch(model)
+        widen(model, batch)
+        assert own_logits(model, batch).std() > 0.5
+        got = log_probs_from_model(model, batch, T)
+        torch.testing.assert_close(got.double(), own_log_probs(model, batch), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    model = make(name)
+    with pytest.raises(ValueError, match=name):
+        log_probs_from_model(model, make_batch(model), T)
+
+
+# With images
+
+
+def grid():
+    """Of the Qwen-VL family: patches of two images, each 4 by 4, two by two of which are merged."""
+    return {
+        "pixel_values": torch.randn(2 * 16, 3 * 2 * 8 * 8),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
+    }
+
+
+def tiles():
+    """Of the Llava family: two images of two tiles each, and each as a whole."""
+    return {
+        "pixel_values": torch.randn(2, 3, 3, 16, 16), "image_sizes": torch.tensor([[16, 32]] * 2),
+    }
+
+
+def pixels(*shape):
+    return lambda: {"pixel_values": torch.randn(*shape)}
+
+
+PIXELS = pixels(2, 3, 16, 16)
+PIXELS_32 = pixels(2, 3, 32, 32)
+# class: (image tokens in each of two rows, inputs)
+IMAGES = {
+    "AyaVisionForConditionalGeneration": (4, PIXELS_32),
+    "Blip2ForConditionalGeneration": (3, PIXELS),
+    "BlipForConditionalGeneration": (0, PIXELS),
+    "Cohere2VisionForConditionalGeneration": (4, PIXELS_32),
+    "Gemma3ForConditionalGeneration": (4, lambda: {
+        **PIXELS(), "token_type_ids": (torch.arange(4 + 11) < 4).long().expand(2, -1)}),
+    "Glm4vForConditionalGeneration": (4, grid),
+    "GotOcr2ForConditionalGeneration": (4, pixels(2, 3, 64, 64)),
+    "Idefics2ForConditionalGeneration": (3, pixels(2, 1, 3, 16, 16)),
+    "Idefics3ForConditionalGeneration": (1, pixels(2, 1, 3, 16, 16)),
+    "IdeficsForVisionText2Text": (0, lambda: {
+        **pixels(2, 1, 3, 16, 16)(), "image_attention_mask": torch.ones(2, 11, 1).long()}),
+    "InstructBlipForConditionalGeneration": (3, lambda: {
+        **PIXELS(), "qformer_input_ids": torch.randint(2, V, (2, 4))}),
+    "InternVLForConditionalGeneration": (4, PIXELS_32),
+    "Kosmos2ForConditionalGeneration": (3, lambda: {
+        **PIXELS(), "image_embeds_position_mask": (torch.arange(3 + 11) < 3).expand(2, -1)}),
+    "Llama4ForConditionalGeneration": (4, PIXELS_32),
+    "LlavaForConditionalGeneration": (4, PIXELS),
+    "LlavaNextForConditionalGeneration": (14, tiles),
+    "LlavaOnevisionForConditionalGeneration": (14, tiles),
+    "Mistral3ForConditionalGeneration": (4, lambda: {
+        **PIXELS_32(), "image_sizes": torch.tensor([[32, 32]] * 2)}),
+    "MllamaForConditionalGeneration": (0, lambda: {
+        "pixel_values": torch.randn(2, 1, 1, 3, 16, 16),
+        "aspect_ratio_ids": torch.ones(2, 1).long(),
+        "aspect_ratio_mask": torch.ones(2, 1, 1).long(),
+        "cross_attention_mask": torch.ones(2, 11, 1, 1).long()}),
+    "PaliGemmaForConditionalGeneration": (4, PIXELS),
+    "Qwen2VLForConditionalGeneration": (4, grid),
+    "Qwen2_5_VLForConditionalGeneration": (4, grid),
+    "Qwen3VLForConditionalGeneration": (4, grid),
+    "Qwen3_5ForConditionalGeneration": (4, grid),
+    "SmolVLMForConditionalGeneration": (1, pixels(2, 1, 3, 16, 16)),
+}  # fmt: skip
+
+
+
+def with_images(name):
+    """A model, two rows of image tokens and text, and which of its parameters are the tower's."""
+    count, inputs = IMAGES[name]
+    model = make(name)
+    batch = make_batch(model)
+    ids = torch.cat([torch.full((2, count), IMAGE), batch["input_ids"]], dim=1)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | inputs()
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+        batch["mm_token_type_ids"] = (ids == IMAGE).long()
+    widen(model, batch)
+    return model, batch, [p for name, p in model.named_parameters() if re.search("vision|visual", name)]
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_images(name):
+    model, batch, tower = with_images(name)
+    expected = own_log_probs(model, batch)
+    weights = torch.randn(expected.shape)
+    got = log_probs_from_model(model, batch, T)
+    torch.testing.assert_close(got.double(), expected, atol=2e-5, rtol=0)
+    ours, theirs = (
+        torch.autograd.grad((x * weights).sum(), tower, allow_unused=True) for x in (got, expected)
+    )
+    assert [x is None for x in ours] == [x is None for x in theirs]
+    ours, theirs = (torch.cat([x.flatten() for x in g if x is not None]) for g in (ours, theirs))
+    assert theirs.norm() > 1e-2
+    assert relative(ours, theirs) < 1e-4

@@ -262,6 +262,11 @@ def learn(
         ValueError: it is nothing that the ops can apply.
     """
     inner = unwrapped(model)
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(inner).__name__} has a decoder, whose logits are not those of input_ids: "
+            f"{_INSTEAD}"
+        )
     last = last_layer(inner)
     probe = _Probe(last)
     probe.is_real = check
