@@ -365,8 +365,11 @@ def last_layer(model: Any) -> Any:
         ValueError: there is none, or it is none that the ops can apply.
     """
     name = type(model).__name__
-    last = getattr(model, "get_output_embeddings", lambda: None)()
-    if last is None or not hasattr(last, "forward"):
+    # of the model, or else of a model in it, as in some of those that see images
+    parts = model.modules() if isinstance(model, nn.Module) else ()
+    found = (getattr(part, "get_output_embeddings", lambda: None)() for part in parts)
+    last = next((layer for layer in found if layer is not None), None)
+    if not hasattr(last, "forward"):
         raise ValueError(f"{name} has no output embeddings: is it a causal model?")
     weight = getattr(_base(last), "weight", None)
     if weight is None or weight.ndim not in (1, 2):  # 1: of ZeRO-3, before it is gathered
