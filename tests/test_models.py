@@ -24,50 +24,51 @@ FROM_IMAGES = set(NAMES.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
 CLASSES = sorted(CAUSAL | FROM_IMAGES)
 
 T = 5
-H, HEADS, KV_HEADS, HEAD_DIM, FFN, V = 64, 4, 2, 16, 48, 96
+H, HEADS, V = 64, 4, 96
 
-# by the names that configs have for them
+# by what configs call them
 SIZES = {
-    H: "hidden_size hidden_size_global mamba_d_ssm embedding_dim qk_hidden_size d_model n_embd dim dim_model embedding_size embed_dim decoder_hidden_size "
-       "hidden_dim emb_dim projection_dim output_hidden_size out_hidden_size d_embed "
-       "decoder_embed_dim width proj_dim lru_width",
-    2: "num_experts_per_token num_hidden_layers n_layers n_layer num_layers encoder_layers decoder_layers depth "
-       "num_key_value_heads num_kv_heads multi_query_kv_heads num_experts_per_tok "
-       "num_decoder_layers num_encoder_layers num_blocks vision_layers num_global_layers "
-       "kv_n_heads moe_topk moe_k moe_top_k num_global_key_value_heads swa_num_key_value_heads",
-    4: "num_attention_heads linear_num_heads n_mamba_heads attention_heads num_decoder_attention_heads n_heads n_head num_heads encoder_attention_heads "
-       "decoder_attention_heads vision_heads num_experts n_routed_experts num_local_experts "
-       "moe_num_experts mamba_n_heads mamba_num_heads "
-       "linear_num_value_heads linear_num_key_heads index_n_heads index_topk "
-       "swa_num_attention_heads num_moe_experts moe_num_local_experts num_moe_local_experts",
-    16: "head_dim attention_heads_dim dim_head d_head kv_channels d_kv attention_head_dim v_head_dim qk_rope_head_dim "
-        "linear_key_head_dim linear_value_head_dim mamba_d_head mamba_head_dim q_lora_rank "
-        "kv_lora_rank index_head_dim global_head_dim rotary_dim swa_head_dim swa_v_head_dimlinear_head_dim mamba_headdim",
+    H: "d_model decoder_hidden_size emb_dim embed_dim embedding_dim embedding_size hidden_size "
+       "hidden_size_global lru_width mamba_d_ssm n_embd out_hidden_size projection_dim",
+    2: "decoder_layers depth encoder_layers kv_n_heads moe_k moe_top_k moe_topk n_layer "
+       "n_layers num_blocks num_decoder_layers num_encoder_layers num_experts_per_tok "
+       "num_experts_per_token num_global_layers num_hidden_layers num_key_value_heads "
+       "num_kv_heads num_layers swa_num_key_value_heads",
+    4: "attention_heads decoder_attention_heads encoder_attention_heads index_n_heads "
+       "index_topk linear_num_heads linear_num_key_heads linear_num_value_heads mamba_n_heads "
+       "mamba_num_heads moe_num_experts n_head n_heads n_mamba_heads n_routed_experts "
+       "num_attention_heads num_decoder_attention_heads num_experts num_heads "
+       "num_local_experts swa_num_attention_heads",
+    16: "attention_head_dim d_head d_kv dim_head head_dim index_head_dim kv_channels "
+        "kv_lora_rank linear_head_dim linear_key_head_dim linear_value_head_dim mamba_d_head "
+        "mamba_head_dim mamba_headdim q_lora_rank qk_rope_head_dim rotary_dim swa_head_dim "
+        "v_head_dim",
     32: "qk_nope_head_dim",
-    48: "qk_head_dim intermediate_size n_inner ffn_dim ffn_hidden_size d_ff decoder_ffn_dim encoder_ffn_dim "
-        "moe_intermediate_size shared_expert_intermediate_size dim_feedforward d_inner dff dim_ff "
-        "expert_ffn_hidden_size shared_intermediate_size intermediate_size_mlp mlp_dim "
-        "moe_shared_expert_intermediate_size feed_forward_size moe_ffn_hidden_size "
-        "feed_forward_hidden_size projection_hidden_size projector_hidden_size",
-    8: "state_size mamba_d_state ssm_state_size d_state chunk_size mamba_chunk_size sliding_window",
-    V: "vocab_size n_words vocab_size_per_layer_input",
-    40: "max_position_embeddings n_positions n_ctx n_embd_positions max_seq_len",
+    48: "d_ff d_inner decoder_ffn_dim dff dim_ff encoder_ffn_dim expert_ffn_hidden_size "
+        "feed_forward_size ffn_dim ffn_hidden_size intermediate_size intermediate_size_mlp "
+        "mlp_dim moe_intermediate_size moe_shared_expert_intermediate_size n_inner "
+        "projection_hidden_size projector_hidden_size qk_head_dim "
+        "shared_expert_intermediate_size shared_intermediate_size",
+    8: "chunk_size mamba_chunk_size mamba_d_state sliding_window ssm_state_size state_size",
+    V: "vocab_size vocab_size_per_layer_input",
+    40: "max_position_embeddings max_seq_len n_ctx n_positions",
     0: "pad_token_id",
-    1: "bos_token_id eos_token_id sep_token_id cls_token_id n_group n_groups num_groups mamba_n_groups mamba_ngroups num_query_groups expand mamba_expand topk_group n_shared_experts "
-       "first_k_dense_replace num_group num_expert_group num_expert_groups num_shared_experts",
+    1: "bos_token_id cls_token_id eos_token_id expand first_k_dense_replace mamba_expand "
+       "mamba_n_groups mamba_ngroups n_group n_groups n_shared_experts num_expert_group "
+       "num_groups num_query_groups num_shared_experts sep_token_id topk_group",
 }  # fmt: skip
 SMALL = {name: size for size, names in SIZES.items() for name in names.split()}
 IMAGE = V - 1
-SMALL |= {"image_token_id": IMAGE, "image_token_index": IMAGE}
-SMALL |= {
-    name: V - 2 - i
-    for i, names in enumerate((
-        "video_token_id video_token_index", "vision_start_token_id image_start_token_id boi_token_index",
-        "vision_end_token_id image_end_token_id eoi_token_index", "video_start_token_id",
-        "video_end_token_id", "audio_token_id",
-    ))
-    for name in names.split()
-}  # fmt: skip
+SPECIAL = {
+    IMAGE: "image_token_id image_token_index",
+    V - 2: "video_token_id video_token_index",
+    V - 3: "vision_start_token_id image_start_token_id boi_token_index",
+    V - 4: "vision_end_token_id image_end_token_id eoi_token_index",
+    V - 5: "video_start_token_id",
+    V - 6: "video_end_token_id",
+    V - 7: "audio_token_id",
+}
+SMALL |= {name: token for token, names in SPECIAL.items() for name in names.split()}
 SMALL |= {"is_decoder": True}
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
@@ -86,6 +87,9 @@ OVERRIDES = {
     "Blip2ForConditionalGeneration": {**VIT, "num_query_tokens": 3},
     "BlipForConditionalGeneration": VIT,
     "BltForCausalLM": {"encoder_hash_byte_group_vocab": 50},
+    "ChameleonForConditionalGeneration": {
+        "vocabulary_map": {"<image>": IMAGE, "IMGIMGAZ": V - 2},
+        "vq_config": {"base_channels": 32}},
     "Cohere2VisionForConditionalGeneration": {**VIT_32, "alignment_intermediate_size": 64},
     "CohereCompassForCausalLM": TWO_ROPES,
     "CohereCompassForConditionalGeneration": {"text_config": TWO_ROPES},
@@ -93,6 +97,9 @@ OVERRIDES = {
     "DbrxForCausalLM": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
     "DeepseekOcr2ForConditionalGeneration": {
         "text_config": {"mlp_layer_types": ["dense", "sparse"]}},
+    "Emu3ForConditionalGeneration": {
+        "vocabulary_map": {"<image>": IMAGE, "<|extra_200|>": V - 2},
+        "vq_config": {"base_channels": 32}},
     "Ernie4_5_VLMoeForConditionalGeneration": {"text_config": {
         "moe_intermediate_size": [48, 48],
         "rope_parameters": {**ROPE, "mrope_section": [2, 2, 4]}}},
@@ -115,6 +122,8 @@ OVERRIDES = {
     "GotOcr2ForConditionalGeneration": {"vision_config": {
         "image_size": 64, "patch_size": 8, "window_size": 4, "global_attn_indexes": [1],
         "output_channels": 16}},
+    "Granite4VisionForConditionalGeneration": {
+        "deepstack_layer_map": [[0, 0]], "downsample_rate": "1/2"},
     "HunYuanVLForConditionalGeneration": {"text_config": {
         "rope_parameters": {**ROPE, "mrope_section": [2, 2, 2, 2]}}},
     "Idefics2ForConditionalGeneration": {**VIT, "perceiver_config": {
@@ -126,6 +135,7 @@ OVERRIDES = {
     "InstructBlipForConditionalGeneration": {**VIT, "num_query_tokens": 3},
     "InternVLForConditionalGeneration": {"vision_config": {
         "image_size": [32, 32], "patch_size": [8, 8]}},
+    "JanusForConditionalGeneration": {"vq_config": {"base_channels": 32, "num_embeddings": 64}},
     "Kosmos2ForConditionalGeneration": {**VIT, "latent_query_num": 3},
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "Llama4ForConditionalGeneration": {"vision_config": {
@@ -143,20 +153,12 @@ OVERRIDES = {
             "max_num_tiles": 1, "vision_output_dim": 128, "supported_aspect_ratios": [[1, 1]]},
         "text_config": {"cross_attention_layers": [1]}},
     "Molmo2ForConditionalGeneration": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "MuseGlimmerForConditionalGeneration": {"vision_config": {
+        "patch_size": 8, "pos_emb_height": 4, "pos_emb_width": 4}},
     "MuseSparkForConditionalGeneration": {"vision_config": {
         "patch_size": 8, "pos_emb_height": 4, "pos_emb_width": 4},
         "audio_config": {"patch_sizes": [4, 4], "hidden_sizes": [32, 64], "depths": [1, 1]}},
     "NemotronH_Omni_Reasoning_V3": {"vision_config": {"video_temporal_patch_size": 2}},
-    "ChameleonForConditionalGeneration": {
-        "vocabulary_map": {"<image>": IMAGE}, "vq_config": {"base_channels": 32}},
-    "Emu3ForConditionalGeneration": {
-        "vocabulary_map": {"<image>": IMAGE, "<|extra_200|>": V - 2},
-        "vq_config": {"base_channels": 32}},
-    "Granite4VisionForConditionalGeneration": {
-        "deepstack_layer_map": [[0, 0]], "downsample_rate": "1/2"},
-    "JanusForConditionalGeneration": {"vq_config": {"base_channels": 32, "num_embeddings": 64}},
-    "MuseGlimmerForConditionalGeneration": {"vision_config": {
-        "patch_size": 8, "pos_emb_height": 4, "pos_emb_width": 4}},
     "PaddleOCRVLForConditionalGeneration": {"text_config": MROPE},
     "PaliGemmaForConditionalGeneration": VIT,
     "Qwen2VLForConditionalGeneration": {"vision_config": {"patch_size": 8}, "text_config": MROPE},
@@ -193,6 +195,7 @@ TWO_PARTS = "It has an encoder and a decoder, so that its logits are not those o
 REFUSED: dict[str, str] = {
     "MusicgenForCausalLM": HEADS_OF_SEVERAL,
     "MusicgenMelodyForCausalLM": HEADS_OF_SEVERAL,
+    "ChameleonForConditionalGeneration": "It masks the logits of image tokens.",
     "Florence2ForConditionalGeneration": TWO_PARTS,
     "PI0ForConditionalGeneration": "It predicts actions, and has no head.",
     "PPFormulaNetForConditionalGeneration": TWO_PARTS,
@@ -266,7 +269,7 @@ def randomise(model):
 
 @torch.no_grad()
 def widen(model, batch):
-    """Give logits a standard deviation of about 2, and a bias of the head, if there is one, of 1."""
+    """Give logits a standard deviation of about 2, and a bias of the head one of 1."""
     head = last_layer(model)
     head.weight.mul_(2 / own_logits(model, batch).std())
     if getattr(head, "bias", None) is not None:
@@ -295,6 +298,7 @@ TRANSFORMS = {
     "logit_scale": 0.25, "logits_scaling": 3.0, "lm_head_multiplier": 0.5,
     "output_multiplier": 0.5, "logits_mup_width_multiplier": 3.0, "final_logit_softcapping": 2.0,
     "logits_soft_cap": 2.0, "output_logit_soft_cap": 2.0, "lm_head_bias": True,
+    "unpadded_vocab_size": V - 3,
 }  # fmt: skip
 
 
@@ -323,7 +327,7 @@ def test_log_probs(name):
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name):
     model = make(name)
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=f"{name}.*: use the ops from logits"):
         log_probs_from_model(model, make_batch(model), T)
 
 
@@ -341,7 +345,8 @@ def grid():
 def tiles():
     """Of the Llava family: two images of two tiles each, and each as a whole."""
     return {
-        "pixel_values": torch.randn(2, 3, 3, 16, 16), "image_sizes": torch.tensor([[16, 32]] * 2),
+        "pixel_values": torch.randn(2, 3, 3, 16, 16),
+        "image_sizes": torch.tensor([[16, 32]] * 2),
     }
 
 
@@ -390,7 +395,6 @@ IMAGES = {
 }  # fmt: skip
 
 
-
 def with_images(name):
     """A model, two rows of image tokens and text, and which of its parameters are the tower's."""
     count, inputs = IMAGES[name]
@@ -401,11 +405,15 @@ def with_images(name):
     if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
         batch["mm_token_type_ids"] = (ids == IMAGE).long()
     widen(model, batch)
-    return model, batch, [
-        p
-        for name, p in model.named_parameters()
-        if p.requires_grad and re.search("vision|visual", name)
-    ]
+    return (
+        model,
+        batch,
+        [
+            p
+            for name, p in model.named_parameters()
+            if p.requires_grad and re.search("vision|visual", name)
+        ],
+    )
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -422,3 +430,148 @@ def test_images(name):
     ours, theirs = (torch.cat([x.flatten() for x in g if x is not None]) for g in (ours, theirs))
     assert theirs.norm() > 1e-2
     assert relative(ours, theirs) < 1e-4
+
+
+# Models that the ops can't apply
+
+
+class BiasAfterTheHead(transformers.LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits + torch.linspace(0, 1, V)
+        return output
+
+
+class NormalisedWeight(transformers.LlamaForCausalLM):
+    class Linear(torch.nn.Linear):
+        def forward(self, x):
+            return torch.nn.functional.linear(x, torch.nn.functional.normalize(self.weight, dim=1))
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.lm_head = self.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+
+class HeadCalledTwice(transformers.LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        output, again = (super(HeadCalledTwice, self).forward(*args, **kwargs) for _ in range(2))
+        output.logits = 0.5 * (output.logits + again.logits)
+        return output
+
+
+class WarmerByPosition(transformers.LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits / torch.arange(1, output.logits.shape[1] + 1)[:, None]
+        return output
+
+
+class WeightWithoutTheHead(transformers.LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        output = self.model(*args, **kwargs)
+        return transformers.modeling_outputs.CausalLMOutput(
+            logits=output.last_hidden_state @ self.lm_head.weight.T
+        )
+
+
+WRONG = {
+    BiasAfterTheHead: (
+        "BiasAfterTheHead treats the logits of some tokens in another way than others'"
+    ),
+    NormalisedWeight: (
+        "the logits of NormalisedWeight differ by [0-9.]+ from those that its head's weight and "
+        "bias make of its hidden states"
+    ),
+    HeadCalledTwice: (
+        r"HeadCalledTwice calls its head, Linear, 2 times, last with \(1, 8, 64\), where the ops "
+        r"need hidden states \(B, S, H\), once"
+    ),
+    WarmerByPosition: (
+        r"WarmerByPosition makes of its logits what is neither a scale nor a soft cap: at "
+        r"\[0.0, .*\] they become \[0.0, .*\]"
+    ),
+    WeightWithoutTheHead: "WeightWithoutTheHead calls its head, Linear, 0 times, last with None",
+}
+
+
+@pytest.mark.parametrize("kind", WRONG, ids=lambda kind: kind.__name__)
+def test_what_a_wrong_model_is_told(kind):
+    torch.manual_seed(0)
+    model = kind(small_config(transformers.LlamaConfig, {})).eval()
+    batch = make_batch(model)
+    widen(model, batch)
+    for _ in range(2):  # what is refused is not kept
+        with pytest.raises(ValueError, match=f"{WRONG[kind]}.*: use the ops from logits for it$"):
+            log_probs_from_model(model, batch, T)
+
+
+# docs/models.md
+
+DOCUMENT = Path(__file__).parent.parent / "docs/models.md"
+VERSION = transformers.__version__
+
+
+def test_every_class_stands_in_one_list():
+    assert not REFUSED.keys() & NOT_BUILT.keys()
+    for names in (REFUSED.keys(), NOT_BUILT.keys(), OVERRIDES.keys(), IMAGES.keys(), NEED_IMAGES):
+        assert names <= set(CLASSES)
+    assert IMAGES.keys() >= NEED_IMAGES
+    assert len(CAUSAL & {*TEXT}) >= 170
+
+
+def test_the_document_is_up_to_date():
+    text = DOCUMENT.read_text()
+    if f"transformers {VERSION}" not in text:
+        pytest.skip(f"docs/models.md is of another version than {VERSION}")
+    assert text == document()
+
+
+def result(name):
+    if name in REFUSED:
+        return f"refused: {REFUSED[name]}"
+    if name in NOT_BUILT:
+        return f"not built: {NOT_BUILT[name]}"
+    if name in NEED_IMAGES:
+        return "equal, with images"
+    return "equal, also with images" if name in IMAGES else "equal"
+
+
+def table(names):
+    return "\n".join(["| class | log-probs |", "|---|---|", *(
+        f"| {name} | {result(name)} |" for name in sorted(names))])  # fmt: skip
+
+
+def document():
+    equal = len({*TEXT} | NEED_IMAGES)
+    return f"""# Models of transformers
+
+`log_probs_from_model` and `loss_from_model` run a model's own forward up to its head, and learn
+from a few tokens what the model makes of its logits. This page says for which classes of
+transformers {VERSION} the tests compare them with the model's own logits: {equal} are equal,
+{len(REFUSED)} are refused, and {len(NOT_BUILT)} are not built.
+
+- **equal**: A small random model of the class gives the log-probs of its own logits, within 2e-5
+  in fp32. Where its config has a factor or a soft cap of logits, a second model has it set. With
+  images, the gradient of the vision tower is that of the model's own logits as well.
+- **refused**: The first call raises a ValueError, which names the class and says what differs. The
+  ops from logits take such a model's logits.
+- **not built**: The tests have no small model of the class. The first call compares it with its
+  own logits all the same, and raises a ValueError where they differ.
+
+A class that stands nowhere here, your own for example, is compared in the same way. `python
+tests/test_models.py --write` writes this page.
+
+## Causal language models
+
+{table(CAUSAL)}
+
+## Text from images
+
+Classes that stand above are left out.
+
+{table(FROM_IMAGES - CAUSAL)}
+"""
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["--write"]:
+    DOCUMENT.write_text(document())

@@ -179,7 +179,7 @@ class _Probe(_Tap):
 
 
 class _Seam:
-    """A model's forward with another layer in its head's place, and a function of the hidden states.
+    """A model's forward with another layer in its head's place, and a function of hidden states.
 
     One for each model, which stays, so that torch.compile compiles the forward once.
     """
@@ -370,7 +370,7 @@ def last_layer(model: Any) -> Any:
     found = (getattr(part, "get_output_embeddings", lambda: None)() for part in parts)
     last = next((layer for layer in found if layer is not None), None)
     if not hasattr(last, "forward"):
-        raise ValueError(f"{name} has no output embeddings: is it a causal model?")
+        raise ValueError(f"{name} has no output embeddings, which make logits: {_INSTEAD}")
     weight = getattr(_base(last), "weight", None)
     if weight is None or weight.ndim not in (1, 2):  # 1: of ZeRO-3, before it is gathered
         raise ValueError(
