@@ -312,16 +312,38 @@ def variants(name):
             return
 
 
+def assert_same(model, batch, parameters):
+    """Log-probs, and a gradient of them, are those of the model's own logits."""
+    expected = own_log_probs(model, batch)
+    got = log_probs_from_model(model, batch, T)
+    torch.testing.assert_close(got.double(), expected, atol=2e-5, rtol=0)
+    weights = torch.randn(expected.shape)
+    ours, theirs = (
+        torch.cat([
+            grad.flatten()
+            for grad in torch.autograd.grad((x * weights).sum(), parameters, materialize_grads=True)
+        ])
+        for x in (got, expected)
+    )  # fmt: skip
+    assert theirs.norm() > 1e-2
+    assert relative(ours, theirs) < 1e-4
+
+
+def trained(model, pattern=""):
+    return [
+        p for name, p in model.named_parameters() if p.requires_grad and re.search(pattern, name)
+    ]
+
+
 @pytest.mark.parametrize("name", TEXT)
-@torch.no_grad()
-def test_log_probs(name):
+def test_text(name):
     for options in variants(name):
         model = make(name, options)
         batch = make_batch(model)
         widen(model, batch)
         assert own_logits(model, batch).std() > 0.5
-        got = log_probs_from_model(model, batch, T)
-        torch.testing.assert_close(got.double(), own_log_probs(model, batch), atol=2e-5, rtol=0)
+        # Reformer's body has a gradient in training only
+        assert_same(model, batch, trained(model, "lm_head" if "Reformer" in name else ""))
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -395,41 +417,16 @@ IMAGES = {
 }  # fmt: skip
 
 
-def with_images(name):
-    """A model, two rows of image tokens and text, and which of its parameters are the tower's."""
+@pytest.mark.parametrize("name", IMAGES)
+def test_images(name):
     count, inputs = IMAGES[name]
     model = make(name)
-    batch = make_batch(model)
-    ids = torch.cat([torch.full((2, count), IMAGE), batch["input_ids"]], dim=1)
+    ids = torch.cat([torch.full((2, count), IMAGE), make_batch(model)["input_ids"]], dim=1)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | inputs()
     if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
         batch["mm_token_type_ids"] = (ids == IMAGE).long()
     widen(model, batch)
-    return (
-        model,
-        batch,
-        [
-            p
-            for name, p in model.named_parameters()
-            if p.requires_grad and re.search("vision|visual", name)
-        ],
-    )
-
-
-@pytest.mark.parametrize("name", IMAGES)
-def test_images(name):
-    model, batch, tower = with_images(name)
-    expected = own_log_probs(model, batch)
-    weights = torch.randn(expected.shape)
-    got = log_probs_from_model(model, batch, T)
-    torch.testing.assert_close(got.double(), expected, atol=2e-5, rtol=0)
-    ours, theirs = (
-        torch.autograd.grad((x * weights).sum(), tower, allow_unused=True) for x in (got, expected)
-    )
-    assert [x is None for x in ours] == [x is None for x in theirs]
-    ours, theirs = (torch.cat([x.flatten() for x in g if x is not None]) for g in (ours, theirs))
-    assert theirs.norm() > 1e-2
-    assert relative(ours, theirs) < 1e-4
+    assert_same(model, batch, trained(model, "vision|visual"))
 
 
 # Models that the ops can't apply
@@ -505,6 +502,13 @@ def test_what_a_wrong_model_is_told(kind):
             log_probs_from_model(model, batch, T)
 
 
+def test_labels_are_refused():
+    model = transformers.LlamaForCausalLM(small_config(transformers.LlamaConfig, {}))
+    batch = make_batch(model)
+    with pytest.raises(ValueError, match="batch must have no labels"):
+        log_probs_from_model(model, batch | {"labels": batch["input_ids"]}, T)
+
+
 # docs/models.md
 
 DOCUMENT = Path(__file__).parent.parent / "docs/models.md"
@@ -533,6 +537,8 @@ def result(name):
         return f"not built: {NOT_BUILT[name]}"
     if name in NEED_IMAGES:
         return "equal, with images"
+    if "Reformer" in name:
+        return "equal, the gradient that of its head"
     return "equal, also with images" if name in IMAGES else "equal"
 
 
@@ -551,8 +557,8 @@ transformers {VERSION} the tests compare them with the model's own logits: {equa
 {len(REFUSED)} are refused, and {len(NOT_BUILT)} are not built.
 
 - **equal**: A small random model of the class gives the log-probs of its own logits, within 2e-5
-  in fp32. Where its config has a factor or a soft cap of logits, a second model has it set. With
-  images, the gradient of the vision tower is that of the model's own logits as well.
+  in fp32, and their gradient in every parameter. Where its config has a factor or a soft cap of
+  logits, a second model has it set. With images, the gradient is that of the vision tower.
 - **refused**: The first call raises a ValueError, which names the class and says what differs. The
   ops from logits take such a model's logits.
 - **not built**: The tests have no small model of the class. The first call compares it with its
