@@ -31,6 +31,7 @@ _OF_TEXT = {
     "output_router_logits",
 }  # fmt: skip
 _COLUMNS = 1024  # of the vocabulary, evenly spread, that are compared
+_INSTEAD = "use the ops from logits for it"  # the end of what a refused model's user is told
 
 
 class Transform(NamedTuple):
@@ -171,8 +172,9 @@ class _Probe(_Tap):
     is_real = True  # whether there are logits
 
     def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        self.calls += 1
-        self.hidden = hidden
+        nothing = super().forward(hidden)
+        if hidden.ndim != 3:  # it is refused once the model is done
+            return nothing
         head = vars(self)["head"]
         real = head(hidden[:1, -_TOKENS:])[0] if self.is_real else None
         columns = len(_base(head).weight) if real is None else real.shape[-1]
@@ -182,13 +184,13 @@ class _Probe(_Tap):
 
 
 class _Seam:
-    """A model's forward with another layer in its head's place, and a function at its end.
+    """A model's forward with another layer in its head's place, and a function of hidden states.
 
     One for each model, which stays, so that torch.compile compiles the forward once.
     """
 
     def __init__(self, model: Any, last: nn.Module, tap: _Tap) -> None:
-        self.last, self.tap = last, tap
+        self.name, self.last, self.tap = type(model).__name__, last, tap
         modules = model.named_modules(remove_duplicate=False)
         self.places = [name for name, part in modules if part is last]
         self.finish: Callable[[Tensor, Any], Any] | None = None
@@ -210,7 +212,8 @@ class _Seam:
                 "each row its own, which the ops can't apply"
             )
         self.own, self.finish = within or model.forward, finish
-        if "use_cache" in inspect.signature(self.own).parameters:
+        parameters = inspect.signature(self.own).parameters.values()
+        if any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in parameters):
             arguments = {"use_cache": False} | arguments
         was = vars(model).get("forward")
         self._put(model, self.tap)
@@ -249,9 +252,9 @@ class _Seam:
         hidden = self.tap.hidden
         if self.tap.calls != 1 or hidden is None or hidden.ndim != 3:
             raise ValueError(
-                f"the model calls its head, {type(self.last).__name__}, {self.tap.calls} times, "
-                f"last with {None if hidden is None else tuple(hidden.shape)}: the ops need hidden "
-                "states (B, S, H), once"
+                f"{self.name} calls its head, {type(self.last).__name__}, {self.tap.calls} times, "
+                f"last with {None if hidden is None else tuple(hidden.shape)}, where the ops need "
+                f"hidden states (B, S, H), once: {_INSTEAD}"
             )
         finish, self.finish = self.finish, None
         assert finish is not None
@@ -281,6 +284,11 @@ def learn(
         ValueError: it is nothing that the ops can apply.
     """
     inner = unwrapped(model)
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(inner).__name__} has a decoder, whose logits are not those of input_ids: "
+            f"{_INSTEAD}"
+        )
     last = last_layer(inner)
     probe = _Probe(last)
     probe.is_real = check
@@ -312,7 +320,9 @@ def _fitted(model: Any, logits: Tensor) -> Transform:
     values = logits.double()
     of_columns = values[:, 0]
     if not torch.equal(values, of_columns[:, None].expand_as(values)):
-        raise ValueError(f"{name} treats the logits of some tokens in another way than others'")
+        raise ValueError(
+            f"{name} treats the logits of some tokens in another way than others': {_INSTEAD}"
+        )
     gain = (of_columns[1] / _PROBES[1]).item()
     top = of_columns[-1].item()
     limit = top if abs(top) < 0.5 * abs(gain) * _PROBES[-1] else None
@@ -322,7 +332,7 @@ def _fitted(model: Any, logits: Tensor) -> Transform:
     if not gain > 0 or not error.max() <= 1e-6:
         raise ValueError(
             f"{name} makes of its logits what is neither a scale nor a soft cap: at "
-            f"{list(_PROBES)} they become {of_columns.tolist()}"
+            f"{list(_PROBES)} they become {of_columns.tolist()}: {_INSTEAD}"
         )
     return transform
 
@@ -351,7 +361,7 @@ def _compare(model: Any, transform: Transform, hidden: Tensor, logits: Tensor) -
     if not difference <= allowed.item():
         raise ValueError(
             f"the logits of {type(model).__name__} differ by {difference:.3g} from those that its "
-            "head's weight and bias make of its hidden states: use the ops from logits for it"
+            f"head's weight and bias make of its hidden states: {_INSTEAD}"
         )
 
 
@@ -378,13 +388,18 @@ def last_layer(model: Any) -> Any:
         ValueError: there is none, or it is none that the ops can apply.
     """
     name = type(model).__name__
-    last = getattr(model, "get_output_embeddings", lambda: None)()
+    # of the model, or else of a model in it, as in some of those that see images
+    parts = model.modules() if isinstance(model, nn.Module) else ()
+    found = (getattr(part, "get_output_embeddings", lambda: None)() for part in parts)
+    last = next((layer for layer in found if layer is not None), None)
     last = vars(last)["head"] if isinstance(last, _Tap) else last
-    if last is None or not hasattr(last, "forward"):
-        raise ValueError(f"{name} has no output embeddings: is it a causal model?")
+    if not hasattr(last, "forward"):
+        raise ValueError(f"{name} has no output embeddings, which make logits: {_INSTEAD}")
     weight = getattr(_base(last), "weight", None)
     if weight is None or weight.ndim not in (1, 2):  # 1: of ZeRO-3, before it is gathered
-        raise ValueError(f"the head of {name}, {type(last).__name__}, has no weight (V, H)")
+        raise ValueError(
+            f"the head of {name}, {type(last).__name__}, has no weight (V, H): {_INSTEAD}"
+        )
     if not weight.is_floating_point():
         raise ValueError(
             f"the head of {name}, {type(last).__name__}, is quantised to {weight.dtype}: leave it "

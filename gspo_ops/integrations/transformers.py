@@ -116,6 +116,8 @@ def _responses(
     """function(head, hidden, targets, output) of each row's last tokens."""
     if "input_ids" not in batch:
         raise ValueError(f"batch must have input_ids, got {sorted(batch)}")
+    if "labels" in batch:
+        raise ValueError("batch must have no labels: the model makes no logits for its own loss")
     ids = batch["input_ids"]
     if ids.ndim != 2 or not 0 < count < ids.shape[1]:
         raise ValueError(
