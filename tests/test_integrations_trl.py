@@ -197,6 +197,17 @@ def test_two_processes_go_the_same_way(directory, tmp_path):
     subprocess.run([*command, __file__, directory, tmp_path], env=environment, check=True)
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_goes_the_same_way(directory, tmp_path, stage):
+    """DeepSpeed's, whose third stage leaves each process a part of every weight."""
+    pytest.importorskip("deepspeed", reason="needs deepspeed: pip install deepspeed")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    subprocess.run(
+        [*command, __file__, directory, tmp_path, str(stage)], env=environment, check=True
+    )
+
+
 def assert_same_way(make_trainer, level, loss_type, **options):
     """Several updates per rollout, from one seed."""
     options |= {"num_iterations": 2, "max_steps": 4, "loss_type": loss_type, **LEVELS[level]}
@@ -387,8 +398,38 @@ def test_what_is_not_supported_is_refused(make_trainer, options):
         make_trainer(GSPOTrainer, **options)
 
 
+def under_zero(model, out, stage):
+    """Steps of both trainers, two for each rollout."""
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="gloo")
+    settings = {
+        "zero_optimization": {"stage": int(stage), "stage3_param_persistence_threshold": 0},
+        "gradient_clipping": 0.0, "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto", "train_batch_size": "auto",
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+    }  # fmt: skip
+    logs = []
+    for kind in (GRPOTrainer, GSPOTrainer):
+        trainer = trainer_of(
+            model, out, kind, num_iterations=2, max_steps=4, loss_type="grpo",
+            deepspeed=settings, max_grad_norm=0.0, **LEVELS["GSPO"],
+        )  # fmt: skip
+        trainer.train()
+        logs.append([row for row in trainer.state.log_history if "loss" in row])
+    assert len(logs[0]) == len(logs[1]) == 4
+    assert any(row["grad_norm"] > 0 for row in logs[0])
+    for theirs, ours in zip(*logs, strict=True):
+        for name in ("loss", "grad_norm", "clip_ratio/region_mean"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+    torch.distributed.barrier()
+    os._exit(0)  # DeepSpeed's threads abort at an ordinary end
+
+
 if __name__ == "__main__":
     assert int(os.environ["WORLD_SIZE"]) == 2
+    if len(sys.argv) > 3:
+        under_zero(*sys.argv[1:])
     for level in LEVELS:
         for loss_type in ("grpo", "dapo"):
             assert_same_way(partial(trainer_of, *sys.argv[1:]), level, loss_type)
