@@ -61,8 +61,17 @@ def load_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         directory, dtype=torch.float32, attn_implementation="sdpa"
     )
     model.eval()
+    _check_weights(model)
     _check_body(model)
     return model, AutoTokenizer.from_pretrained(directory)
+
+
+@torch.no_grad()
+def _check_weights(model: PreTrainedModel) -> None:
+    """Refuse those from which nothing can be learned."""
+    for name, weight in model.named_parameters():
+        if weight.numel() and not all(extreme.isfinite() for extreme in weight.aminmax()):
+            raise ValueError(f"model.name: the weight {name} of the model is not finite")
 
 
 @torch.no_grad()
