@@ -278,13 +278,15 @@ def second_run(run):
         return {path: path.stat().st_mtime_ns for path in run.out.parent.rglob("*")}
 
     before = state()
-    for more in ([], ["--resume"]):
-        status, error = run.train(*more)
-        assert status == 2
-        assert f"in {run.out} (process {process.process.pid})" in error
-    assert state() == before
-    process.kill(signal.SIGKILL)
-    process.wait()
+    try:
+        for more in ([], ["--resume"]):
+            status, error = run.train(*more)
+            assert status == 2
+            assert f"in {run.out} (process {process.process.pid})" in error
+        assert state() == before
+    finally:
+        process.kill(signal.SIGKILL)
+        process.wait()
     return error
 
 
