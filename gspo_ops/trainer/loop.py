@@ -287,13 +287,16 @@ class Trainer:
     def _write_model(self, model: Any, weights: dict[str, Any] | None) -> None:
         final = self.config.out / "model"
         partial = final.with_suffix(".partial")
-        with writing(final):
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        try:
+            with writing(final):
+                model.save_pretrained(partial, state_dict=weights)
+                if hasattr(self.tokenizer, "save_pretrained"):
+                    self.tokenizer.save_pretrained(partial)
+                shutil.rmtree(final, ignore_errors=True)
+                partial.rename(final)
+        finally:
             shutil.rmtree(partial, ignore_errors=True)
-            model.save_pretrained(partial, state_dict=weights)
-            if hasattr(self.tokenizer, "save_pretrained"):
-                self.tokenizer.save_pretrained(partial)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
 
 
 def _check_parts(config: TrainConfig, ranks: int) -> None:
