@@ -98,6 +98,28 @@ def forked(tmp_path_factory) -> Callable[[str], Forked]:
     return lambda code: Forked(code, folder / str(next(numbers)))
 
 
+# Models
+
+
+@pytest.fixture(scope="session")
+def directory(tmp_path_factory):
+    """A model that answers at random, saved as transformers saves."""
+    transformers = pytest.importorskip("transformers")
+    from gspo_ops.trainer.tiny import character_tokenizer
+
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = character_tokenizer()
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, pad_token_id=0,
+        bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
 # Several ranks
 
 

@@ -1,8 +1,10 @@
 """The trainer over several processes: updates like those of one, runs that change their number."""
 
+import fcntl
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -21,9 +23,11 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("reasoning_gym")
 pytest.importorskip("matplotlib")
 
+from gspo_ops.trainer.files import writing  # noqa: E402
 from gspo_ops.trainer.loop import Trainer  # noqa: E402
+from gspo_ops.trainer.progress import CannotWrite  # noqa: E402
 from gspo_ops.trainer.ranks import whole  # noqa: E402
-from gspo_ops.trainer.report import read_metrics  # noqa: E402
+from gspo_ops.trainer.report import RunFiles, read_metrics  # noqa: E402
 from gspo_ops.trainer.tiny import character_tokenizer  # noqa: E402
 
 sizes = pytest.mark.parametrize("size", [2, 4])
@@ -176,7 +180,7 @@ def on_rank_sampling(folder):
     trainer.sampler.task = task.__class__(
         **vars(task) | {"reward": lambda r, p: 0.0 if p.question in dead else score(r, p)}
     )
-    problems, rollout, rewards, refilled = sample(trainer)
+    problems, rollout, rewards, refilled, _ = sample(trainer)
     assert refilled == (8 // trainer.ranks.size if trainer.ranks.is_first else 0)
     mixed = rewards.view(-1, 4).amin(1) != rewards.view(-1, 4).amax(1)
     responses = rollout.responses.flatten().tolist()
@@ -235,6 +239,63 @@ def on_rank_nan(folder):
     for p, q in zip(trainer.model.parameters(), before, strict=True):
         assert torch.equal(whole(p), q)
     return trainer.learner.bad_updates
+
+
+FAILURES = {
+    "training": "task.reward: 'first_letter:score' gave None",
+    "refill": "task.reward: 'first_letter:score' gave None",
+    "evaluation": "task.reward: 'first_letter:score' gave None",
+    "metrics": "can't write metrics: No space left on device",
+    "checkpoint": "can't write .*step-000000: No space left on device",
+    "lock": "out: a run is going on",
+}
+
+
+@pytest.mark.parametrize("where", FAILURES)
+def test_what_fails_on_one_rank_ends_all(ranks, folder, where, tmp_path):
+    """At once, with the same message: none waits for one that has ended."""
+    start = time.monotonic()
+    for error in ranks(2)(on_rank_failure, folder, where, tmp_path / "run"):
+        assert re.match(FAILURES[where], error)
+    assert time.monotonic() - start < 30
+
+
+def on_rank_failure(folder, where, out):
+    trainer = trainer_of(folder, "rollout.refill=2", "task.train_size=40", f"out={out}")
+    first, sampler = trainer.ranks.is_first, trainer.sampler
+    task, calls, fails = sampler.task, [], first and where in ("training", "evaluation")
+
+    def reward(response, problem):
+        calls.append(response)
+        if where == "refill":  # the first rank has all to replace, the second one nothing
+            return (None if len(calls) > 16 else 0.0) if first else len(calls) % 4
+        return None if fails else 0.0
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    def taken(*_):
+        raise BlockingIOError
+
+    def append(*_):
+        with writing("metrics"):
+            full()
+
+    patches = {
+        "metrics": (RunFiles, "append", append), "checkpoint": (os, "fsync", full),
+        "lock": (fcntl, "lockf", taken),
+    }  # fmt: skip
+    causes = {
+        "metrics": trainer.run, "checkpoint": lambda: trainer._save(None), "lock": trainer.run,
+        "evaluation": trainer.evaluate,
+    }  # fmt: skip
+    sampler.task = task.__class__(**vars(task) | {"reward": reward})
+    with pytest.MonkeyPatch.context() as patch:
+        if first and where in patches:
+            patch.setattr(*patches[where])
+        with pytest.raises((ValueError, CannotWrite)) as error:
+            causes.get(where, lambda: sample(trainer))()
+    return str(error.value)
 
 
 def test_adapters_are_saved_whole(ranks, folder, tmp_path):

@@ -11,35 +11,18 @@ import torch
 
 from gspo_ops.trainer import COMMANDS, load_config
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 pytest.importorskip("reasoning_gym")
 pytest.importorskip("matplotlib")
 
-from gspo_ops.trainer import checkpoint  # noqa: E402
-from gspo_ops.trainer.loop import Trainer  # noqa: E402
-from gspo_ops.trainer.model import load_model  # noqa: E402
-from gspo_ops.trainer.progress import Diverged  # noqa: E402
-from gspo_ops.trainer.ranks import Ranks  # noqa: E402
-from gspo_ops.trainer.report import read_metrics  # noqa: E402
-from gspo_ops.trainer.rollout import append_turn, concatenate  # noqa: E402
-from gspo_ops.trainer.tasks import TASKS, make_task  # noqa: E402
-from gspo_ops.trainer.tiny import character_tokenizer  # noqa: E402
-
-
-@pytest.fixture(scope="session")
-def directory(tmp_path_factory):
-    """A model that answers at random, saved as transformers saves."""
-    path = tmp_path_factory.mktemp("model")
-    tokenizer = character_tokenizer()
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, pad_token_id=0,
-        bos_token_id=1, eos_token_id=1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
+from gspo_ops.trainer import checkpoint
+from gspo_ops.trainer.loop import Trainer
+from gspo_ops.trainer.model import load_model
+from gspo_ops.trainer.progress import Diverged
+from gspo_ops.trainer.ranks import Ranks
+from gspo_ops.trainer.report import read_metrics
+from gspo_ops.trainer.rollout import append_turn, concatenate
+from gspo_ops.trainer.tasks import TASKS, make_task
 
 
 @pytest.fixture(scope="session")
@@ -402,10 +385,11 @@ def test_refill_replaces_groups_without_a_gradient(make, monkeypatch):
         }
     )
     trainer.sampler.task = task
-    problems, rollout, rewards, refilled = trainer.sampler.groups(
+    problems, rollout, rewards, refilled, failed = trainer.sampler.groups(
         trainer.random_numbers("training")
     )
     assert refilled >= 1
+    assert failed == 0
     live = [p.question not in dead for p in problems]
     assert sum(live) == 4
     assert len(rollout.responses) == len(rewards) == 16
@@ -421,7 +405,7 @@ def test_refill_replaces_groups_without_a_gradient(make, monkeypatch):
 class TestTurns:
     def test_each_turn_has_its_own_advantage(self, make):
         trainer = make("task.name=two_step", "objective.name=gspo-token", "rollout.group_size=3")
-        _, rollout, rewards, _ = respond(trainer, 3)
+        _, rollout, rewards, *_ = respond(trainer, 3)
         assert rewards.shape == (6, 2)
         advantages = torch.arange(12.0).view(6, 2)
         batch, _ = trainer.learner.prepare(rollout, advantages)
@@ -555,6 +539,17 @@ def test_several_runs_in_one_picture(make, tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert COMMANDS["plot"]([str(tmp_path)]) == 2
     assert "no run in" in capsys.readouterr().err
+
+
+def test_weights_and_biases(make, tmp_path, monkeypatch):
+    """Its own offline mode: the file that it would send has every metric of every step."""
+    pytest.importorskip("wandb", reason="needs wandb: pip install wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    make("steps=2", "logging.wandb=tests").run()
+    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    sent = file.read_bytes()
+    assert sent.count(b"clip_frac_tokens") >= 2
 
 
 def test_tensorboard(make, tmp_path):

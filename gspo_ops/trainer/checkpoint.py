@@ -7,6 +7,7 @@ can read, whatever number wrote it; all else in one small file.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -28,6 +29,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from .files import writing
+from .progress import CannotWrite
 from .ranks import Ranks
 
 _STATE, _WEIGHTS, _MANIFEST = "state.pt", "weights", "manifest.json"
@@ -58,22 +61,21 @@ def save(
         optimizer: of them.
         ranks: the processes of the run.
         keep: checkpoints that stay.
+
+    Raises:
+        CannotWrite: the disk is full, or the like; the checkpoints before are as they were.
     """
     final = folder / f"step-{step:06d}"
     partial = final.with_suffix(".partial")
-    if ranks.is_first:
+
+    def begin() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for left_over in folder.glob("*.partial"):  # of a run that was killed
             shutil.rmtree(left_over)
         partial.mkdir()
-    ranks.wait()
-    # An optimizer that has not made a step has nothing to save.
-    tensors = _tensors(model, optimizer, bool(optimizer.state))
-    with _alone(ranks) as no_dist:
-        dcp.save(tensors, checkpoint_id=partial / _WEIGHTS, no_dist=no_dist)
-    ranks.wait()
-    if ranks.is_first:
-        _write(partial / _STATE, lambda file: torch.save(state, file))
+
+    def finish() -> None:
+        _write(partial / _STATE, lambda file: file.write(_saved(state)))
         files = {
             str(path.relative_to(partial)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
             for path in sorted(partial.rglob("*"))
@@ -87,9 +89,23 @@ def save(
             shutil.rmtree(final)
         partial.rename(final)
         _flush(folder)
-        for old in _all(folder)[:-keep]:
-            shutil.rmtree(old)
-    ranks.wait()
+        # what is later is damaged, or it would have been continued from
+        kept = [path for path in _all(folder) if _step(path) <= step][-keep:]
+        for path in _all(folder):
+            if path not in kept:
+                shutil.rmtree(path)
+
+    # An optimizer that has not made a step has nothing to save.
+    tensors = _tensors(model, optimizer, bool(optimizer.state))
+    try:
+        with writing(final), _alone(ranks) as no_dist:
+            ranks.on_first(begin)
+            dcp.save(tensors, checkpoint_id=partial / _WEIGHTS, no_dist=no_dist)
+            ranks.on_first(finish)
+    except CannotWrite:
+        if ranks.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def last_whole(folder: Path) -> Path | None:
@@ -135,7 +151,13 @@ def _alone(ranks: Ranks) -> Iterator[bool]:
 
 
 def _all(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step-*") if p.suffix != ".partial")
+    """In the order of their steps, whose names are longer from the millionth on."""
+    found = [path for path in folder.glob("step-*") if path.name[len("step-") :].isdecimal()]
+    return sorted(found, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name[len("step-") :])
 
 
 def _manifest(path: Path) -> dict[str, Any]:
@@ -153,6 +175,13 @@ def _damage(path: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def _saved(state: dict[str, Any]) -> bytes:
+    """In memory first: on a full disk torch.save raises what does not say so."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
 
 
 def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:

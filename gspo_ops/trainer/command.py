@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .config import load_config, presets
-from .progress import Diverged, Interrupted
+from .progress import CannotWrite, Diverged, Interrupted
 
 _REQUIRED = ("transformers", "reasoning_gym", "tqdm", "matplotlib")
 
@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
 
     Returns:
         0; 2 when an argument is refused or something that a run needs isn't installed; 130 when
-        the run was stopped; 1 when it diverged.
+        the run was stopped; 1 when it diverged or a file could not be written.
     """
     parser = _train_parser()
     args = parser.parse_intermixed_args(argv)
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     except (ValueError, ImportError) as error:
         print(f"gspo-ops train: error: {error}", file=sys.stderr)
         return 2
-    except (Interrupted, Diverged) as ended:
+    except (Interrupted, Diverged, CannotWrite) as ended:
         print(f"gspo-ops train: {ended}", file=sys.stderr)
         return 130 if isinstance(ended, Interrupted) else 1
     if trainer.ranks.is_first:

@@ -113,6 +113,7 @@ def compare(
         What `compare.json` holds.
     """
     from ..environment import provenance
+    from .files import to_json
     from .model import load_model
 
     made = provenance()
@@ -129,7 +130,7 @@ def compare(
         "weights": token_weights(common), "churn": expert_churn_table(common),
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    (out / "compare.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "compare.json").write_text(to_json(results, indent=1) + "\n")
     draw(results, out / "compare.png")
     (out / "report.md").write_text("\n".join(report(results)) + "\n")
     return results
@@ -137,10 +138,12 @@ def compare(
 
 def _train(run: Run, out: Path, overrides: Sequence[str], jobs: int, commit: str) -> None:
     """In a process of its own, with its share of the cores."""
+    from .files import to_json
+
     folder, settings = run.folder(out), run.overrides(out, overrides)
     if (folder / "summary.json").is_file():
         config = to_tables(load_config(None, settings, preset="compare"))
-        same = json.loads((folder / "config.json").read_text()) == json.loads(json.dumps(config))
+        same = to_json(json.loads((folder / "config.json").read_text())) == to_json(config)
         made_by = folder / "commit.txt"
         if same and made_by.is_file() and made_by.read_text() == commit:
             print(f"{folder}: done before", flush=True)
@@ -158,10 +161,11 @@ def _train(run: Run, out: Path, overrides: Sequence[str], jobs: int, commit: str
 
 
 def _read(run: Run, out: Path) -> dict[str, Any]:
+    from .files import numbers_of
     from .report import read_metrics
 
     rows = read_metrics(run.folder(out))
-    summary = json.loads((run.folder(out) / "summary.json").read_text())
+    summary = numbers_of((run.folder(out) / "summary.json").read_text())
     # a step whose updates were all skipped has clipped nothing
     by_step = {key: [round(row.get(key, 0.0), 6) for row in rows] for key in _KEPT}
     return {**asdict(run), "summary": summary, **by_step}

@@ -74,7 +74,12 @@ class TaskConfig(_Section):
         options: of the reasoning-gym dataset.
         reward: `"exact"`, the answer character for character; `"score"`, what reasoning-gym's own
             check gives; or `"package.module:function"`, called with (response, problem) and
-            returning a number.
+            returning a finite number.
+        reward_seconds: longest time that one reward may take; 0 for no limit. Code that holds
+            Python's interpreter lock all the while can't be interrupted.
+        reward_workers: rewards computed at once, in threads.
+        failed_reward: what a response gets whose reward raises, takes too long or is no finite
+            number; without it, that ends the run. The metric `failed_rewards` counts them.
         examples: solved problems shown in each prompt.
         chat: put the prompt into the model's chat template, as the user's turn.
         train_size: distinct problems to train on; they are gone through in shuffled epochs.
@@ -84,6 +89,9 @@ class TaskConfig(_Section):
     name: str = "digit_sums"
     options: Mapping[str, Any] = field(default_factory=dict)
     reward: str = "exact"
+    reward_seconds: float = 0.0
+    reward_workers: int = 1
+    failed_reward: float | None = None
     examples: int = 2
     chat: bool = False
     train_size: int = 76
@@ -91,12 +99,16 @@ class TaskConfig(_Section):
 
     def __post_init__(self) -> None:
         self._at_least(0, "examples")
-        self._at_least(1, "train_size")
+        self._at_least(1, "train_size", "reward_workers")
         self._at_least(2, "eval_size")
         self._require(
             "reward", self.reward in ("exact", "score") or self.reward.count(":") == 1,
             "'exact', 'score' or 'package.module:function'",
         )  # fmt: skip
+        self._require(
+            "reward_seconds", 0 <= self.reward_seconds < math.inf, "0 or a positive number"
+        )
+        self._require("failed_reward", math.isfinite(self.failed_reward or 0), "a finite number")
 
 
 @dataclass(frozen=True)
@@ -293,10 +305,13 @@ class LoggingConfig(_Section):
     Attributes:
         samples: responses of each step kept in `samples.jsonl`.
         tensorboard: write event files into `out/tensorboard`.
+        wandb: send metrics to this project of Weights & Biases; a run that is resumed is one more
+            there.
     """
 
     samples: int = 4
     tensorboard: bool = False
+    wandb: str = ""
 
     def __post_init__(self) -> None:
         self._at_least(0, "samples")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -26,8 +27,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import checkpoint
 from .config import TrainConfig, from_tables, to_tables
+from .files import Lock, writing
 from .learner import Learner
-from .metrics import combine, in_words
+from .metrics import Row, combine, in_words
 from .model import fingerprint, load_model
 from .progress import Interrupted, Progress, stop_signals
 from .ranks import Ranks
@@ -39,7 +41,7 @@ from .tasks import Task, make_task, reward_fingerprint
 # What a resumed run may change.
 _CHANGEABLE = (
     "out", "steps", "time_limit", "device", "evaluation.", "checkpoint.", "logging.",
-    "update.learning_rate",
+    "update.learning_rate", "task.reward_", "task.failed_reward",
 )  # fmt: skip
 
 
@@ -57,7 +59,9 @@ def train(config: TrainConfig, *, resume: bool = False) -> Summary:
         Held-out accuracies, their standard errors, and the time taken.
 
     Raises:
-        ValueError: the settings do not fit the model, the task, or the run that is resumed.
+        ValueError: the settings do not fit the model, the task, or the run that is resumed; another
+            run is going on in `config.out`; or a reward failed.
+        CannotWrite: the disk is full, or the like; the last checkpoint is whole.
         Interrupted: SIGINT or SIGTERM came; the step was finished and a checkpoint written.
         Diverged: loss or gradient was not finite too often, or the model's logits were not.
     """
@@ -122,6 +126,7 @@ class Trainer:
         self.learner = Learner(config, model, self.ranks)
         self.sampler = Sampler(config, model, tokenizer, task, self.ranks)
         self.progress = Progress()
+        self.lock: Lock | None = None
 
     @classmethod
     def of(cls, config: TrainConfig) -> Trainer:
@@ -138,8 +143,13 @@ class Trainer:
 
     def run(self, *, resume: bool = False) -> Summary:
         """Evaluate, train, evaluate again, and write the results; see `train`."""
+        self.lock = self.ranks.on_first(lambda: Lock(self.config.out))
+        with self.lock or nullcontext():
+            return self._run(resume)
+
+    def _run(self, resume: bool) -> Summary:
         config, start = self.config, time.monotonic()
-        files = self._resume() if resume else self._start()
+        files = self._resume() if resume else self.ranks.on_first(self._start)
         progress = self.progress
         with files or nullcontext(), stop_signals(twice=self.ranks.size == 1) as stopped:
             if progress.before is None:
@@ -150,12 +160,16 @@ class Trainer:
                 progress.before, after, pass_at=config.evaluation.pass_at,
                 seconds=progress.seconds + time.monotonic() - start,
             )  # fmt: skip
-            if files:
-                files.finish(summary)
-                plot({config.out.name: files.rows}, config.out / "training.png", title=str(summary))
+            self.ranks.on_first(lambda: self._finish(files, summary))
         if config.checkpoint.save_model:
             self._save_model()
         return summary
+
+    def _finish(self, files: RunFiles | None, summary: Summary) -> None:
+        assert files is not None
+        files.finish(summary)
+        out = self.config.out
+        plot({out.name: files.rows}, out / "training.png", title=str(summary))
 
     def _train(self, files: RunFiles | None, stopped: Callable[[], bool]) -> None:
         config, ranks, progress = self.config, self.ranks, self.progress
@@ -168,8 +182,7 @@ class Trainer:
                 every = config.evaluation.every
                 if every and progress.step % every == 0 and progress.step < config.steps:
                     row |= self._evaluated()
-                if files:
-                    files.append({"step": progress.step} | row, self.samples)
+                self._append(files, {"step": progress.step} | row)
                 progress.train_seconds = time.monotonic() - start
                 bar.update()
                 bar.set_postfix_str(in_words(row))
@@ -186,6 +199,9 @@ class Trainer:
                     raise Interrupted(
                         f"stopped after step {progress.step} of {config.steps}: --resume goes on"
                     )
+
+    def _append(self, files: RunFiles | None, row: Row) -> None:
+        self.ranks.together(lambda: files.append(row, self.samples) if files else None)
 
     def step(self) -> dict[str, float]:
         """Sample responses to the next problems and update the model on them.
@@ -219,6 +235,7 @@ class Trainer:
                 "reward": groups.rewards.mean().item(),
                 "mixed_groups": groups.are_mixed.float().mean().item(),
                 "refilled_groups": groups.refilled,
+                "failed_rewards": groups.failed,
                 "skipped_updates": len(order) - len(stats),
                 "response_tokens": tokens / len(groups.rewards),
                 "tokens_per_s": tokens / (end - start),
@@ -255,15 +272,11 @@ class Trainer:
 
     # Checkpoints
 
-    def _start(self) -> RunFiles | None:
+    def _start(self) -> RunFiles:
         """The run's files, which the first process writes."""
-        out = self.config.out
-        if not self.ranks.is_first:
-            return None
-        if out.exists() and any(out.iterdir()):
-            aside = next(p for i in range(1, 10**6) if not (p := Path(f"{out}-{i}")).exists())
-            out.rename(aside)
-            print(f"what was in {out} is now in {aside}")
+        assert self.lock is not None
+        if aside := self.lock.move_aside():
+            print(f"what was in {self.config.out} is now in {aside}")
         return RunFiles.create(self.config)
 
     def _resume(self) -> RunFiles | None:
@@ -273,17 +286,16 @@ class Trainer:
         if path is None:
             if ranks.is_first:
                 print(f"no checkpoint in {self.config.out}: starting from the beginning")
-            return self._start()
+            return ranks.on_first(self._start)
         step, state = checkpoint.load_state(path)
         self._check_same(state["config"], state["fingerprints"])
         checkpoint.load_weights(path, self.model, self.learner.optimizer, ranks)
         self.learner.load_state_dict(state["learner"])
         self.sampler.deck.load_state_dict(state["deck"])
         self.progress = Progress(step, state["before"], state["train_seconds"], state["seconds"])
-        if not ranks.is_first:
-            return None
-        print(f"resumed after step {step}")
-        return RunFiles.reopen(self.config, state["files"])
+        if ranks.is_first:
+            print(f"resumed after step {step}")
+        return ranks.on_first(lambda: RunFiles.reopen(self.config, state["files"], step))
 
     def _check_same(self, saved: dict[str, Any], fingerprints: dict[str, str]) -> None:
         """Refuse to go on with another run's settings, or with other problems under their name."""
@@ -304,12 +316,13 @@ class Trainer:
 
     def _save(self, files: RunFiles | None) -> None:
         progress = self.progress
+        sizes = self.ranks.on_first(lambda: files.state_dict() if files else None)
         state = {
             "config": to_tables(self.config), "fingerprints": self.fingerprints,
             "learner": self.learner.state_dict(), "deck": self.sampler.deck.state_dict(),
             "before": progress.before, "train_seconds": progress.train_seconds,
             "seconds": progress.seconds + time.monotonic() - progress.started,
-            "files": files.state_dict() if files else None,
+            "files": sizes,
         }  # fmt: skip
         checkpoint.save(
             self.config.out / "checkpoints", progress.step, state, self.model,
@@ -317,16 +330,27 @@ class Trainer:
         )  # fmt: skip
 
     def _save_model(self) -> None:
-        """As transformers or peft loads it, whole."""
-        model, out = self.learner.adapter or self.model, self.config.out / "model"
+        """As transformers or peft loads it, whole or not there."""
+        model = self.learner.adapter or self.model
         weights = None
         if self.ranks.size > 1:
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             weights = get_model_state_dict(model, options=options)
-        if self.ranks.is_first:
-            model.save_pretrained(out, state_dict=weights)
-            if hasattr(self.tokenizer, "save_pretrained"):
-                self.tokenizer.save_pretrained(out)
+        self.ranks.on_first(lambda: self._write_model(model, weights))
+
+    def _write_model(self, model: Any, weights: dict[str, Any] | None) -> None:
+        final = self.config.out / "model"
+        partial = final.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        try:
+            with writing(final):
+                model.save_pretrained(partial, state_dict=weights)
+                if hasattr(self.tokenizer, "save_pretrained"):
+                    self.tokenizer.save_pretrained(partial)
+                shutil.rmtree(final, ignore_errors=True)
+                partial.rename(final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _check_parts(config: TrainConfig, ranks: int) -> None:

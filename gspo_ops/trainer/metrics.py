@@ -9,7 +9,7 @@ from torch import Tensor
 
 Row = dict[str, float]
 
-_SUMS = {"refilled_groups", "tokens_per_s"}
+_SUMS = {"refilled_groups", "failed_rewards", "tokens_per_s"}
 # Of a clock, the slowest process's: the others wait for it.
 _LARGEST = {
     "first_ratio_error", "rollout_s", "old_log_probs_s", "update_s", "step_s",

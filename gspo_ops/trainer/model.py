@@ -62,6 +62,7 @@ def load_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         directory, dtype=torch.float32, attn_implementation="sdpa"
     )
     model.eval()
+    _check_weights(model)
     output_head(model)  # refuses a head that the ops can't apply
     return model, AutoTokenizer.from_pretrained(directory)
 
@@ -75,6 +76,14 @@ def fingerprint(model: PreTrainedModel) -> str:
         values = flat[:: max(len(flat) // 1024, 1)].float().cpu().numpy()
         digest.update(f"{name} {tuple(parameter.shape)}".encode() + values.tobytes())
     return digest.hexdigest()
+
+
+@torch.no_grad()
+def _check_weights(model: PreTrainedModel) -> None:
+    """Refuse those from which nothing can be learned."""
+    for name, weight in model.named_parameters():
+        if weight.numel() and not all(extreme.isfinite() for extreme in weight.aminmax()):
+            raise ValueError(f"model.name: the weight {name} of the model is not finite")
 
 
 def smollm2_directory() -> Path:

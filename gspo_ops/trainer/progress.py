@@ -19,6 +19,10 @@ class Diverged(Exception):
     """Too many updates in a row, or the model itself, have gone beyond all numbers."""
 
 
+class CannotWrite(Exception):
+    """A file of the run could not be written; what was there before is as it was."""
+
+
 class Progress:
     """How far a run is.
 

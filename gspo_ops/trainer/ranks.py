@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from .. import Objective, global_denominator
 from ..integrations.heads import as_forward
+from .progress import CannotWrite, Diverged
 
 T = TypeVar("T")
 
@@ -71,6 +72,30 @@ class Ranks:
         """Whether it holds for one at least."""
         return any(self.gather(flag))
 
+    def together(self, function: Callable[[], T]) -> T:
+        """function(), which each calls, once it has succeeded on all.
+
+        Raises:
+            ValueError, OSError, Diverged, CannotWrite: it did on one process; all raise it, so that
+                none waits for one that has ended.
+        """
+        error: Exception | None = None
+        try:
+            value = function()
+        except _SHARED as raised:
+            error = raised
+        failures = self.gather(error and _plain(error))
+        if error is not None:
+            raise error
+        for failure in failures:
+            if failure is not None:
+                raise failure
+        return value
+
+    def on_first(self, function: Callable[[], T]) -> T | None:
+        """function() on the first process, while the others wait; None on these."""
+        return self.together(lambda: function() if self.is_first else None)
+
     def part(self, items: Sequence[T], counts: Sequence[int] | None = None) -> list[T]:
         """This process's of some items that all have: equally many, or `counts` of them."""
         if counts is None:
@@ -113,6 +138,14 @@ class Ranks:
                 layer.set_reshard_after_forward(True)
             for part in parts:
                 part.reshard()
+
+
+_SHARED = (ValueError, OSError, Diverged, CannotWrite)
+
+
+def _plain(error: Exception) -> Exception:
+    """One that can be pickled."""
+    return next(kind for kind in _SHARED if isinstance(error, kind))(str(error))
 
 
 def whole(x: Tensor) -> Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,9 +18,49 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import Tensor
 
 from .config import TrainConfig, to_tables
+from .files import numbers_of, to_json, write, writing
 from .metrics import Row
 
 _SMOOTHING = 5  # steps in the running mean drawn over noisy points
+
+
+class Board(NamedTuple):
+    """Where metrics are shown while a run goes on."""
+
+    log: Callable[[Row, int], object]
+    close: Callable[[], object]
+
+
+def _tensorboard(config: TrainConfig, done: int) -> Board:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError(
+            "logging.tensorboard: tensorboard is not installed: pip install tensorboard"
+        ) from None
+    writer = SummaryWriter(str(config.out / "tensorboard"), purge_step=done + 1)
+
+    def log(row: Row, step: int) -> None:
+        for name, value in row.items():
+            writer.add_scalar(name, value, step)
+
+    return Board(log, writer.close)
+
+
+def _wandb(config: TrainConfig, done: int) -> Board:
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("logging.wandb: wandb is not installed: pip install wandb") from None
+    run = wandb.init(
+        project=config.logging.wandb, name=config.out.name, dir=config.out,
+        config=to_tables(config),
+    )  # fmt: skip
+    return Board(lambda row, step: run.log(row, step=step), run.finish)
+
+
+# By the setting under `logging` that asks for one.
+_BOARDS = {"tensorboard": _tensorboard, "wandb": _wandb}
 
 
 class RunFiles:
@@ -31,41 +72,46 @@ class RunFiles:
 
     def __init__(self, config: TrainConfig, rows: list[Row], mode: str) -> None:
         out = config.out
-        out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(to_tables(config), indent=2) + "\n"
-        (out / "config.json").write_text(text, encoding="utf-8")
         self.rows = rows
         self._out = out
-        self._metrics = (out / "metrics.jsonl").open(mode, encoding="utf-8")
-        self._samples = (out / "samples.jsonl").open(mode, encoding="utf-8")
-        self._board = None
-        if config.logging.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ValueError(
-                    "logging.tensorboard: tensorboard is not installed: pip install tensorboard"
-                ) from None
-            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=len(rows) + 1)
+        write(out / "config.json", to_json(to_tables(config), indent=2) + "\n")
+        with writing(out):
+            self._metrics = (out / "metrics.jsonl").open(mode, encoding="utf-8")
+            self._samples = (out / "samples.jsonl").open(mode, encoding="utf-8")
+        self._boards = [
+            make(config, len(rows))
+            for name, make in _BOARDS.items()
+            if getattr(config.logging, name)
+        ]
 
     @classmethod
     def create(cls, config: TrainConfig) -> RunFiles:
         """Empty files in `config.out`."""
+        config.out.mkdir(parents=True, exist_ok=True)
         return cls(config, [], "w")
 
     @classmethod
-    def reopen(cls, config: TrainConfig, state: dict[str, Any]) -> RunFiles:
-        """As they were when `state_dict` was called: what came later is done again."""
-        for name, size in state["sizes"].items():
-            with (config.out / name).open("r+b") as file:
-                file.truncate(size)
-        lines = (config.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return cls(config, [json.loads(line) for line in lines], "a")
+    def reopen(cls, config: TrainConfig, state: dict[str, Any], step: int) -> RunFiles:
+        """As they were when `state_dict` was called: what came later is done again.
+
+        Args:
+            config: the settings.
+            state: what `state_dict` gave.
+            step: after which.
+
+        Raises:
+            ValueError: the metrics of a step before are lost.
+        """
+        with writing(config.out):
+            rows = _cut_metrics(config.out / "metrics.jsonl", step)
+            _cut_samples(config.out / "samples.jsonl", state["sizes"]["samples.jsonl"])
+        return cls(config, rows, "a")
 
     def state_dict(self) -> dict[str, Any]:
         """How long they are."""
-        for file in (self._metrics, self._samples):
-            os.fsync(file.fileno())
+        with writing(self._out):
+            for file in (self._metrics, self._samples):
+                os.fsync(file.fileno())
         sizes = {n: (self._out / n).stat().st_size for n in ("metrics.jsonl", "samples.jsonl")}
         return {"sizes": sizes}
 
@@ -78,43 +124,81 @@ class RunFiles:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._metrics.close()
-        self._samples.close()
-        if self._board is not None:
-            self._board.close()
+        with writing(self._out), ExitStack() as all_of_them:  # though one may fail
+            all_of_them.callback(self._metrics.close)
+            all_of_them.callback(self._samples.close)
+            for board in self._boards:
+                all_of_them.callback(board.close)
 
     def append(self, row: Row, samples: Sequence[dict[str, Any]]) -> None:
         """Write one step's metrics and some of its responses."""
         self.rows.append(row)
-        self._metrics.write(json.dumps(row) + "\n")
-        self._metrics.flush()
-        for sample in samples:
-            self._samples.write(json.dumps({"step": row["step"]} | sample) + "\n")
-        self._samples.flush()
-        if self._board is not None:
-            for name, value in row.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, int(row["step"]))
+        with writing(self._out):
+            self._metrics.write(to_json(row) + "\n")
+            self._metrics.flush()
+            for sample in samples:
+                self._samples.write(to_json({"step": row["step"]} | sample) + "\n")
+            self._samples.flush()
+        for board in self._boards:
+            board.log({name: x for name, x in row.items() if name != "step"}, int(row["step"]))
 
     def finish(self, summary: Summary) -> None:
         """Write the summary."""
-        text = json.dumps(asdict(summary), indent=2) + "\n"
-        (self._out / "summary.json").write_text(text, encoding="utf-8")
+        write(self._out / "summary.json", to_json(asdict(summary), indent=2) + "\n")
 
 
 def read_metrics(run: Path) -> list[Row]:
     """Metrics of each step of the run in a directory.
 
+    A last line that was not written to its end is left out.
+
     Raises:
-        ValueError: there is no run.
+        ValueError: there is no run, or its metrics are damaged.
     """
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"no run in {run}: {path.name} is not there")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_bytes().splitlines(keepends=True)
+    rows = _whole(lines)
+    if len(rows) < len(lines) - 1 or (len(rows) < len(lines) and lines[-1].endswith(b"\n")):
+        raise ValueError(f"{path}: line {len(rows) + 1} is damaged")
     if not rows:
         raise ValueError(f"{path} is empty: no step was finished")
     return rows
+
+
+def _whole(lines: Iterable[bytes]) -> list[Row]:
+    """Those before the first that is damaged, or was not written to its end."""
+    rows: list[Row] = []
+    for line in lines:
+        try:
+            rows.append(numbers_of(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _cut_metrics(path: Path, step: int) -> list[Row]:
+    """To those of the first steps, which are returned."""
+    lines = path.read_bytes().splitlines()[:step] if path.exists() else []
+    rows = _whole(lines)
+    if len(rows) < step:
+        raise ValueError(
+            f"{path}: the metrics of step {len(rows) + 1} are damaged or lost, and the checkpoint "
+            f"is of step {step}. Put the file back; or remove the checkpoints after step "
+            f"{len(rows)}, and --resume does the steps since then again"
+        )
+    write(path, b"".join(line + b"\n" for line in lines).decode())
+    return rows
+
+
+def _cut_samples(path: Path, size: int) -> None:
+    """To this size. They are only looked at, so that it is no error if some are lost."""
+    path.touch()
+    if path.stat().st_size < size:
+        size = path.read_bytes().rfind(b"\n") + 1
+        warnings.warn(f"{path} is shorter than it was: some samples are lost", stacklevel=2)
+    os.truncate(path, size)
 
 
 @dataclass(frozen=True)
@@ -259,8 +343,9 @@ def plot(runs: Mapping[str, Sequence[Row]], path: Path, *, title: str = "") -> N
         axis.set_xlabel("step (rollout batch)")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title.replace(": ", ":\n", 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
 
 
 def _points_and_mean(

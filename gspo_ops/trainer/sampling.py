@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from .. import group_advantages
 from .config import TrainConfig
 from .progress import Diverged
 from .ranks import Ranks
+from .rewards import rewards_of
 from .rollout import Rollout, append_turn, autocast, concatenate, generate, stop_ids
 from .tasks import Deck, Problem, Task
 
@@ -28,12 +30,14 @@ class Groups(NamedTuple):
         rollout: the responses.
         rewards: (B, turns) fp32.
         refilled: how many groups took the place of one without a gradient.
+        failed: how many rewards are `task.failed_reward`, those of replaced groups too.
     """
 
     problems: list[Problem]
     rollout: Rollout
     rewards: Tensor
     refilled: int = 0
+    failed: int = 0
 
     @property
     def are_mixed(self) -> Tensor:
@@ -61,6 +65,7 @@ class Groups(NamedTuple):
             concatenate([self.rollout, others.rollout]).select(places),
             rewards.flatten(0, 1),
             self.refilled + len(live),
+            self.failed + others.failed,
         )
 
 
@@ -99,9 +104,12 @@ class Sampler:
         """
         drawn = self.deck.draw(self.task.train, self.config.rollout.prompts)
         problems = self.ranks.part(drawn)
-        return self.ranks.with_whole_weights(
-            self.model, lambda: self._refill(self._groups_of(problems, generator), generator)
-        )
+
+        def sample() -> Groups:
+            groups = self.ranks.together(lambda: self._groups_of(problems, generator))
+            return self._refill(groups, generator)
+
+        return self.ranks.with_whole_weights(self.model, sample)
 
     def evaluate(self, generator: torch.Generator) -> Tensor:
         """(eval_size, samples) rewards of the responses to each held-out problem."""
@@ -111,13 +119,14 @@ class Sampler:
         batches = [held_out[i : i + _EVAL_BATCH] for i in range(0, len(held_out), _EVAL_BATCH)]
         options: dict[str, Any] = {"leave": False, "disable": not ranks.is_first}
         with tqdm(batches, desc="held-out problems", **options) as bar:
-            rewards = ranks.with_whole_weights(
-                self.model,
-                lambda: [
+
+            def answer() -> list[Tensor]:
+                return [
                     self.respond(list(b), samples, generator, temperature).rewards.mean(1)
                     for b in bar
-                ],
-            )
+                ]
+
+            rewards = ranks.with_whole_weights(self.model, lambda: ranks.together(answer))
         none = torch.empty(0, dtype=torch.float32, device="cpu")
         mine = torch.cat([none, *(r.cpu() for r in rewards)])
         mine = mine.view(len(held_out), samples)
@@ -146,12 +155,14 @@ class Sampler:
 
         Raises:
             Diverged: the model's logits are not finite.
+            ValueError: a reward failed; see `rewards_of`.
         """
         prompts = [self.prompt_tokens(problem) for problem in problems]
         rollout = self._generate(prompts, group_size, generator, temperature, bar)
         asked = [problem for problem in problems for _ in range(group_size)]
         answers = self.texts(rollout)
-        rewards = [self._rewards(answers, asked)]
+        scores, failed = self._rewards(answers, asked)
+        rewards = [scores]
         for _ in range(self.task.turns - 1):
             following = [self.task.follow_up(p, a) for p, a in zip(asked, answers, strict=True)]
             asked = [problem for problem in following if problem is not None]
@@ -166,10 +177,12 @@ class Sampler:
             ]
             turn = self._generate(so_far, 1, generator, temperature, bar)
             answers = self.texts(turn)
-            rewards.append(self._rewards(answers, asked))
+            scores, failed_now = self._rewards(answers, asked)
+            rewards.append(scores)
+            failed += failed_now
             rollout = append_turn(rollout, questions, turn)
         scored = torch.tensor(rewards, dtype=torch.float32, device=self.model.device).mT
-        return Groups(problems, rollout, scored)
+        return Groups(problems, rollout, scored, failed=failed)
 
     def answers(
         self,
@@ -221,8 +234,9 @@ class Sampler:
             if not sum(counts):
                 break
             others = self.ranks.part(self.deck.draw(self.task.train, sum(counts)), counts)
-            if others:
-                more = self._groups_of(others, generator)
+            sample = partial(self._groups_of, others, generator) if others else lambda: None
+            more = self.ranks.together(sample)
+            if more is not None:
                 groups = groups.replace_dead(more)
         return groups
 
@@ -250,5 +264,6 @@ class Sampler:
                 "once the checkpoints written since are removed"
             ) from None
 
-    def _rewards(self, answers: list[str], asked: list[Problem]) -> list[float]:
-        return [self.task.reward(a, p) for a, p in zip(answers, asked, strict=True)]
+    def _rewards(self, answers: list[str], asked: list[Problem]) -> tuple[list[float], int]:
+        config, reward = self.config.task, self.task.reward
+        return rewards_of(config, reward, answers, asked, bar=self.ranks.is_first)
