@@ -382,7 +382,7 @@ def reward_hangs(run):
 def with_loss(run, change):
     def poison(trainer):
         loss = trainer.learner.loss
-        trainer.learner.loss = lambda batch: change(loss(batch))
+        trainer.learner.loss = lambda *args: change(loss(*args))
 
     run.in_step(poison)
     status, error = run.train()

@@ -40,7 +40,7 @@ def test_no_nan_is_written_and_it_is_read_back(tmp_path):
         for step in (1, 2, 3):
             row = {"step": step, "reward": NAN, "ratio_min": INF, "ratio_max": -INF, "loss": 0.5}
             files.append(row, [{"rewards": [NAN, 1.0], "response": "NaN"}])
-        accuracies = torch.full((4,), NAN)
+        accuracies = torch.full((4, 1), NAN)
         files.finish(Summary.of(accuracies, accuracies, seconds=1.0))
     for name in ("metrics.jsonl", "samples.jsonl"):
         for line in (tmp_path / name).read_text().splitlines():
@@ -68,7 +68,7 @@ def test_compare_reads_them(tmp_path):
     folder = run.folder(tmp_path)
     with RunFiles.create(load_config(None, [f"out={folder}"])) as files:
         files.append({"step": 1, "reward": NAN, "response_tokens": 2.0}, [])
-        files.finish(Summary.of(torch.full((4,), NAN), torch.zeros(4), seconds=1.0))
+        files.finish(Summary.of(torch.full((4, 1), NAN), torch.zeros(4, 1), seconds=1.0))
     found = compare._read(run, tmp_path)
     assert math.isnan(found["summary"]["gain"])
     assert math.isnan(found["reward"][0])

@@ -82,7 +82,9 @@ def trained(out: Path) -> Sampler:
         raise ValueError(f"no run in {out}: {config_file.name} is not there")
     if not model.is_dir():
         raise ValueError(f"{model} is not there: the run is not over, or has not kept its model")
-    config = from_tables(json.loads(config_file.read_text(encoding="utf-8")))
+    # what JSON can't say, an infinite time limit, is the default
+    text = config_file.read_text(encoding="utf-8")
+    config = from_tables(json.loads(text, object_hook=_without_nulls))
     is_adapter = (model / "adapter_config.json").is_file()
     loaded, tokenizer = load_model(config.model.name if is_adapter else str(model))
     if is_adapter:
@@ -351,6 +353,10 @@ class Trainer:
                 partial.rename(final)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _without_nulls(table: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in table.items() if value is not None}
 
 
 def _check_parts(config: TrainConfig, ranks: int) -> None:
