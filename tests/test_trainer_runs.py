@@ -455,6 +455,19 @@ class TestTurns:
             torch.tensor([1, 0])).targets(), rollout.targets())  # fmt: skip
 
 
+def test_a_run_that_has_reached_its_target_is_over(make):
+    ask = ["steps=4", "evaluation.every=1", "evaluation.target=1e-9"]
+    first = make(*ask)
+    first.run()
+    assert first.progress.step < 4
+    again = make(*ask)
+    again.run(resume=True)
+    assert again.progress.step == first.progress.step
+    more = make(*ask[:-1], "evaluation.target=1000")
+    more.run(resume=True)
+    assert more.progress.step == 4
+
+
 class TestWhatSettingsName:
     """It may change between a run and its continuation, and the settings with it."""
 

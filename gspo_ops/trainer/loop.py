@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable
@@ -177,9 +176,7 @@ class Trainer:
         config, ranks, progress = self.config, self.ranks, self.progress
         start = time.monotonic() - progress.train_seconds
         with self._bar(total=config.steps, initial=progress.step, unit="step") as bar:
-            while progress.step < config.steps and not ranks.any(
-                progress.train_seconds >= config.time_limit
-            ):
+            while not ranks.any(self._is_over()):
                 row = self.step()
                 every = config.evaluation.every
                 if every and progress.step % every == 0 and progress.step < config.steps:
@@ -189,18 +186,22 @@ class Trainer:
                 bar.update()
                 bar.set_postfix_str(in_words(row))
                 every = config.checkpoint.every
-                target = config.evaluation.target
-                reached = 0 < target <= row.get("accuracy", -math.inf)
-                is_last = reached or progress.step == config.steps
+                is_last = ranks.any(self._is_over())
                 is_asked = ranks.any(stopped())
                 if is_asked or (every and (is_last or progress.step % every == 0)):
                     self._save(files)
-                if reached:
-                    break
                 if is_asked:
                     raise Interrupted(
                         f"stopped after step {progress.step} of {config.steps}: --resume goes on"
                     )
+
+    def _is_over(self) -> bool:
+        config, progress = self.config, self.progress
+        return (
+            progress.step >= config.steps
+            or progress.train_seconds >= config.time_limit
+            or 0 < config.evaluation.target <= progress.accuracy
+        )
 
     def _append(self, files: RunFiles | None, row: Row) -> None:
         self.ranks.together(lambda: files.append(row, self.samples) if files else None)
@@ -259,7 +260,8 @@ class Trainer:
     def _evaluated(self) -> dict[str, float]:
         """Metrics of an evaluation on the way."""
         rewards, k = self.evaluate(), self.config.evaluation.pass_at
-        return {"accuracy": rewards.mean().item()} | (
+        self.progress.accuracy = rewards.mean().item()
+        return {"accuracy": self.progress.accuracy} | (
             {f"pass_at_{k}": pass_at_k(rewards, k)} if k else {}
         )
 
@@ -294,7 +296,8 @@ class Trainer:
         checkpoint.load_weights(path, self.model, self.learner.optimizer, ranks)
         self.learner.load_state_dict(state["learner"])
         self.sampler.deck.load_state_dict(state["deck"])
-        self.progress = Progress(step, state["before"], state["train_seconds"], state["seconds"])
+        names = ("before", "train_seconds", "seconds", "accuracy")
+        self.progress = Progress(step, **{name: state[name] for name in names})
         if ranks.is_first:
             print(f"resumed after step {step}")
         return ranks.on_first(lambda: RunFiles.reopen(self.config, state["files"], step))
@@ -323,6 +326,7 @@ class Trainer:
             "config": to_tables(self.config), "fingerprints": self.fingerprints,
             "learner": self.learner.state_dict(), "deck": self.sampler.deck.state_dict(),
             "before": progress.before, "train_seconds": progress.train_seconds,
+            "accuracy": progress.accuracy,
             "seconds": progress.seconds + time.monotonic() - progress.started,
             "files": sizes,
         }  # fmt: skip

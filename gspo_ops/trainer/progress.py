@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ class Progress:
     Attributes:
         step: rollout batches trained on.
         before: (problems, samples) held-out rewards before training.
+        accuracy: mean reward of the last evaluation on the way.
         train_seconds: spent in steps, by this start of the run and those before it.
         seconds: spent in all by the starts before this one.
         started: when this one began.
@@ -40,8 +42,9 @@ class Progress:
         before: Tensor | None = None,
         train_seconds: float = 0.0,
         seconds: float = 0.0,
+        accuracy: float = -math.inf,
     ) -> None:
-        self.step, self.before = step, before
+        self.step, self.before, self.accuracy = step, before, accuracy
         self.train_seconds, self.seconds = train_seconds, seconds
         self.started = time.monotonic()
 
