@@ -325,7 +325,7 @@ class TorchTiles:
     COLUMNS = SUMS = 1024  # of a tile, and of an entry of `Sums`
     GRAD_ELEMENTS = 1 << 22  # of a tile for the products of the backward
     GRAD_WIDTH = 8192
-    HAS_WIDE_PRODUCTS = True  # over all that is kept at once, each wait for a slower core being one
+    HAS_WIDE_PRODUCTS = True  # over all kept columns at once: each one waits for a slower core
     VECTORS = 64  # a number of elements that fills those of every processor
 
     def __init__(self, head: Head, targets: Tensor, rows: Rows, options: Options) -> None:

@@ -152,6 +152,25 @@ def test_wrong_arguments_are_refused():
         log_probs_from_model(model.model, batch, T)
 
 
+def test_what_the_head_says_is_not_overridden():
+    model = make("Gemma2, soft cap")
+    batch, mask = make_batch()
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'softcap'"):
+        log_probs_from_model(model, batch, T, softcap=None)
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'softcap'"):
+        loss_from_model(model, batch, None, torch.ones(4), mask=mask, softcap=None)
+
+
+def test_the_check_can_be_left_out():
+    """What the model makes of its logits is learnt all the same."""
+    model, (batch, _) = make("Gemma2, soft cap"), make_batch()
+    seen = []
+    model.lm_head.register_forward_hook(lambda *_: seen.append(1))
+    got = log_probs_from_model(model, batch, T, check_model=False)
+    assert not seen
+    assert torch.equal(got, log_probs_from_model(make("Gemma2, soft cap"), batch, T))
+
+
 def test_nothing_is_imported_or_patched():
     code = (
         "import sys, gspo_ops, gspo_ops.integrations.transformers, gspo_ops.integrations.verl; "

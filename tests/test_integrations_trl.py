@@ -350,6 +350,17 @@ def test_images(make_trainer):
     assert trainer.model.model.visual.patch_embed.proj.weight.grad.any()
 
 
+def test_the_check_of_the_model_can_be_left_out(make_trainer):
+    seen = {}
+    for check in (True, False):
+        kind = partial(GSPOTrainer, check_model=check)
+        trainer = make_trainer(kind, **LEVELS["GSPO"])
+        seen[check] = []
+        trainer.model.lm_head.register_forward_hook(lambda *_, to=seen[check]: to.append(1))
+        make_inputs(trainer)
+    assert seen == {True: [1], False: []}
+
+
 def test_the_compiled_model_runs(make_trainer, monkeypatch):
     calls = []
 

@@ -272,6 +272,16 @@ def test_labels_are_rolled_where_they_are_not_given():
         fused(model, **inputs, **embeddings)
 
 
+@pytest.mark.parametrize("check", [True, False])
+def test_the_check_of_the_model_can_be_left_out(check):
+    model, seen = make_model("Qwen3"), []
+    ours.fuse_forward(model, check_model=check)
+    model.lm_head.register_forward_hook(lambda *_: seen.append(1))
+    for _ in range(2):
+        fused(model, **make_packed())
+    assert len(seen) == check
+
+
 def test_a_model_wrapped_by_peft_and_a_copy():
     peft = pytest.importorskip("peft")
     inputs, config = make_packed(), peft.LoraConfig(target_modules="all-linear")

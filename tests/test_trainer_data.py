@@ -140,5 +140,6 @@ def test_a_fingerprint_is_of_all_that_matters(tmp_path):
         entries = plain()
         entries[place] |= change
         assert task_of(write(path, entries)).fingerprint() != first
-    assert task_of(write(path, [*plain(), {"prompt": "say 1", "answer": "one"}])) != first
+    more = [*plain(), {"prompt": "say 1", "answer": "one"}]
+    assert task_of(write(path, more)).fingerprint() != first
     assert reward_fingerprint(is_correct) != reward_fingerprint(test_chat_messages)

@@ -468,6 +468,20 @@ def test_a_run_that_has_reached_its_target_is_over(make):
     assert more.progress.step == 4
 
 
+def test_a_checkpoint_of_an_earlier_version_is_refused(make, monkeypatch):
+    make("steps=1").run()
+    load = checkpoint.load_state
+
+    def of_then(path):
+        step, state = load(path)
+        del state["fingerprints"]
+        return step, state
+
+    monkeypatch.setattr(checkpoint, "load_state", of_then)
+    with pytest.raises(ValueError, match="was written by an earlier version"):
+        make("steps=2").run(resume=True)
+
+
 class TestWhatSettingsName:
     """It may change between a run and its continuation, and the settings with it."""
 

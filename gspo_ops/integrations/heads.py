@@ -93,21 +93,21 @@ class OutputHead(NamedTuple):
         return self.transform(z)
 
 
-def output_head(model: Any, check: bool = True) -> OutputHead:
+def output_head(model: Any) -> OutputHead:
     """The head of a causal language model, wrapped or not.
 
     The first call for a model runs it on a few tokens; the result is kept.
 
     Args:
         model: a causal language model of transformers.
-        check: whether the head's logits are compared with the model's own.
 
     Raises:
         ValueError: the model has no head, or one that the ops can't apply.
     """
     inner = unwrapped(model)
     if inner not in _transforms:
-        learn(model, {"input_ids": torch.arange(_TOKENS, device=_device(inner))[None]}, check)
+        ids = torch.arange(_TOKENS, device=_device(inner))
+        learn(model, {"input_ids": ids[None]}, check=True)
     return _head(inner, _transforms[inner])
 
 
@@ -176,11 +176,11 @@ class _Probe(_Tap):
         if hidden.ndim != 3:  # it is refused once the model is done
             return nothing
         head = vars(self)["head"]
-        real = head(hidden[:1, -_TOKENS:])[0] if self.is_real else None
-        columns = len(_base(head).weight) if real is None else real.shape[-1]
-        probes = torch.tensor(_PROBES, dtype=torch.float64, device=hidden.device)
-        probes = probes[:, None].expand(-1, columns)
-        return (probes if real is None else torch.cat([real.double(), probes]))[None]
+        probes = torch.tensor(_PROBES, dtype=torch.float64, device=hidden.device)[:, None]
+        if not self.is_real:  # within the head, where its weight is whole
+            return _at_head(head, lambda: probes.expand(-1, len(_weights(head)[0])))[None]
+        real = head(hidden[:1, -_TOKENS:])[0].double()
+        return torch.cat([real, probes.expand(-1, real.shape[-1])])[None]
 
 
 class _Seam:

@@ -46,8 +46,8 @@ def log_probs_from_model(
     """
 
     def of_head(head: OutputHead, hidden: Tensor, targets: Tensor, _: Any) -> Tensor:
-        more = head.options(temperature) | options
-        return log_probs_from_hidden(hidden, head.weight, targets, **more)
+        own = head.options(temperature)
+        return log_probs_from_hidden(hidden, head.weight, targets, **own, **options)
 
     return hidden_to(model, batch, _responses(batch, count, of_head), check_model)
 
@@ -91,10 +91,10 @@ def loss_from_model(
         raise ValueError(f"mask must have shape (B, T), one per response token, got {got}")
 
     def of_head(head: OutputHead, hidden: Tensor, targets: Tensor, output: Any) -> PolicyLoss:
-        more = head.options(temperature) | options
         found = policy_loss_from_hidden(
-            hidden, head.weight, targets, old_log_probs, advantages, mask=mask, **more
-        )
+            hidden, head.weight, targets, old_log_probs, advantages, mask=mask,
+            **head.options(temperature), **options,
+        )  # fmt: skip
         return _with_router_loss(found, output, router_loss_coef) if router_loss_coef else found
 
     if router_loss_coef:

@@ -44,21 +44,22 @@ class GSPOTrainer(GRPOTrainer):
     """GRPOTrainer whose loss comes from `gspo_ops`.
 
     For GSPO as in the paper: `importance_sampling_level="sequence"`, `loss_type="grpo"`,
-    `epsilon=3e-4`, `epsilon_high=4e-4`. `"sequence_token"` is GSPO-token. All
-    other settings of `GRPOConfig` that change the loss either do the same as in TRL or are
-    refused. TRL's metrics are kept, but for
-    `clip_ratio/low_min` and `clip_ratio/high_max` of ratios per token; ours are logged as
-    `gspo_ops/...`.
+    `epsilon=3e-4`, `epsilon_high=4e-4`. `"sequence_token"` is GSPO-token. All other settings of
+    `GRPOConfig` that change the loss either do the same as in TRL or are refused. TRL's metrics are
+    kept, but for `clip_ratio/low_min` and `clip_ratio/high_max` of ratios per token; ours are
+    logged as `gspo_ops/...`.
 
     Raises:
         ValueError: a setting is not supported; the message names it.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, check_model: bool = True, **kwargs: Any) -> None:
         """Args:
         args, kwargs: those of GRPOTrainer.
+        check_model: whether the head's logits are compared with the model's own at its first use.
         """
         super().__init__(*args, **kwargs)
+        self._check_model = check_model
         config = self.args
         refused = {
             "loss_type": self.loss_type not in _AGGREGATIONS,
@@ -92,8 +93,9 @@ class GSPOTrainer(GRPOTrainer):
 
         def scored(*, labels: Tensor, fused_lm_head: bool, **batch: Any) -> Any:
             log_probs, entropy = log_probs_from_model(
-                model, batch, logits_to_keep, temperature=self.temperature, return_entropy=True
-            )
+                model, batch, logits_to_keep, temperature=self.temperature, return_entropy=True,
+                check_model=self._check_model,
+            )  # fmt: skip
             return SimpleNamespace(log_probs=log_probs, entropy=entropy)
 
         return super()._get_per_token_logps_and_entropies(
@@ -129,7 +131,6 @@ class GSPOTrainer(GRPOTrainer):
         if self.use_vllm and self.vllm_importance_sampling_correction:
             weights = inputs["importance_sampling_ratio"].float()
             weights = weights.squeeze(1) if weights.shape[1] == 1 else weights
-        steps = self.current_gradient_accumulation_steps if self.model.training else 1
         with self.accelerator.autocast():
             return loss_from_model(
                 model, self._model_inputs(inputs, mask.shape[1]),
@@ -137,9 +138,16 @@ class GSPOTrainer(GRPOTrainer):
                 temperature=self.temperature, objective=self._objective(level),
                 ref_log_probs=inputs["ref_per_token_logps"] if self.beta != 0.0 else None,
                 rollout_weights=weights, denominator=self._denominator(inputs, mask),
-                router_loss_coef=self.router_aux_loss_coef / steps if self.aux_loss_enabled else 0,
-                return_entropy=True,
+                router_loss_coef=self._router_loss_coef(), return_entropy=True,
+                check_model=self._check_model,
             )  # fmt: skip
+
+    def _steps(self) -> int:
+        """Calls whose gradients are added up."""
+        return self.current_gradient_accumulation_steps if self.model.training else 1
+
+    def _router_loss_coef(self) -> float:
+        return self.router_aux_loss_coef / self._steps() if self.aux_loss_enabled else 0.0
 
     def _objective(self, level: Any) -> Objective:
         aggregation = _AGGREGATIONS[self.loss_type]
@@ -150,8 +158,7 @@ class GSPOTrainer(GRPOTrainer):
 
     def _denominator(self, inputs: dict[str, Any], mask: Tensor) -> float | Tensor:
         """What TRL divides by, accumulation included; it counts empty responses as well."""
-        is_training = self.model.training
-        steps = self.current_gradient_accumulation_steps if is_training else 1
+        steps = self._steps()
         if self.loss_type == "bnpo":
             return mask.sum().float().clamp(min=1.0) * float(steps)
         if self.loss_type == "dr_grpo":
@@ -159,7 +166,9 @@ class GSPOTrainer(GRPOTrainer):
         if self.loss_type == "dapo":
             items = inputs["num_items_in_batch"].float().clamp(min=1.0)
             items = items / self.accelerator.num_processes  # which average their gradients
-            return items * (steps / self.args.steps_per_generation) if is_training else items
+            return (
+                items * (steps / self.args.steps_per_generation) if self.model.training else items
+            )
         return float(len(mask) * steps)
 
     def _log_stats(self, stats: dict[str, Tensor], inputs: dict[str, Any], mask: Tensor) -> None:

@@ -59,7 +59,7 @@ def register() -> str:
     return NAME
 
 
-def fuse_forward(model: Any) -> None:
+def fuse_forward(model: Any, *, check_model: bool = True) -> None:
     """Give a causal language model the forward that verl expects of fused kernels.
 
         z[t]         = logits of hidden[t] / temperature
@@ -73,6 +73,7 @@ def fuse_forward(model: Any) -> None:
 
     Args:
         model: a causal language model of transformers, of whose instance `forward` is replaced.
+        check_model: whether the head's logits are compared with the model's own at its first use.
 
     Raises:
         ImportError: verl is not installed, or is not verl 0.9.
@@ -86,7 +87,7 @@ def fuse_forward(model: Any) -> None:
             f"model must be a text model, got {type(model).__name__}: use verl's own impl_backend"
         )
     if getattr(model.forward, "func", None) is not _forward:  # once
-        model.forward = partial(_forward, model, model.forward)
+        model.forward = partial(_forward, model, model.forward, check_model)
 
 
 def _require_verl() -> None:
@@ -115,6 +116,7 @@ def _with_our_backend(theirs: Callable[..., None]) -> Callable[..., None]:
 def _forward(
     model: Any,
     own: Callable[..., Any],
+    check_model: bool,
     input_ids: Tensor | None = None,
     *,
     labels: Tensor | None = None,
@@ -138,7 +140,7 @@ def _forward(
         return CausalLMOutputForPPO(log_probs=log_probs, entropy=entropy, **kept)
 
     batch = {"input_ids": input_ids} | arguments | {"return_dict": True}
-    return hidden_to(model, batch, at_head, within=own)
+    return hidden_to(model, batch, at_head, check_model, within=own)
 
 
 def policy_loss(

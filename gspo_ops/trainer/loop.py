@@ -292,6 +292,10 @@ class Trainer:
                 print(f"no checkpoint in {self.config.out}: starting from the beginning")
             return ranks.on_first(self._start)
         step, state = checkpoint.load_state(path)
+        if "fingerprints" not in state:
+            raise ValueError(
+                f"out: {path} was written by an earlier version, which can't be resumed"
+            )
         self._check_same(state["config"], state["fingerprints"])
         checkpoint.load_weights(path, self.model, self.learner.optimizer, ranks)
         self.learner.load_state_dict(state["learner"])

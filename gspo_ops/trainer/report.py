@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
@@ -118,12 +117,7 @@ class RunFiles:
     def __enter__(self) -> RunFiles:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with writing(self._out), ExitStack() as all_of_them:  # though one may fail
             all_of_them.callback(self._metrics.close)
             all_of_them.callback(self._samples.close)
