@@ -57,7 +57,7 @@ def folder(tmp_path_factory):
     transformers.Qwen3MoeForCausalLM(moe).save_pretrained(path / "moe")
     for name in ("model", "moe"):
         tokenizer.save_pretrained(path / name)
-    (path / "first_letter.py").write_text(REWARD)
+    (path / "rewards_of_ranks.py").write_text(REWARD)
     return path
 
 
@@ -66,7 +66,7 @@ def arguments(folder, out, *more):
         f"model.name={folder}/model", f"out={out}", "steps=6", "rollout.prompts=8",
         "rollout.group_size=4", "rollout.max_new_tokens=6", "update.mini_batches=2",
         "update.learning_rate=3e-3", "task.train_size=20", "task.eval_size=7", "task.examples=0",
-        "task.reward=first_letter:score", "checkpoint.every=1", "device=cpu", "dtype=float32",
+        "task.reward=rewards_of_ranks:score", "checkpoint.every=1", "device=cpu", "dtype=float32",
         *more,
     ]  # fmt: skip
 
@@ -242,9 +242,9 @@ def on_rank_nan(folder):
 
 
 FAILURES = {
-    "training": "task.reward: 'first_letter:score' gave None",
-    "refill": "task.reward: 'first_letter:score' gave None",
-    "evaluation": "task.reward: 'first_letter:score' gave None",
+    "training": "task.reward: 'rewards_of_ranks:score' gave None",
+    "refill": "task.reward: 'rewards_of_ranks:score' gave None",
+    "evaluation": "task.reward: 'rewards_of_ranks:score' gave None",
     "metrics": "can't write metrics: No space left on device",
     "checkpoint": "can't write .*step-000000: No space left on device",
     "lock": "out: a run is going on",
