@@ -91,13 +91,13 @@ def test_what_hangs_is_left_behind(workers):
     def check(response, problem):
         return forever.wait() if int(response) % 2 else float(response)
 
-    start = time.monotonic()
+    start, others = time.monotonic(), set(threading.enumerate())
     with pytest.raises(ValueError, match=r"took longer than task\.reward_seconds=0\.1 for the que"):
         rewards(check, 6, reward_seconds=0.1, reward_workers=workers)
     found = rewards(check, 6, reward_seconds=0.1, reward_workers=workers, failed_reward=-1)
     assert found == ([0, -1, 2, -1, 4, -1], 3)
     assert time.monotonic() - start < 5
-    assert all(t.daemon for t in threading.enumerate() if t is not threading.main_thread())
+    assert all(thread.daemon for thread in set(threading.enumerate()) - others)
     forever.set()
 
 
