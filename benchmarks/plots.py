@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 
 from gspo_ops import GSPO
 
@@ -168,7 +169,7 @@ def mismatch(report: dict, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _pyplot():
+def _pyplot() -> ModuleType:
     import matplotlib
 
     matplotlib.use("Agg")

@@ -866,7 +866,9 @@ def patch_interpreter() -> None:
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton.runtime.interpreter")
     original = interpreter.InterpreterBuilder.cast_impl
 
-    def cast_impl(self, src, dst_type):
+    def cast_impl(
+        self: interpreter.InterpreterBuilder, src: interpreter.TensorHandle, dst_type: tl.dtype
+    ) -> interpreter.TensorHandle:
         if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
             return original(self, src, dst_type)
         bits = np.ascontiguousarray(src.data, dtype=np.float32).view(np.uint32)
@@ -875,7 +877,14 @@ def patch_interpreter() -> None:
         return interpreter.TensorHandle(rounded, dst_type.scalar)
 
     @np.errstate(all="ignore")
-    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+    def create_dot(
+        self: interpreter.InterpreterBuilder,
+        a: interpreter.TensorHandle,
+        b: interpreter.TensorHandle,
+        d: interpreter.TensorHandle,
+        input_precision: object,
+        max_num_imprecise_acc: int,
+    ) -> interpreter.TensorHandle:
         # bfloat16 stands in the interpreter as its bits
         a, b = (original(self, x, d.dtype).data for x in (a, b))
         # every element is a sum over k from the first to the last
