@@ -14,6 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
+# all that `gspo-ops bench` needs: what makes the repository's tables is run from a checkout
+BENCHMARKS = ["bench", "cases", "measure", "plots", "providers"]
 HEAVY = ["transformers", "reasoning_gym", "matplotlib", "trl", "tensorboard"]
 
 LOSS = """
@@ -29,6 +31,22 @@ result["file"] = gspo_ops.__file__
 result["loss"] = loss.item()
 result["grad"] = logits.grad.abs().sum().item()
 result["kernels"] = "gspo_ops.kernels.log_probs" in sys.modules
+"""
+
+COMMANDS = """
+import contextlib, io
+from gspo_ops import cli
+from gspo_ops.benchmarks import plots
+for argv in (["--help"], ["bench", "--help"], ["verify", "--help"],
+             ["bench", "--path", "logits", "--shape", "64,128,8", "--dtype", "float32", "--f", "1",
+              "--rounds", "1", "--against", "eager"]):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            status = cli.main(argv)
+        except SystemExit as ended:
+            status = ended.code
+    result[" ".join(argv)] = [status, out.getvalue()]
+result["files"] = [cli.__file__, plots.__file__]
 """
 
 
@@ -110,6 +128,16 @@ def test_wheel_contents(wheel):
     assert expected <= set(names)
 
 
+def test_wheel_has_no_benchmarks_of_the_repository(wheel, record_property):
+    with zipfile.ZipFile(wheel) as archive:
+        sizes = {member.filename: member.file_size for member in archive.infolist()}
+    ours = {name: size for name, size in sizes.items() if name.startswith("gspo_ops/benchmarks/")}
+    assert sorted(ours) == [f"gspo_ops/benchmarks/{name}.py" for name in BENCHMARKS]
+    share = f"{sum(ours.values())} of {sum(sizes.values())} bytes"
+    record_property("benchmarks in the wheel", share)
+    print(f"benchmarks in the wheel: {share}")
+
+
 def test_sdist_builds_the_same_wheel(sdist, wheel, tmp_path):
     with tarfile.open(sdist) as archive:
         links = [member.name for member in archive if member.issym() or member.islnk()]
@@ -132,6 +160,15 @@ def test_installed_wheel_computes_a_loss(installed, tmp_path, interpret):
     here = run(LOSS, cwd=tmp_path)
     assert result["loss"] == pytest.approx(here["loss"], rel=1e-6)
     assert result["grad"] == pytest.approx(here["grad"], rel=1e-5)
+
+
+def test_installed_wheel_has_its_commands(installed, tmp_path):
+    result = run(COMMANDS, cwd=tmp_path, first=installed)
+    assert all(Path(file).is_relative_to(installed) for file in result.pop("files"))
+    assert {argv: status for argv, (status, _) in result.items()} == dict.fromkeys(result, 0)
+    *helps, (_, timed) = result.values()
+    assert all(text.startswith("usage: gspo-ops") for _, text in helps)
+    assert "eager" in timed
 
 
 def test_installed_wheel_has_no_kernels_package(installed, tmp_path):
