@@ -83,7 +83,7 @@ def _verify(device: torch.device, model: str | None) -> int:
 def _model_outputs(name: str) -> dict[str, Any]:
     """Logits (B, T, V) of a real model on a few texts, the head that gave them, and the (B, T)
     tokens that follow."""
-    from .testing import Head
+    from .testing import HeadTensors
     from .trainer.model import load_model
 
     model, tokenizer = load_model(name)
@@ -94,7 +94,7 @@ def _model_outputs(name: str) -> dict[str, Any]:
     with torch.no_grad():
         output = model(ids, output_hidden_states=True)
     hidden = output.hidden_states[-1][:, :-1].float()
-    head = Head(hidden, last.weight.detach().float(), getattr(last, "bias", None))
+    head = HeadTensors(hidden, last.weight.detach().float(), getattr(last, "bias", None))
     return {"logits": output.logits[:, :-1], "head": head, "targets": ids[:, 1:]}
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import gspo_ops
-from gspo_ops import GSPO, testing
+from gspo_ops import GSPO, reference, testing
 
 ROOT = Path(__file__).parent.parent
 # verifies copies of the package, each in a process of its own, which is over at the first finding
@@ -24,6 +24,7 @@ for folder in sys.argv[1:]:
         continue
     sys.path.insert(0, folder)
     from gspo_ops import testing
+    from gspo_ops.testing import verification
     if {interpreted}:
         testing.patch_interpreter()
     measure = testing.measure
@@ -33,7 +34,7 @@ for folder in sys.argv[1:]:
                 pathlib.Path(folder, "findings").write_text(testing.table([m]))
                 os._exit(0)
             yield m
-    testing.measure = measure_or_exit
+    verification.measure = measure_or_exit
     testing.verify(torch.device("cpu"), dtypes=[torch.float32], {options})
     pathlib.Path(folder, "findings").write_text("")
     os._exit(0)
@@ -231,7 +232,7 @@ def test_interpreter_leaves_no_product_to_a_blas(monkeypatch):
     hidden, weight, _ = testing.synthetic_head(1, 3, 16, 130, device=torch.device("cpu"))
     targets = torch.tensor([0, 129, 64])
     log_probs = gspo_ops.log_probs_from_hidden(hidden[0], weight, targets, products="triton")
-    expected = testing.reference.log_probs_from_hidden(hidden[0].double(), weight.double(), targets)
+    expected = reference.log_probs_from_hidden(hidden[0].double(), weight.double(), targets)
     assert testing.worst(log_probs - expected) <= testing.BOUNDS["log_prob from hidden"]
 
 
@@ -239,7 +240,7 @@ def test_the_cases_straddle_the_clip_edges():
     for objective in testing.OBJECTIVES:
         logits = testing.synthetic_logits(9, 4, 130, device=torch.device("cpu"))
         case = testing.make_case(logits, objective, packed=False)
-        _, stats = testing.reference.policy_loss_from_logits(
+        _, stats = reference.policy_loss_from_logits(
             case.double().logits, case.targets, case.old_log_probs.double(),
             case.advantages.double(), **case.double().options(),
         )  # fmt: skip

@@ -1,0 +1,68 @@
+"""What is measured, and how far off it may be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# Worst allowed value of each quantity: the contract's, but for loss and entropy, which it leaves
+# open. "ulp" counts steps of the gradient's dtype; "allowed" is `ALLOWED` times the error of eager
+# with fp32 logits and products; in fp32, for a real model's head, twice that error: how far
+# fp32 products are off depends on the size of hidden states and weight, not on the logits alone.
+BOUNDS = {
+    "log_prob": 2e-6,
+    "entropy": 1e-5,
+    "ratio": 1e-6,
+    "loss": 4e-6,
+    "clip decisions flipped": 0,
+    "on-policy ratio - 1": 0,
+    "on-policy clipped": 0,
+    "grad at target, rel L2": 2e-6,
+    "grad elsewhere, rel L2": 2e-6,
+    "grad row sum / g": 1e-5,
+    "grad, ulp": 1,
+    "grad of log_probs, rel L2": 2e-6,
+    "non-zeros in dead rows": 0,
+    "bits that differ on repeat": 0,
+    "log_prob from hidden": 4e-6,
+    "log_prob from hidden / allowed": 1,
+    "entropy from hidden": 2e-5,
+    "ratio of a few tokens": 4e-6,  # of one token: that of its log_prob
+    "ratio of a few tokens / allowed": 1,
+    "dhidden, rel L2": 5e-6,
+    "dweight, rel L2": 5e-6,
+    "dbias, rel L2": 5e-6,
+    "dhidden / allowed": 1,
+    "dweight / allowed": 1,
+    "dbias / allowed": 1,
+    "ratio, plans apart": 1e-6,
+    "plans apart, rel L2": 5e-6,
+    "plans apart / allowed": 1,
+    "ratio, logits op apart": 1e-6,
+    "logits op apart, rel L2": 5e-6,
+    "logits op apart / allowed": 1,
+}
+# Exponentials or hidden states, the products of a CPU, and the result are each rounded to 16 bits:
+# sqrt(3) times one rounding, and some more where elements are few.
+ALLOWED = 2.0
+FEW = 4  # tokens, over which the errors of log-probs don't average out yet
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One quantity of one op on one case, beside its bound."""
+
+    op: str
+    dtype: torch.dtype
+    case: str
+    quantity: str
+    value: float
+
+    @property
+    def bound(self) -> float:
+        return BOUNDS[self.quantity]
+
+    @property
+    def ok(self) -> bool:
+        return self.value <= self.bound  # False for NaN

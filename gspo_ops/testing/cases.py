@@ -1,0 +1,260 @@
+"""Batches that are hard on purpose: ragged, masked, and with ratios beside the clip edges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import GRPO, GSPO, GSPOToken, Objective, reference
+from .bounds import BOUNDS
+from .errors import worst
+
+EDGE_OFFSET = 5e-6  # where the test ratios stand beside the edges
+OBJECTIVES = (GSPO(), GSPOToken(), GRPO())
+
+
+class HeadTensors(NamedTuple):
+    """Hidden states (B, T, H) or (N, H), and the weight (V, H) and bias (V,) that they meet."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def logits(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        hidden, weight, bias = self.to(dtype)
+        return reference.logits_from_hidden(hidden, weight, bias=bias)
+
+    def to(self, dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> HeadTensors:
+        """Hidden states in one dtype, weight and bias in the same or in another."""
+        head = self.map(lambda x: x.to(weight_dtype or dtype))
+        return head._replace(hidden=self.hidden.to(dtype))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> HeadTensors:
+        bias = None if self.bias is None else function(self.bias)
+        return HeadTensors(function(self.hidden), function(self.weight), bias)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch. Per-token tensors are (B, T) padded or (N,) packed; logits have V behind.
+
+    Where it starts from a head, its logits are the exact ones, in float64. `allowed` is, for a real
+    model's head, twice the error of log-probs from fp32 logits; None where the contract's bound
+    holds.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    old_log_probs: Tensor
+    advantages: Tensor
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    rollout_weights: Tensor
+    objective: Objective
+    head: HeadTensors | None = None
+    allowed: float | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.logits.dtype if self.head is None else self.head.hidden.dtype
+
+    @property
+    def name(self) -> str:
+        name = f"{type(self.objective).__name__} {self.layout}"
+        if self.head is not None and self.head.weight.dtype != self.dtype:
+            name += f", {str(self.head.weight.dtype)[6:]} weight"
+        return name
+
+    @property
+    def valid(self) -> Tensor:
+        if self.mask is None:
+            return torch.ones_like(self.targets, dtype=torch.bool)
+        return self.mask != 0
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) valid tokens of each sequence."""
+        if self.cu_seqlens is None:
+            return self.valid.sum(1)
+        before = torch.nn.functional.pad(self.valid.cumsum(0), (1, 0))
+        return before[self.cu_seqlens.long()].diff()
+
+    @property
+    def layout(self) -> str:
+        return "padded" if self.cu_seqlens is None else "packed"
+
+    def options(self) -> dict[str, Any]:
+        return {
+            "mask": self.mask,
+            "cu_seqlens": self.cu_seqlens,
+            "rollout_weights": self.rollout_weights,
+            "objective": self.objective,
+        }
+
+    def double(self) -> Case:
+        """The same numbers in float64, with logits at masked positions replaced by 0."""
+        logits = torch.where(self.valid.unsqueeze(-1), self.logits, 0.0)
+        return replace(
+            self,
+            logits=logits.double(),
+            old_log_probs=self.old_log_probs.double(),
+            advantages=self.advantages.double(),
+            rollout_weights=self.rollout_weights.double(),
+        )
+
+
+def synthetic_logits(B: int, T: int, V: int, *, device: torch.device, seed: int = 0) -> Tensor:
+    """(B, T, V) float32 within +-32, some rows flat and some sharply peaked as a model's are."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(B, T, V, generator=generator) * 3
+    peak = torch.rand(B, T, 1, generator=generator) * 24
+    index = torch.randint(V, (B, T, 1), generator=generator)
+    return logits.scatter_add_(-1, index, peak).clamp_(-32, 32).to(device)
+
+
+def synthetic_head(
+    B: int, T: int, H: int, V: int, *, device: torch.device, seed: int = 0
+) -> HeadTensors:
+    """A head in float32 whose logits lie within +-32: some rows flat, some sharply peaked."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    weight = randn(V, H) / math.sqrt(H)
+    bias = randn(V)
+    spread, peak = 3 * torch.rand(2, B, T, 1, generator=generator)
+    aligned = weight[torch.randint(V, (B, T), generator=generator)]
+    hidden = spread * randn(B, T, H) + 6 * peak * aligned / aligned.norm(dim=-1, keepdim=True)
+    largest = (hidden @ weight.mT).abs().amax(-1, keepdim=True).clamp(min=26)
+    return HeadTensors(hidden * (26 / largest), weight, bias).map(lambda x: x.to(device))
+
+
+def make_case(
+    source: Tensor | HeadTensors,
+    objective: Objective,
+    *,
+    packed: bool,
+    targets: Tensor | None = None,
+    seed: int = 0,
+) -> Case:
+    """A case from logits (B, T, V) or a head: ragged lengths, 0 and 1 among them, with tool tokens
+    masked.
+
+    Padding holds targets of -100, and NaN in logits and hidden states. Targets are given for a real
+    model; what its head may err is measured.
+    """
+    head = source if isinstance(source, HeadTensors) else None
+    logits = source.logits() if isinstance(source, HeadTensors) else source
+    device = logits.device
+    generator = torch.Generator().manual_seed(seed)
+    B, T, _ = logits.shape
+    lengths, in_sequence, mask = _ragged(B, T, generator)
+    padding = ~mask.to(device)
+    is_real = targets is not None
+    if targets is None:
+        targets = sample(logits, generator)
+    targets = targets.masked_fill(padding, -100)
+    clean = logits.masked_fill(padding.unsqueeze(-1), 0.0).double()
+    log_probs = reference.log_probs_from_logits(clean, targets).cpu()
+    allowed = _allowed(head, targets, log_probs) if head is not None and is_real else None
+    log_ratio = log_ratios(objective, mask, generator, max(EDGE_OFFSET, allowed or 0.0))
+    advantages = _advantages(objective, log_ratio, mask, generator)
+    if head is not None:
+        head = head._replace(hidden=head.hidden.masked_fill(padding.unsqueeze(-1), math.nan))
+    case = Case(
+        logits=logits.masked_fill(padding.unsqueeze(-1), math.nan),
+        targets=targets,
+        old_log_probs=(log_probs - log_ratio).float().to(device),
+        advantages=advantages.to(device),
+        mask=~padding,
+        cu_seqlens=None,
+        rollout_weights=(0.5 + torch.rand(B, T, generator=generator)).to(device),
+        objective=objective,
+        head=head,
+        allowed=allowed,
+    )
+    return _pack(case, in_sequence, lengths) if packed else case
+
+
+def _ragged(B: int, T: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Lengths (B,), which tokens are within them (B, T), and which of these are not a tool's."""
+    lengths = torch.randint(1, T + 1, (B,), generator=generator)
+    lengths[0] = T
+    lengths[1 % B : 3 % B] = torch.tensor([0, 1])[: max(3 % B - 1 % B, 0)]
+    in_sequence = torch.arange(T) < lengths[:, None]
+    mask = in_sequence & (torch.rand(B, T, generator=generator) < 0.9)
+    mask[torch.arange(B), 0] = lengths > 0
+    return lengths, in_sequence, mask
+
+
+def _allowed(head: HeadTensors, targets: Tensor, log_probs: Tensor) -> float:
+    """Twice the error of log-probs from fp32 logits, or the contract's bound if that is more."""
+    eager = reference.log_probs_from_logits(head.logits(torch.float32), targets).cpu()
+    return max(BOUNDS["log_prob from hidden"], 2 * worst(eager - log_probs))
+
+
+def _advantages(
+    objective: Objective, log_ratio: Tensor, mask: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Mostly of the sign with which the sequence's ratio can be clipped; the last are 0."""
+    B, T = mask.shape
+    per_token = objective.ratio_level == "sequence_token"
+    advantages = torch.randn((B, T) if per_token else (B,), generator=generator)
+    if objective.ratio_level != "token":
+        side = torch.where((log_ratio * mask).sum(1) < 0, -1.0, 1.0)
+        side[7:] *= -1
+        if per_token:
+            side = side[:, None] * torch.where(torch.arange(T) % 4 == 3, -1.0, 1.0)
+        advantages = advantages.abs() * side
+    advantages[-1] = 0.0
+    return advantages
+
+
+def _pack(case: Case, in_sequence: Tensor, lengths: Tensor) -> Case:
+    keep = in_sequence.to(case.logits.device)
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    return replace(
+        case,
+        logits=case.logits[keep],
+        targets=case.targets[keep],
+        old_log_probs=case.old_log_probs[keep],
+        advantages=case.advantages if case.advantages.ndim == 1 else case.advantages[keep],
+        mask=case.mask[keep] if case.mask is not None else None,
+        cu_seqlens=cu_seqlens.to(case.logits.device),
+        rollout_weights=case.rollout_weights[keep],
+        head=case.head and case.head._replace(hidden=case.head.hidden[keep]),
+    )
+
+
+def upstream(like: Tensor, seed: int) -> Tensor:
+    """A gradient that comes from above, of the shape of `like`, in float32."""
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).to(like.device)
+
+
+def sample(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One token per row from softmax(logits), by the Gumbel-max trick."""
+    uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float64).to(logits.device)
+    return (logits.double() - (-uniform.clamp_min(1e-300).log()).log()).argmax(-1)
+
+
+def log_ratios(
+    objective: Objective, mask: Tensor, generator: torch.Generator, offset: float = EDGE_OFFSET
+) -> Tensor:
+    """(B, T) log-ratios that straddle both clip edges, per sequence or per token."""
+    high = math.log1p(objective.clip_high)
+    low = math.log1p(-objective.clip_low)
+    around = [0.0, 3 * high, 3 * low]
+    around += [edge + side for edge in (high, low) for side in (-offset, offset)]
+    choices = torch.tensor(around, dtype=torch.float64)
+    B, T = mask.shape
+    if objective.ratio_level == "token":
+        return choices[torch.randint(len(around), (B, T), generator=generator)]
+    noise = 0.05 * torch.randn(B, T, generator=generator, dtype=torch.float64) * mask
+    noise -= noise.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    return noise + choices[torch.arange(B) % len(around)][:, None]

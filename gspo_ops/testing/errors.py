@@ -1,0 +1,56 @@
+"""Distances from exact results, as the bounds count them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def grad_errors(grad: Tensor | None, exact: Tensor | None, targets: Tensor) -> dict[str, float]:
+    """Errors of dlogits as the contract counts them for its dtype."""
+    assert grad is not None
+    assert exact is not None
+    if grad.dtype in (torch.bfloat16, torch.float16):
+        return {"grad, ulp": ulp_distance(grad, exact)}
+    is_target = torch.zeros_like(grad, dtype=torch.bool)
+    index = targets.clamp(min=0).long().unsqueeze(-1)
+    is_target.scatter_(-1, index, (targets >= 0).unsqueeze(-1))
+    g = exact.abs().amax(-1).clamp(min=1e-30)
+    return {
+        "grad at target, rel L2": relative(grad[is_target], exact[is_target]),
+        "grad elsewhere, rel L2": relative(grad[~is_target], exact[~is_target]),
+        "grad row sum / g": worst(grad.double().sum(-1) / g),
+    }
+
+
+def ulp_distance(x: Tensor, exact: Tensor) -> float:
+    """Largest number of representable steps between x and exact, rounded to x's dtype."""
+    if torch.isnan(x).any():
+        return math.nan
+
+    def ordered(y: Tensor) -> Tensor:
+        bits = y.contiguous().view(torch.int16).int()
+        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+    return worst(ordered(x) - ordered(exact.to(x.dtype)))
+
+
+def relative(x: Tensor, exact: Tensor) -> float:
+    """||x - exact|| / ||exact||; 0 where both vanish."""
+    error = (x.double() - exact).norm()
+    return float(error / exact.norm()) if exact.norm() > 0 else float(error)
+
+
+def worst(x: Tensor) -> float:
+    """Largest absolute value; NaN if there is one."""
+    return float(x.detach().abs().max()) if x.numel() else 0.0
+
+
+def non_zeros(x: Tensor) -> float:
+    return float((x != 0).sum())
+
+
+def differing(x: Tensor, y: Tensor) -> float:
+    return float((x != y).sum())

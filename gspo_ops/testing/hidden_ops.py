@@ -1,0 +1,292 @@
+"""Measurements of the ops that start from hidden states, with every plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import (
+    GSPO,
+    log_probs_from_hidden,
+    plan_from_hidden,
+    policy_loss_from_hidden,
+    policy_loss_from_logits,
+    reference,
+)
+from ..backend import use_triton
+from .bounds import ALLOWED, BOUNDS, FEW, Measured
+from .cases import Case, HeadTensors, upstream
+from .errors import differing, non_zeros, relative, worst
+
+_Options = dict[str, Any]  # of an op
+_OfPlan = Callable[[_Options], dict[str, float]]  # errors by their names
+_Outcome = tuple[Tensor, dict[str, Tensor]]  # what has a gradient, and values by their names
+
+PLANS = ("keep", "keep part", "recompute", "chunk", "chunk part")
+
+
+def head_plans(head: HeadTensors) -> dict[str, _Options]:
+    """Options of every plan, with all the memory that it wants and with less, by its name."""
+    on_triton = use_triton(head.hidden)
+    plans: dict[str, _Options] = {}
+    for products, name in product(("mm", "triton") if on_triton else ("auto",), PLANS):
+        kind, _, part = name.partition(" ")
+        options: _Options = {"plan": kind, "products": products}
+        if part:
+            whole = plan_from_hidden(head.hidden, head.weight, plan=options["plan"])
+            options["memory_budget"] = whole.kept_bytes // 2
+            if kind == "keep":  # by name it keeps everything
+                options["plan"] = "auto"
+        plans[f"{name}, {products}" if on_triton else name] = options
+    return plans
+
+
+def measure_from_hidden(case: Case, head: HeadTensors) -> Iterator[Measured]:
+    """Both ops with every plan, each against float64 and against the first plan."""
+    plans = head_plans(head)
+    parts = [
+        ("policy_loss_from_hidden", plans, _of_loss(case, head)),
+        ("policy_loss_from_hidden", plans, _of_loss_on_policy(case, head)),
+    ]
+    if isinstance(case.objective, GSPO):  # log-probs have no objective
+        for with_entropy, kinds in ((False, ("keep", "auto", "recompute")), (True, ("recompute",))):
+            chosen = {name: plan for name, plan in plans.items() if plan["plan"] in kinds}
+            of_plan = _of_log_probs(case, head, with_entropy)
+            parts.append(("log_probs_from_hidden", chosen, of_plan))
+    for op, chosen, of_plan in parts:
+        for name, options in chosen.items():
+            for quantity, value in of_plan(options).items():
+                yield Measured(op, case.dtype, f"{case.name}, {name}", quantity, value)
+
+
+def _of_log_probs(case: Case, head: HeadTensors, with_entropy: bool) -> _OfPlan:
+    g, h = upstream(case.targets, 1), upstream(case.targets, 2)
+    dead = torch.rand(g.shape, generator=torch.Generator().manual_seed(5)).to(g.device) < 0.3
+    g, h = g.masked_fill(dead, 0.0), h.masked_fill(dead, 0.0)
+    expected = _expected(case, head, g, h if with_entropy else None)
+    first: list[_Result] = []
+
+    def of_plan(options: _Options) -> dict[str, float]:
+        def function(leaves: HeadTensors) -> _Outcome:
+            arguments = (leaves.hidden, leaves.weight, case.targets)
+            if not with_entropy:
+                log_probs = log_probs_from_hidden(*arguments, bias=leaves.bias, **options)
+                return (log_probs * g).sum(), {"log_prob": log_probs}
+            log_probs, entropy = log_probs_from_hidden(
+                *arguments, bias=leaves.bias, return_entropy=True, **options
+            )
+            total = (log_probs * g + entropy * h).sum()
+            return total, {"log_prob": log_probs, "entropy": entropy}
+
+        ours, exact = _through(head, function), expected.exact
+        first.append(ours)
+        errors = {
+            f"{name} from hidden": worst(value - exact.values[name])
+            for name, value in ours.values.items()
+        }
+        return {
+            **_as_allowed(case, errors, "log_prob from hidden"),
+            **expected.errors(ours.grads, exact.grads),
+            **_plans_apart(expected, ours, first[0]),
+            "non-zeros in dead rows": non_zeros(ours.grads["dhidden"][dead | ~case.valid]),
+            "bits that differ on repeat": _all_differing(ours, _through(head, function)),
+        }
+
+    return of_plan
+
+
+def _of_loss(case: Case, head: HeadTensors) -> _OfPlan:
+    exact_case = case.double()
+    log_probs64 = reference.log_probs_from_logits(exact_case.logits, case.targets).requires_grad_()
+    loss64, stats64 = reference.policy_loss_from_log_probs(
+        log_probs64, exact_case.old_log_probs, exact_case.advantages, **exact_case.options()
+    )
+    of_loss = upstream(loss64, 4)
+    (g,) = torch.autograd.grad(loss64 * of_loss, log_probs64)
+    exact_ratios = _ratios(case, stats64)
+    expected = _expected(case, head, g)
+    alive = _any_in_row(expected.exact.grads["dhidden"].to(case.dtype))
+
+    def from_logits(leaves: HeadTensors) -> _Outcome:
+        out = policy_loss_from_logits(
+            leaves.logits(torch.float32), case.targets, case.old_log_probs, case.advantages,
+            **case.options(),
+        )  # fmt: skip
+        return out.loss * of_loss, _ratios(case, out.stats)
+
+    logits_op = _through(head, from_logits) if case.dtype == torch.float32 else None
+    first: list[_Result] = []
+
+    def of_plan(options: _Options) -> dict[str, float]:
+        def function(leaves: HeadTensors) -> _Outcome:
+            out = policy_loss_from_hidden(
+                leaves.hidden, leaves.weight, case.targets, case.old_log_probs, case.advantages,
+                bias=leaves.bias, **case.options(), **options,
+            )  # fmt: skip
+            return out.loss * of_loss, {"loss": out.loss} | _ratios(case, out.stats)
+
+        ours = _through(head, function)
+        first.append(ours)
+        dhidden = ours.grads["dhidden"]
+        ratio_errors = {n: worst(ours.values[n] - exact) for n, exact in exact_ratios.items()}
+        quantities = {
+            "loss": worst(ours.values["loss"] - loss64),
+            **_as_allowed(case, ratio_errors, "ratio of a few tokens"),
+            "clip decisions flipped": float((_any_in_row(dhidden) != alive).sum()),
+            **expected.errors(ours.grads, expected.exact.grads),
+            **_plans_apart(expected, ours, first[0]),
+            "non-zeros in dead rows": non_zeros(dhidden[g == 0]),
+            "bits that differ on repeat": _all_differing(ours, _through(head, function)),
+        }
+        if logits_op is None:
+            return quantities
+        errors = expected.errors(ours.grads, logits_op.grads)
+        return quantities | {
+            "ratio, logits op apart": worst(ours.values["ratio"] - logits_op.values["ratio"]),
+            f"logits op apart{_kind(errors)}": max(errors.values()),
+        }
+
+    return of_plan
+
+
+def _of_loss_on_policy(case: Case, head: HeadTensors) -> _OfPlan:
+    """old_log_probs=None, and old log-probs that the same plan has given before."""
+    exact_case = case.double()
+    log_probs64 = reference.log_probs_from_logits(exact_case.logits, case.targets).requires_grad_()
+    loss64, _ = reference.policy_loss_from_log_probs(
+        log_probs64, None, exact_case.advantages, **exact_case.options()
+    )
+    (g,) = torch.autograd.grad(loss64, log_probs64)
+    expected = _expected(case, head, g)
+
+    def of_plan(options: _Options) -> dict[str, float]:
+        olds: list[Tensor | None] = [None]
+        if options["plan"] != "chunk":
+            with torch.no_grad():
+                olds.append(
+                    log_probs_from_hidden(
+                        head.hidden, head.weight, case.targets, bias=head.bias, **options
+                    )
+                )
+        found = []
+        for old in olds:
+
+            def function(leaves: HeadTensors, old: Tensor | None = old) -> _Outcome:
+                out = policy_loss_from_hidden(
+                    leaves.hidden, leaves.weight, case.targets, old, case.advantages,
+                    bias=leaves.bias, **case.options(), **options,
+                )  # fmt: skip
+                return out.loss, out.stats
+
+            ours = _through(head, function)
+            names = ("ratio_mean", "ratio_min", "ratio_max")
+            off = torch.stack([ours.values[name] - 1 for name in names])
+            found.append(
+                {
+                    "on-policy ratio - 1": worst(off),
+                    "on-policy clipped": float(ours.values["clip_frac_tokens"]),
+                    **expected.errors(ours.grads, expected.exact.grads),
+                }
+            )
+        return {q: worst(torch.tensor([x[q] for x in found])) for q in found[0]}
+
+    return of_plan
+
+
+class _Result(NamedTuple):
+    """Detached values, and the gradients by the head's tensors."""
+
+    values: dict[str, Tensor]
+    grads: dict[str, Tensor]
+
+
+class _Exact(NamedTuple):
+    """What a result is compared with."""
+
+    exact: _Result
+    eager: _Result  # from fp32 logits, gradients rounded to the dtype of their tensors
+    is_real: bool
+
+    def errors(self, grads: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, float]:
+        """Distance of gradients to others, as the contract counts it for the dtypes."""
+        errors = {name: relative(grads[name], others[name].double()) for name in grads}
+        is_fp32 = all(grad.dtype == torch.float32 for grad in grads.values())
+        if is_fp32 and not self.is_real:
+            return {f"{name}, rel L2": error for name, error in errors.items()}
+        factor = 2 if is_fp32 else ALLOWED
+        of_eager = {n: relative(self.eager.grads[n], self.exact.grads[n]) for n in grads}
+        allowed = {n: max(BOUNDS[f"{n}, rel L2"], factor * error) for n, error in of_eager.items()}
+        return {f"{name} / allowed": error / allowed[name] for name, error in errors.items()}
+
+
+def _through(head: HeadTensors, function: Callable[[HeadTensors], _Outcome]) -> _Result:
+    """Values of a function of a head, and the gradients of the scalar that it returns first."""
+    leaves = head.map(lambda x: x.clone().requires_grad_())
+    total, values = function(leaves)
+    total.backward()
+    grads = {f"d{name}": x.grad for name, x in leaves._asdict().items() if x is not None}
+    return _Result({name: value.detach() for name, value in values.items()}, grads)
+
+
+def _expected(case: Case, head: HeadTensors, g: Tensor, h: Tensor | None = None) -> _Exact:
+    """Log-probs, and gradients of their sum weighted by g, and that of entropies by h."""
+    clean = head._replace(hidden=torch.where(case.valid.unsqueeze(-1), head.hidden, 0.0))
+
+    def plain(dtype: torch.dtype) -> Callable[[HeadTensors], _Outcome]:
+        def function(leaves: HeadTensors) -> _Outcome:
+            logits = leaves.logits(dtype)
+            log_probs = reference.log_probs_from_logits(logits, case.targets)
+            if h is None:
+                return (log_probs * g.to(dtype)).sum(), {"log_prob": log_probs}
+            entropy = reference.entropy_from_logits(logits, case.targets)
+            values = {"log_prob": log_probs, "entropy": entropy}
+            return (log_probs * g.to(dtype) + entropy * h.to(dtype)).sum(), values
+
+        return function
+
+    return _Exact(
+        _through(clean.to(torch.float64), plain(torch.float64)),
+        _through(clean, plain(torch.float32)),
+        case.allowed is not None,
+    )
+
+
+def _as_allowed(case: Case, errors: dict[str, float], name: str) -> dict[str, float]:
+    """Errors of log-probs, the one by this name as the contract counts it for the case."""
+    if case.allowed is None:
+        return errors
+    others = {other: error for other, error in errors.items() if other != name}
+    return {f"{name} / allowed": errors[name] / case.allowed} | others
+
+
+def _plans_apart(expected: _Exact, ours: _Result, first: _Result) -> dict[str, float]:
+    errors = expected.errors(ours.grads, first.grads)
+    apart = {f"plans apart{_kind(errors)}": max(errors.values())}
+    if "ratio" in ours.values:
+        apart["ratio, plans apart"] = worst(ours.values["ratio"] - first.values["ratio"])
+    return apart
+
+
+def _kind(errors: dict[str, float]) -> str:
+    """How gradients were compared."""
+    return next(iter(errors)).removeprefix("dhidden")
+
+
+def _ratios(case: Case, stats: dict[str, Tensor]) -> dict[str, Tensor]:
+    """s_i of sequences by name of the bound that holds for their length."""
+    ratio, has_few = stats["log_ratio"].double().exp(), case.lengths < FEW
+    return {"ratio": ratio[~has_few], "ratio of a few tokens": ratio[has_few]}
+
+
+def _any_in_row(x: Tensor) -> Tensor:
+    return (x != 0).any(-1)
+
+
+def _all_differing(x: _Result, y: _Result) -> float:
+    pairs = [*zip(x.values.values(), y.values.values(), strict=True)]
+    pairs += zip(x.grads.values(), y.grads.values(), strict=True)
+    return sum(differing(a, b) for a, b in pairs)
