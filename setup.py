@@ -2,7 +2,7 @@ from setuptools import find_namespace_packages, setup
 from setuptools.command.build_py import build_py
 
 # What `gspo-ops bench` needs. The other modules make the repository's tables, from a checkout.
-BENCH = {"bench", "cases", "measure", "plots", "providers"}
+BENCH = {"bench", "measure", "plots", "providers", "workloads"}
 
 
 class BuildPy(build_py):

@@ -26,7 +26,6 @@ from gspo_ops import GSPO
 from gspo_ops.backend import has_bf16
 from gspo_ops.testing import relative
 
-from .cases import SEQUENCES, Case, Exact, exact, floor, make_case
 from .measure import (
     default_device,
     interleaved,
@@ -38,6 +37,7 @@ from .measure import (
     write,
 )
 from .providers import BASELINE, LOSSES, OURS, Loss, Provider, select, versions
+from .workloads import SEQUENCES, Exact, Workload, exact, floor, make_workload
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # N, V, H by default: minutes on two cores, or seconds on a GPU
@@ -74,17 +74,17 @@ class Errors(NamedTuple):
 # One step
 
 
-def step(loss: Loss, case: Case) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+def step(loss: Loss, workload: Workload) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Loss and gradients of the operands."""
-    operands = case.leaves()
-    value = loss(operands, case.batch)
+    operands = workload.leaves()
+    value = loss(operands, workload.batch)
     value.backward()
     return value.detach(), tuple(x.grad for x in operands)
 
 
-def errors(loss: Loss, case: Case, truth: Exact) -> Errors:
+def errors(loss: Loss, workload: Workload, truth: Exact) -> Errors:
     """Against float64; also a provider's first, warming call."""
-    value, grads = step(loss, case)
+    value, grads = step(loss, workload)
     off = [
         math.inf if got is None else relative(got, true)
         for got, true in zip(grads, truth.grads, strict=True)
@@ -105,18 +105,18 @@ def refusal(name: str, found: Errors, baseline: Errors, dtype: torch.dtype) -> s
     return None
 
 
-def sample(loss: Loss, cases: list[Case]) -> Sample:
+def sample(loss: Loss, workloads: list[Workload]) -> Sample:
     """One step; the inputs take turns, so that none is in a cache from the last time."""
-    cases.append(cases.pop(0))
-    case = cases[0]
-    device = case.batch.targets.device
+    workloads.append(workloads.pop(0))
+    workload = workloads[0]
+    device = workload.batch.targets.device
     release_memory()
-    operands = case.leaves()
+    operands = workload.leaves()
     values: list[Tensor] = []
     taken: list[float] = []
 
     def both() -> None:
-        taken.append(seconds(lambda: values.append(loss(operands, case.batch)), device))
+        taken.append(seconds(lambda: values.append(loss(operands, workload.batch)), device))
         taken.append(seconds(lambda: values.pop().backward(), device))
 
     peak = peak_bytes(both, device)
@@ -124,13 +124,13 @@ def sample(loss: Loss, cases: list[Case]) -> Sample:
     return Sample(forward, backward, peak)
 
 
-def rotation(case: Case) -> list[Case]:
-    """As many copies of a case as do not fit into a cache together."""
-    nbytes = sum(x.nbytes for x in case.operands)
+def rotation(workload: Workload) -> list[Workload]:
+    """As many copies of a workload as do not fit into a cache together."""
+    nbytes = sum(x.nbytes for x in workload.operands)
     copies = -(-_CACHE // nbytes) if nbytes < _CACHE else 1
-    return [case] + [
-        case._replace(operands=tuple(
-            x.detach().clone().requires_grad_(x.requires_grad) for x in case.operands
+    return [workload] + [
+        workload._replace(operands=tuple(
+            x.detach().clone().requires_grad_(x.requires_grad) for x in workload.operands
         ))
         for _ in range(min(copies, 4) - 1)
     ]  # fmt: skip
@@ -146,9 +146,9 @@ def copy_rate(device: torch.device) -> Callable[[], float]:
     return lambda: 2 * source.nbytes / seconds(partial(target.copy_, source), device)
 
 
-def matmul_rate(case: Case) -> Callable[[], float]:
+def matmul_rate(workload: Workload) -> Callable[[], float]:
     """Measures FLOPs per second of hidden @ weight^T, rounded to its operands' dtype."""
-    hidden, weight = (x.detach() for x in case.operands)
+    hidden, weight = (x.detach() for x in workload.operands)
     hidden = hidden.flatten(0, 1)
     out = hidden.new_empty(len(hidden), len(weight))
     flops = 2 * out.numel() * hidden.shape[1]
@@ -204,7 +204,7 @@ def measure(
         providers: the baseline and ours among them.
         rounds: interleaved measurements of each.
         progress: is told what happens.
-        options: `lengths` and `frozen_head`, as in `make_case`.
+        options: `lengths` and `frozen_head`, as in `make_workload`.
 
     Raises:
         SystemExit: ours is not exact.
@@ -212,8 +212,8 @@ def measure(
     torch.compiler.reset()  # or a second shape would be compiled as a dynamic one
     device = default_device()
     progress(f"{path} {shape}: inputs, and exact gradients in float64")
-    case = make_case(path, shape, dtype, f, device, **options)  # type: ignore[arg-type]
-    truth, least = exact(case), floor(case)
+    workload = make_workload(path, shape, dtype, f, device, **options)  # type: ignore[arg-type]
+    truth, least = exact(workload), floor(workload)
     results: dict[str, dict] = {}
     found: dict[str, Errors] = {}
     for name, provider in providers.items():
@@ -222,7 +222,7 @@ def measure(
             results[name] = {"missing": why}
             continue
         try:
-            found[name] = errors(provider.compute, case, truth)
+            found[name] = errors(provider.compute, workload, truth)
         except Exception as error:  # a peer's own limits: shapes, dtypes, memory
             if name.startswith(OURS) or name == BASELINE:
                 raise
@@ -234,18 +234,18 @@ def measure(
             results[name] = {"refused": why}
     del truth
     timed = {n: providers[n].compute for n in found if n not in results}
-    cases = rotation(case)
+    workloads = rotation(workload)
     measurements: dict[str, Callable[[], Any]] = {
-        name: partial(sample, loss, cases) for name, loss in timed.items()
+        name: partial(sample, loss, workloads) for name, loss in timed.items()
     }
     rates: dict[str, Callable[[], Any]] = {"copy": copy_rate(device)}
     if path == "hidden":
-        rates["matmul"] = matmul_rate(case)
+        rates["matmul"] = matmul_rate(workload)
     progress(f"{path} {shape} {str(dtype)[6:]} f={f:g}: {rounds} rounds of {len(timed)} providers")
     taken = interleaved({**measurements, **rates}, rounds)
     rate = {name: statistics.median(taken[name]) for name in rates}
     at_best = least.seconds(rate["copy"], rate.get("matmul", math.inf))
-    returned = sum(x.nbytes for x in case.operands if x.requires_grad)
+    returned = sum(x.nbytes for x in workload.operands if x.requires_grad)
     for name in timed:
         of = summary(taken[name], taken[BASELINE], returned)
         of["of_roof"] = 1e3 * at_best / of["median_ms"]["both"]
@@ -253,19 +253,20 @@ def measure(
         of["exact_enough"] = found[name].ratio <= GSPO().clip_low
         results[name] = of
     N, V, H = shape
-    _, valid, live = case.rows
+    _, valid, live = workload.rows
     return {
         "path": path, "N": N, "V": V, **({"H": H} if path == "hidden" else {}),
         "dtype": str(dtype)[6:], "f": f, **options, "valid_rows": valid, "live_rows": live,
         "rounds": rounds, "returned_bytes": returned, "least": least._asdict(),
-        "rate": rate, "plan": _plan(case), "providers": {name: results[name] for name in providers},
+        "rate": rate, "plan": _plan(workload),
+        "providers": {name: results[name] for name in providers},
     }  # fmt: skip
 
 
-def _plan(case: Case) -> str:
-    if len(case.operands) == 1:
+def _plan(workload: Workload) -> str:
+    if len(workload.operands) == 1:
         return "logits"
-    return str(gspo_ops.plan_from_hidden(*case.leaves()))
+    return str(gspo_ops.plan_from_hidden(*workload.leaves()))
 
 
 # The command

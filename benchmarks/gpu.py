@@ -131,9 +131,9 @@ def profile(out: Path) -> None:
     from torch.profiler import profile as profiler
 
     from .bench import step
-    from .cases import make_case
     from .measure import synchronize, write
     from .providers import LOSSES
+    from .workloads import make_workload
 
     device = torch.device("cuda")
     found: dict[str, dict] = {}
@@ -141,12 +141,12 @@ def profile(out: Path) -> None:
         ("logits", "gspo_ops"), ("hidden", "gspo_ops"), ("hidden", "gspo_ops, products=triton"),
     ):  # fmt: skip
         N, V, H = 8192, 151936, 4096
-        case = make_case(path, (N, V, H), torch.bfloat16, 1.0, device)  # type: ignore[arg-type]
+        workload = make_workload(path, (N, V, H), torch.bfloat16, 1.0, device)  # type: ignore[arg-type]
         loss = LOSSES[path][name].compute
-        step(loss, case)
+        step(loss, workload)
         synchronize(device)
         with profiler(activities=[ProfilerActivity.CUDA]) as seen:
-            step(loss, case)
+            step(loss, workload)
             synchronize(device)
         kernels = {
             event.key[:80]: {"ms": event.self_device_time_total / 1e3, "calls": event.count}

@@ -18,7 +18,7 @@ from torch import Tensor
 import gspo_ops
 from gspo_ops import GSPO
 
-from .cases import Batch
+from .workloads import Batch
 
 Method = Callable[..., Tensor]
 Loss = Callable[[tuple[Tensor, ...], Batch], Tensor]

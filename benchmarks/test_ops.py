@@ -11,25 +11,25 @@ import torch
 
 from gspo_ops import group_advantages, log_probs_from_hidden, log_probs_from_logits
 from gspo_ops.benchmarks.bench import SHAPES, step
-from gspo_ops.benchmarks.cases import make_case
 from gspo_ops.benchmarks.measure import default_device, synchronize
 from gspo_ops.benchmarks.providers import LOSSES, OURS
+from gspo_ops.benchmarks.workloads import make_workload
 
 DEVICE = default_device()
 PLANS = [name for name in LOSSES["hidden"] if name.startswith(OURS)]
 
 
 @pytest.fixture(scope="module")
-def cases():
+def workloads():
     """Made once, by path and f."""
     made = {}
 
-    def case(path, f=1.0):
+    def workload(path, f=1.0):
         if (path, f) not in made:
-            made[path, f] = make_case(path, SHAPES[DEVICE.type], torch.bfloat16, f, DEVICE)
+            made[path, f] = make_workload(path, SHAPES[DEVICE.type], torch.bfloat16, f, DEVICE)
         return made[path, f]
 
-    return case
+    return workload
 
 
 def run(benchmark, function):
@@ -41,25 +41,25 @@ def run(benchmark, function):
 
 
 @pytest.mark.parametrize("f", [1.0, 0.5])
-def test_policy_loss_from_logits(benchmark, cases, f):
-    run(benchmark, partial(step, LOSSES["logits"][OURS].compute, cases("logits", f)))
+def test_policy_loss_from_logits(benchmark, workloads, f):
+    run(benchmark, partial(step, LOSSES["logits"][OURS].compute, workloads("logits", f)))
 
 
 @pytest.mark.parametrize("f", [1.0, 0.5])
 @pytest.mark.parametrize("plan", PLANS)
-def test_policy_loss_from_hidden(benchmark, cases, plan, f):
+def test_policy_loss_from_hidden(benchmark, workloads, plan, f):
     provider = LOSSES["hidden"][plan]
     if why := provider.missing(DEVICE):
         pytest.skip(why)
-    run(benchmark, partial(step, provider.compute, cases("hidden", f)))
+    run(benchmark, partial(step, provider.compute, workloads("hidden", f)))
 
 
 @pytest.mark.parametrize("path", ["logits", "hidden"])
-def test_log_probs_without_gradient(benchmark, cases, path):
-    case = cases(path)
+def test_log_probs_without_gradient(benchmark, workloads, path):
+    workload = workloads(path)
     op = {"logits": log_probs_from_logits, "hidden": log_probs_from_hidden}[path]
-    operands = [x.detach() for x in case.operands]
-    run(benchmark, lambda: op(*operands, case.batch.targets))
+    operands = [x.detach() for x in workload.operands]
+    run(benchmark, lambda: op(*operands, workload.batch.targets))
 
 
 def test_group_advantages(benchmark):

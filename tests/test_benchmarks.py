@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gspo_ops import reference
-from gspo_ops.benchmarks import bench, cases, clip_error, measure, plots, providers, report
+from gspo_ops.benchmarks import bench, clip_error, measure, plots, providers, report, workloads
 from gspo_ops.benchmarks.providers import BASELINE, LOSSES, OURS, Provider
 
 CPU = torch.device("cpu")
@@ -30,41 +30,41 @@ def present(provider):
 @pytest.mark.parametrize("lengths", ["square", "ragged"])
 @pytest.mark.parametrize("f", [1.0, 0.6, 0.1])
 def test_live_sequences_and_no_others_have_a_gradient(path, lengths, f):
-    case = cases.make_case(path, SHAPE, torch.float32, f, CPU, lengths=lengths)
-    _, (grad, *_) = bench.step(LOSSES[path][BASELINE].compute, case)
+    workload = workloads.make_workload(path, SHAPE, torch.float32, f, CPU, lengths=lengths)
+    _, (grad, *_) = bench.step(LOSSES[path][BASELINE].compute, workload)
     rows = grad.abs().sum(-1) > 0
-    assert case.live.sum() == round(16 * f)
-    assert torch.equal(rows, case.live[:, None] & case.batch.mask)
-    dead = case.batch.advantages[~case.live]
+    assert workload.live.sum() == round(16 * f)
+    assert torch.equal(rows, workload.live[:, None] & workload.batch.mask)
+    dead = workload.batch.advantages[~workload.live]
     if f < 1:
         assert {bool(a) for a in dead} == {True, False}, "both reasons for a dead row"
-    assert case.rows == (48, int(case.batch.mask.sum()), int(rows.sum()))
-    assert (lengths == "square") == bool(case.batch.mask.all())
+    assert workload.rows == (48, int(workload.batch.mask.sum()), int(rows.sum()))
+    assert (lengths == "square") == bool(workload.batch.mask.all())
 
 
 @pytest.mark.parametrize("lengths", ["square", "ragged"])
 @pytest.mark.parametrize("path", LOSSES)
 def test_exact_results_are_those_of_the_whole_batch(path, lengths):
-    case = cases.make_case(path, SHAPE, torch.float64, 0.6, CPU, lengths=lengths)
+    workload = workloads.make_workload(path, SHAPE, torch.float64, 0.6, CPU, lengths=lengths)
     of = getattr(reference, f"policy_loss_from_{path}")
-    leaves, batch = case.leaves(), case.batch
+    leaves, batch = workload.leaves(), workload.batch
     loss, _ = of(
         *leaves, batch.targets, batch.old.double(), batch.advantages.double(), mask=batch.mask
     )
     loss.backward()
-    found = cases.exact(case)
+    found = workloads.exact(workload)
     assert found.loss == pytest.approx(loss.item(), rel=1e-12)
     for grad, leaf in zip(found.grads, leaves, strict=True):
         torch.testing.assert_close(grad, leaf.grad)
 
 
 def test_least_work():
-    case = cases.make_case("logits", SHAPE, torch.bfloat16, 0.5, CPU)
-    assert cases.floor(case) == (301 * 2 * (48 + 24 + 48), 0)
-    case = cases.make_case("hidden", SHAPE, torch.bfloat16, 0.5, CPU)
-    assert cases.floor(case) == (0, 2 * 301 * 24 * (48 + 24 + 24))
-    case = cases.make_case("hidden", SHAPE, torch.bfloat16, 0.5, CPU, frozen_head=True)
-    least = cases.floor(case)
+    workload = workloads.make_workload("logits", SHAPE, torch.bfloat16, 0.5, CPU)
+    assert workloads.floor(workload) == (301 * 2 * (48 + 24 + 48), 0)
+    workload = workloads.make_workload("hidden", SHAPE, torch.bfloat16, 0.5, CPU)
+    assert workloads.floor(workload) == (0, 2 * 301 * 24 * (48 + 24 + 24))
+    workload = workloads.make_workload("hidden", SHAPE, torch.bfloat16, 0.5, CPU, frozen_head=True)
+    least = workloads.floor(workload)
     assert least == (0, 2 * 301 * 24 * (48 + 24))
     assert least.seconds(1.0, 10.0) == least.flops / 10
 
@@ -79,10 +79,10 @@ def test_every_provider_computes_the_same(path, name, dtype, f):
     if name == "torch.compile":
         pytest.skip("a compilation takes long, and what is compiled is the baseline")
     loss = present(LOSSES[path][name])
-    case = cases.make_case(path, SHAPE, dtype, f, CPU, lengths="ragged")
-    truth = cases.exact(case)
+    workload = workloads.make_workload(path, SHAPE, dtype, f, CPU, lengths="ragged")
+    truth = workloads.exact(workload)
     found, baseline = (
-        bench.errors(of, case, truth) for of in (loss, LOSSES[path][BASELINE].compute)
+        bench.errors(of, workload, truth) for of in (loss, LOSSES[path][BASELINE].compute)
     )
     assert bench.refusal(name, found, baseline, dtype) is None
     assert found.ratio < (1e-5 if dtype == torch.float32 else 3e-2)
@@ -90,19 +90,19 @@ def test_every_provider_computes_the_same(path, name, dtype, f):
 
 @pytest.mark.parametrize("path", LOSSES)
 def test_frozen_head(path):
-    case = cases.make_case(path, SHAPE, torch.float32, 1.0, CPU, frozen_head=True)
-    _, grads = bench.step(LOSSES[path][OURS].compute, case)
+    workload = workloads.make_workload(path, SHAPE, torch.float32, 1.0, CPU, frozen_head=True)
+    _, grads = bench.step(LOSSES[path][OURS].compute, workload)
     assert [grad is not None for grad in grads] == [True, False][: len(grads)]
-    assert bench.errors(LOSSES[path][OURS].compute, case, cases.exact(case)).grad < 5e-6
+    assert bench.errors(LOSSES[path][OURS].compute, workload, workloads.exact(workload)).grad < 5e-6
 
 
 @pytest.mark.parametrize("name", providers.METHODS)
 def test_every_method_gives_log_probs(name):
     method = present(providers.METHODS[name])
-    case = cases.make_case("hidden", SHAPE, torch.bfloat16, 1.0, CPU)
-    hidden, weight = (x.detach() for x in case.operands)
-    log_probs = method(hidden, weight, case.batch.targets)
-    exact = clip_error.exact(hidden, weight, case.batch.targets)
+    workload = workloads.make_workload("hidden", SHAPE, torch.bfloat16, 1.0, CPU)
+    hidden, weight = (x.detach() for x in workload.operands)
+    log_probs = method(hidden, weight, workload.batch.targets)
+    exact = clip_error.exact(hidden, weight, workload.batch.targets)
     assert (log_probs.double() - exact).abs().max() < 0.1
 
 
@@ -224,17 +224,17 @@ def test_summary_takes_ratios_within_rounds_and_plausible_peaks():
 
 
 def test_inputs_take_turns_until_no_cache_holds_them():
-    case = cases.make_case("logits", SHAPE, torch.float32, 1.0, CPU)
-    turns = bench.rotation(case)
+    workload = workloads.make_workload("logits", SHAPE, torch.float32, 1.0, CPU)
+    turns = bench.rotation(workload)
     assert len(turns) == 4
     assert len({x.operands[0].data_ptr() for x in turns}) == 4
-    assert all(torch.equal(x.operands[0], case.operands[0]) for x in turns)
+    assert all(torch.equal(x.operands[0], workload.operands[0]) for x in turns)
 
 
 def test_rates_are_of_a_plausible_size():
-    case = cases.make_case("hidden", (512, 4096, 256), torch.float32, 1.0, CPU)
+    workload = workloads.make_workload("hidden", (512, 4096, 256), torch.float32, 1.0, CPU)
     assert 1e8 < bench.copy_rate(CPU)() < 1e12
-    assert 1e8 < bench.matmul_rate(case)() < 1e14
+    assert 1e8 < bench.matmul_rate(workload)() < 1e14
 
 
 def test_interleaved_alternates_the_order():

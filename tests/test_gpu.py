@@ -7,7 +7,7 @@ import torch
 
 import gspo_ops
 from gspo_ops import GSPO, reference, testing
-from gspo_ops.benchmarks.cases import make_case
+from gspo_ops.benchmarks.workloads import make_workload
 
 HAS_GPU = torch.cuda.is_available()
 pytestmark = [
@@ -34,12 +34,12 @@ def assert_all_ok(measured):
 SHAPE = 272, 4099, 200
 
 
-def loss_of(case, **options):
-    """Of a case's batch, from logits or hidden states."""
-    from_hidden = len(case.operands) == 2
+def loss_of(workload, **options):
+    """Of a workload's batch, from logits or hidden states."""
+    from_hidden = len(workload.operands) == 2
     op = gspo_ops.policy_loss_from_hidden if from_hidden else gspo_ops.policy_loss_from_logits
-    batch = case.batch
-    operands = case.leaves()
+    batch = workload.batch
+    operands = workload.leaves()
     loss, stats = op(
         *operands, batch.targets, batch.old, batch.advantages, mask=batch.mask, **options
     )
@@ -60,7 +60,7 @@ ways = pytest.mark.parametrize("way", WAYS)
 
 def make(way, *, dtype=BF16, f=0.5):
     path, options = WAYS[way]
-    return make_case(path, SHAPE, dtype, f, DEVICE), options
+    return make_workload(path, SHAPE, dtype, f, DEVICE), options
 
 
 @dtypes
@@ -108,21 +108,21 @@ def test_more_logits_than_int32(rows):
 
 @ways
 def test_repeats_are_bitwise_equal(way):
-    case, options = make(way)
-    first = loss_of(case, **options)
+    workload, options = make(way)
+    first = loss_of(workload, **options)
     for _ in range(250):
-        assert all(map(torch.equal, loss_of(case, **options), first))
+        assert all(map(torch.equal, loss_of(workload, **options), first))
 
 
 @pytest.mark.parametrize("way", ["logits", "hidden triton keep"])
 def test_a_row_does_not_depend_on_the_batch(way):
-    case, _ = make(way)
-    hidden = len(case.operands) == 2
+    workload, _ = make(way)
+    hidden = len(workload.operands) == 2
     op = gspo_ops.log_probs_from_hidden if hidden else gspo_ops.log_probs_from_logits
-    rows = case.operands[0].detach().flatten(0, 1)
-    rest = [x.detach() for x in case.operands[1:]]
+    rows = workload.operands[0].detach().flatten(0, 1)
+    rest = [x.detach() for x in workload.operands[1:]]
     more = {"products": "triton"} if hidden else {}
-    targets = case.batch.targets.flatten()
+    targets = workload.batch.targets.flatten()
     whole = op(rows, *rest, targets, **more)
     for n in (1, 3, 17, 129):
         assert torch.equal(op(rows[-n:], *rest, targets[-n:], **more), whole[-n:])
@@ -131,7 +131,7 @@ def test_a_row_does_not_depend_on_the_batch(way):
 @ways
 def test_graphs_are_captured_and_replayed(way):
     """With new inputs copied in."""
-    case, options = make(way)
+    workload, options = make(way)
     other, _ = make(way, f=1.0)
     halved = tuple((0.5 * x.detach()).requires_grad_() for x in other.operands)
     other = other._replace(operands=halved)
@@ -140,15 +140,15 @@ def test_graphs_are_captured_and_replayed(way):
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
-            loss_of(case, **options)
+            loss_of(workload, **options)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = loss_of(case, **options)
+        captured = loss_of(workload, **options)
     with torch.no_grad():
-        for mine, its in zip(case.operands, other.operands, strict=True):
+        for mine, its in zip(workload.operands, other.operands, strict=True):
             mine.copy_(its)
-        for mine, its in zip(case.batch, other.batch, strict=True):
+        for mine, its in zip(workload.batch, other.batch, strict=True):
             mine.copy_(its)
     graph.replay()
     torch.cuda.synchronize()
@@ -157,36 +157,36 @@ def test_graphs_are_captured_and_replayed(way):
 
 @ways
 def test_a_side_stream_gives_the_same(way):
-    case, options = make(way)
-    expected = loss_of(case, **options)
+    workload, options = make(way)
+    expected = loss_of(workload, **options)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        got = loss_of(case, **options)
+        got = loss_of(workload, **options)
     side.synchronize()
     assert all(map(torch.equal, got, expected))
 
 
 @ways
 def test_the_default_does_not_synchronise(way):
-    case, options = make(way)
-    loss_of(case, **options)  # compiles
+    workload, options = make(way)
+    loss_of(workload, **options)  # compiles
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss_of(case, **options)
+        loss_of(workload, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 def test_allow_sync_synchronises():
     """Or the test above could not fail."""
-    case, _ = make("hidden mm keep")
-    loss_of(case, allow_sync=True)
+    workload, _ = make("hidden mm keep")
+    loss_of(workload, allow_sync=True)
     torch.cuda.set_sync_debug_mode("error")
     try:
         with pytest.raises(RuntimeError, match="synchroniz"):
-            loss_of(case, allow_sync=True)
+            loss_of(workload, allow_sync=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -194,9 +194,9 @@ def test_allow_sync_synchronises():
 @pytest.mark.parametrize("overflows", [False, True])
 def test_grad_scaler_with_fp16(overflows):
     """A scale that overflows skips the step; another gives the unscaled gradient."""
-    case, _ = make("logits", dtype=FP16, f=1.0)
-    batch = case.batch
-    x = torch.nn.Parameter(case.operands[0].detach().float())
+    workload, _ = make("logits", dtype=FP16, f=1.0)
+    batch = workload.batch
+    x = torch.nn.Parameter(workload.operands[0].detach().float())
     optimizer = torch.optim.SGD([x], lr=1.0)
     scale = 2.0**30 if overflows else 2.0**10
     scaler = torch.amp.GradScaler("cuda", init_scale=scale)
@@ -214,13 +214,13 @@ def test_grad_scaler_with_fp16(overflows):
 
 @ways
 def test_nothing_stays_allocated(way):
-    case, options = make(way)
-    loss_of(case, **options)
+    workload, options = make(way)
+    loss_of(workload, **options)
     gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     for _ in range(3):
-        loss_of(case, **options)
+        loss_of(workload, **options)
     gc.collect()
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == before
@@ -229,28 +229,28 @@ def test_nothing_stays_allocated(way):
 @plans
 def test_peak_memory_is_what_the_plan_says(plan):
     N, V, H = 8192, 65536, 128
-    case = make_case("hidden", (N, V, H), BF16, 1.0, DEVICE)
+    workload = make_workload("hidden", (N, V, H), BF16, 1.0, DEVICE)
     options = {"plan": plan, "memory_budget": 3 * 1024 * V * 2}
-    predicted = gspo_ops.plan_from_hidden(*case.leaves(), **options).bytes
-    returned = sum(x.nbytes for x in case.operands)
-    loss_of(case, **options)
+    predicted = gspo_ops.plan_from_hidden(*workload.leaves(), **options).bytes
+    returned = sum(x.nbytes for x in workload.operands)
+    loss_of(workload, **options)
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    loss_of(case, **options)
+    loss_of(workload, **options)
     extra = torch.cuda.max_memory_allocated() - before - returned
     assert extra <= 1.1 * predicted + (32 << 20)
 
 
 def test_masked_rows_may_hold_anything():
-    case, _ = make("logits")
-    logits = case.operands[0].detach().clone()
-    mask = case.batch.mask.clone()
+    workload, _ = make("logits")
+    logits = workload.operands[0].detach().clone()
+    mask = workload.batch.mask.clone()
     mask[:, -2:] = 0
     logits[:, -2] = float("nan")
     logits[:, -1] = float("inf")
     logits.requires_grad_()
-    batch = case.batch
+    batch = workload.batch
     loss = gspo_ops.policy_loss_from_logits(
         logits, batch.targets, batch.old, batch.advantages, mask=mask
     ).loss
@@ -262,11 +262,11 @@ def test_masked_rows_may_hold_anything():
 
 @ways
 def test_compiled_without_breaks(way):
-    case, options = make(way)
-    expected = loss_of(case, **options)
+    workload, options = make(way)
+    expected = loss_of(workload, **options)
     op = WAYS[way][0]
     function = getattr(gspo_ops, f"policy_loss_from_{op}")
-    batch = case.batch
+    batch = workload.batch
 
     @torch.compile(fullgraph=True)
     def compiled(*operands):
@@ -275,7 +275,7 @@ def test_compiled_without_breaks(way):
             objective=GSPO(), **options,
         ).loss  # fmt: skip
 
-    operands = case.leaves()
+    operands = workload.leaves()
     loss = compiled(*operands)
     loss.backward()
     assert torch.equal(loss.detach(), expected[0])
@@ -286,8 +286,8 @@ def test_compiled_without_breaks(way):
 def test_the_tensor_s_device_is_used():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    case = make_case("logits", SHAPE, BF16, 0.5, torch.device("cuda:1"))
+    workload = make_workload("logits", SHAPE, BF16, 0.5, torch.device("cuda:1"))
     with torch.cuda.device(0):
-        got = loss_of(case)
+        got = loss_of(workload)
     assert got[0].device.index == 1
     assert got[0].isfinite()

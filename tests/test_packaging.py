@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
 # all that `gspo-ops bench` needs: what makes the repository's tables is run from a checkout
-BENCHMARKS = ["bench", "cases", "measure", "plots", "providers"]
+BENCHMARKS = ["bench", "measure", "plots", "providers", "workloads"]
 HEAVY = ["transformers", "reasoning_gym", "matplotlib", "trl", "tensorboard"]
 
 LOSS = """

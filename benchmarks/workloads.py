@@ -33,7 +33,7 @@ class Batch(NamedTuple):
         return Batch(*(x[sequence : sequence + 1] for x in self))
 
 
-class Case(NamedTuple):
+class Workload(NamedTuple):
     """Attributes:
     operands: logits (B, T, V) alone; or hidden states (B, T, H) and the head's weight (V, H).
     batch: what else the loss takes.
@@ -64,7 +64,7 @@ class Case(NamedTuple):
         )
 
 
-def make_case(
+def make_workload(
     path: Path,
     shape: tuple[int, int, int],
     dtype: torch.dtype,
@@ -73,7 +73,7 @@ def make_case(
     *,
     lengths: Lengths = "square",
     frozen_head: bool = False,
-) -> Case:
+) -> Workload:
     """16 sequences of sampled tokens, a fraction f of which have a gradient.
 
     The others have no advantage, or are clipped, in turn. Ratios are far on either side of the clip
@@ -114,7 +114,7 @@ def make_case(
         of = (T / 4 * torch.randn(SEQUENCES, generator=generator).exp()).clamp(1, T).int()
         mask = torch.arange(T) < of[:, None]
     old = new - log_ratio.to(device)[:, None]
-    return Case(
+    return Workload(
         operands,
         Batch(targets, mask.to(device), old, advantages.to(device)),
         live.to(device),
@@ -149,32 +149,32 @@ class Exact(NamedTuple):
     noise: float
 
 
-def exact(case: Case) -> Exact:
+def exact(workload: Workload) -> Exact:
     """In float64, sequence after sequence."""
-    from_logits = len(case.operands) == 1
+    from_logits = len(workload.operands) == 1
     of: Callable[..., tuple[Tensor, dict]] = (
         reference.policy_loss_from_logits if from_logits else reference.policy_loss_from_hidden
     )
     grads = [
         torch.zeros(x.shape, dtype=torch.float64, device=x.device) if x.requires_grad else None
-        for x in case.operands
+        for x in workload.operands
     ]
     total = 0.0
-    for b in case.batch.advantages.nonzero().flatten().tolist():
-        operands, batch = case.one(b), case.batch.of(b)
+    for b in workload.batch.advantages.nonzero().flatten().tolist():
+        operands, batch = workload.one(b), workload.batch.of(b)
         loss, _ = of(
             *operands, batch.targets, batch.old.double(), batch.advantages.double(),
-            mask=batch.mask, denominator=float(len(case.live)),
+            mask=batch.mask, denominator=float(len(workload.live)),
         )  # fmt: skip
         total += loss.item()
-        if not case.live[b]:
+        if not workload.live[b]:
             continue
         loss.backward()
         for to, x in zip(grads, operands, strict=True):
             if to is not None and x.grad is not None:
                 (to[b : b + 1] if x is operands[0] else to).add_(x.grad)
-    weight = case.batch.advantages[case.live].double()
-    return Exact(total, tuple(grads), (weight.square().sum().sqrt() / len(case.live)).item())
+    weight = workload.batch.advantages[workload.live].double()
+    return Exact(total, tuple(grads), (weight.square().sum().sqrt() / len(workload.live)).item())
 
 
 class Floor(NamedTuple):
@@ -188,15 +188,15 @@ class Floor(NamedTuple):
         return max(self.bytes / bandwidth, self.flops / rate)
 
 
-def floor(case: Case) -> Floor:
+def floor(workload: Workload) -> Floor:
     """From logits: the forward reads them, the backward reads those of live rows and writes all.
 
     From hidden states: 2 N V H for the logits, as much for each gradient of live rows.
     """
-    every, valid, live = case.rows
-    if len(case.operands) == 1:
-        (logits,) = case.operands
+    every, valid, live = workload.rows
+    if len(workload.operands) == 1:
+        (logits,) = workload.operands
         return Floor((valid + live + every) * logits.shape[-1] * logits.itemsize, 0.0)
-    V, H = case.operands[1].shape
-    gradients = sum(x.requires_grad for x in case.operands)
+    V, H = workload.operands[1].shape
+    gradients = sum(x.requires_grad for x in workload.operands)
     return Floor(0.0, 2.0 * V * H * (valid + gradients * live))
