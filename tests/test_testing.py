@@ -261,3 +261,11 @@ def test_nan_is_over_every_bound():
     assert not m.ok
     fine = testing.Measured("op", torch.float32, "case", "ratio", 0.0)
     assert testing.worst_of([fine, m, fine]) == [m]
+
+
+def test_nan_is_the_worst_of_several_measurements():
+    x, nan = torch.tensor([1.0, 2.0]), float("nan")
+    assert np.isnan(testing.worst(x * nan))
+    for values in ([0.0, nan], [nan, 0.0], [float("inf"), nan, 1.0]):
+        assert np.isnan(testing.largest(values)), values
+    assert testing.largest([0.0, 2.0, 1.0]) == 2.0

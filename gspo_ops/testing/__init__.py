@@ -17,7 +17,7 @@ from .cases import (
     synthetic_head,
     synthetic_logits,
 )
-from .errors import differing, grad_errors, non_zeros, relative, ulp_distance, worst
+from .errors import differing, grad_errors, largest, non_zeros, relative, ulp_distance, worst
 from .interpreter import patch_interpreter
 from .verification import measure, table, verify, worst_of
 
@@ -30,6 +30,7 @@ __all__ = [
     "Measured",
     "differing",
     "grad_errors",
+    "largest",
     "log_ratios",
     "make_case",
     "measure",

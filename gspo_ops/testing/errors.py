@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -22,6 +23,15 @@ def grad_errors(grad: Tensor | None, exact: Tensor | None, targets: Tensor) -> d
         "grad at target, rel L2": relative(grad[is_target], exact[is_target]),
         "grad elsewhere, rel L2": relative(grad[~is_target], exact[~is_target]),
         "grad row sum / g": worst(grad.double().sum(-1) / g),
+    }
+
+
+def on_policy_errors(stats: dict[str, Tensor]) -> dict[str, float]:
+    """How far a policy is from itself: every ratio is 1, and none is clipped."""
+    ratios = torch.stack([stats[name] for name in ("ratio_mean", "ratio_min", "ratio_max")])
+    return {
+        "on-policy ratio - 1": worst(ratios - 1),
+        "on-policy clipped": float(stats["clip_frac_tokens"]),
     }
 
 
@@ -46,6 +56,11 @@ def relative(x: Tensor, exact: Tensor) -> float:
 def worst(x: Tensor) -> float:
     """Largest absolute value; NaN if there is one."""
     return float(x.detach().abs().max()) if x.numel() else 0.0
+
+
+def largest(values: Iterable[float]) -> float:
+    """The largest; NaN if there is one, which `max` may pass over."""
+    return max(values, key=lambda x: (math.isnan(x), x))
 
 
 def non_zeros(x: Tensor) -> float:

@@ -20,7 +20,7 @@ from .. import (
 from ..backend import use_triton
 from .bounds import ALLOWED, BOUNDS, FEW, Measured
 from .cases import Case, HeadTensors, upstream
-from .errors import differing, non_zeros, relative, worst
+from .errors import differing, largest, non_zeros, on_policy_errors, relative, worst
 
 _Options = dict[str, Any]  # of an op
 _OfPlan = Callable[[_Options], dict[str, float]]  # errors by their names
@@ -118,7 +118,8 @@ def _of_loss(case: Case, head: HeadTensors) -> _OfPlan:
         )  # fmt: skip
         return out.loss * of_loss, _ratios(case, out.stats)
 
-    logits_op = _through(head, from_logits) if case.dtype == torch.float32 else None
+    is_fp32 = case.dtype == torch.float32
+    logits_op = _through(_clean(case, head), from_logits) if is_fp32 else None
     first: list[_Result] = []
 
     def of_plan(options: _Options) -> dict[str, float]:
@@ -147,7 +148,7 @@ def _of_loss(case: Case, head: HeadTensors) -> _OfPlan:
         errors = expected.errors(ours.grads, logits_op.grads)
         return quantities | {
             "ratio, logits op apart": worst(ours.values["ratio"] - logits_op.values["ratio"]),
-            f"logits op apart{_kind(errors)}": max(errors.values()),
+            f"logits op apart{_kind(errors)}": largest(errors.values()),
         }
 
     return of_plan
@@ -183,16 +184,9 @@ def _of_loss_on_policy(case: Case, head: HeadTensors) -> _OfPlan:
                 return out.loss, out.stats
 
             ours = _through(head, function)
-            names = ("ratio_mean", "ratio_min", "ratio_max")
-            off = torch.stack([ours.values[name] - 1 for name in names])
-            found.append(
-                {
-                    "on-policy ratio - 1": worst(off),
-                    "on-policy clipped": float(ours.values["clip_frac_tokens"]),
-                    **expected.errors(ours.grads, expected.exact.grads),
-                }
-            )
-        return {q: worst(torch.tensor([x[q] for x in found])) for q in found[0]}
+            errors = expected.errors(ours.grads, expected.exact.grads)
+            found.append(on_policy_errors(ours.values) | errors)
+        return {q: largest(errors[q] for errors in found) for q in found[0]}
 
     return of_plan
 
@@ -234,7 +228,7 @@ def _through(head: HeadTensors, function: Callable[[HeadTensors], _Outcome]) -> 
 
 def _expected(case: Case, head: HeadTensors, g: Tensor, h: Tensor | None = None) -> _Exact:
     """Log-probs, and gradients of their sum weighted by g, and that of entropies by h."""
-    clean = head._replace(hidden=torch.where(case.valid.unsqueeze(-1), head.hidden, 0.0))
+    clean = _clean(case, head)
 
     def plain(dtype: torch.dtype) -> Callable[[HeadTensors], _Outcome]:
         def function(leaves: HeadTensors) -> _Outcome:
@@ -255,6 +249,11 @@ def _expected(case: Case, head: HeadTensors, g: Tensor, h: Tensor | None = None)
     )
 
 
+def _clean(case: Case, head: HeadTensors) -> HeadTensors:
+    """Without the NaN of padding, which a plain product would carry into dweight."""
+    return head._replace(hidden=torch.where(case.valid.unsqueeze(-1), head.hidden, 0.0))
+
+
 def _as_allowed(case: Case, errors: dict[str, float], name: str) -> dict[str, float]:
     """Errors of log-probs, the one by this name as the contract counts it for the case."""
     if case.allowed is None:
@@ -265,7 +264,7 @@ def _as_allowed(case: Case, errors: dict[str, float], name: str) -> dict[str, fl
 
 def _plans_apart(expected: _Exact, ours: _Result, first: _Result) -> dict[str, float]:
     errors = expected.errors(ours.grads, first.grads)
-    apart = {f"plans apart{_kind(errors)}": max(errors.values())}
+    apart = {f"plans apart{_kind(errors)}": largest(errors.values())}
     if "ratio" in ours.values:
         apart["ratio, plans apart"] = worst(ours.values["ratio"] - first.values["ratio"])
     return apart

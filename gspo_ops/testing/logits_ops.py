@@ -16,7 +16,15 @@ from .. import (
 )
 from .bounds import Measured
 from .cases import Case, upstream
-from .errors import differing, grad_errors, non_zeros, relative, worst
+from .errors import (
+    differing,
+    grad_errors,
+    largest,
+    non_zeros,
+    on_policy_errors,
+    relative,
+    worst,
+)
 
 
 def measure_from_logits(case: Case) -> Iterator[Measured]:
@@ -119,23 +127,20 @@ def _of_loss_on_policy(case: Case) -> dict[str, float]:
     """Old log-probs that are bitwise the new ones, and old_log_probs=None."""
     with torch.no_grad():
         new = log_probs_from_logits(case.logits, case.targets)
-    quantities = {"on-policy ratio - 1": 0.0, "on-policy clipped": 0.0}
-    grads = []
-    for old in (new, None):
-        logits = case.logits.clone().requires_grad_()
-        out = policy_loss_from_logits(logits, case.targets, old, case.advantages, **case.options())
-        out.loss.backward()
-        grads.append(logits.grad)
-        off = max(worst(out.stats[name] - 1) for name in ("ratio_mean", "ratio_min", "ratio_max"))
-        quantities["on-policy ratio - 1"] = max(quantities["on-policy ratio - 1"], off)
-        quantities["on-policy clipped"] += float(out.stats["clip_frac_tokens"])
     exact = case.double()
     logits64 = exact.logits.requires_grad_()
     reference.policy_loss_from_logits(
         logits64, exact.targets, None, exact.advantages, **exact.options()
     )[0].backward()
-    errors = [grad_errors(grad, logits64.grad, case.targets) for grad in grads]
-    return quantities | {q: max(e[q] for e in errors) for q in errors[0]}
+    found = []
+    for old in (new, None):
+        logits = case.logits.clone().requires_grad_()
+        out = policy_loss_from_logits(logits, case.targets, old, case.advantages, **case.options())
+        out.loss.backward()
+        found.append(
+            on_policy_errors(out.stats) | grad_errors(logits.grad, logits64.grad, case.targets)
+        )
+    return {q: largest(errors[q] for errors in found) for q in found[0]}
 
 
 def _at_target(x: Tensor, targets: Tensor) -> Tensor:
