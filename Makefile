@@ -12,7 +12,7 @@ endif
 demo: $(READY)
 	$(PY) -m gspo_ops.cli train --preset demo
 
-QUICK := $(foreach x,testing log_probs linear_log_probs policy_loss bad_input,tests/test_$(x).py)
+QUICK := $(foreach x,testing logits hidden policy_loss bad_input,tests/test_$(x).py)
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
 test: $(READY)

@@ -130,6 +130,8 @@ def profile(out: Path) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
+    from gspo_ops.kernels.logits import logits_bwd_kernel, logits_fwd_kernel
+
     from .bench import step
     from .measure import synchronize, write
     from .providers import LOSSES
@@ -137,6 +139,8 @@ def profile(out: Path) -> None:
 
     device = torch.device("cuda")
     found: dict[str, dict] = {}
+    # these read or write 2 bytes per logit and pass
+    passes_over_logits = {logits_fwd_kernel.__name__: 1, logits_bwd_kernel.__name__: 2}
     for path, name in (
         ("logits", "gspo_ops"), ("hidden", "gspo_ops"), ("hidden", "gspo_ops, products=triton"),
     ):  # fmt: skip
@@ -154,8 +158,7 @@ def profile(out: Path) -> None:
             if event.self_device_time_total > 10
         }
         for key, of in kernels.items():
-            # the kernels on logits read or write 2 bytes per logit and pass
-            passes = {"log_probs_fwd_kernel": 1, "log_probs_bwd_kernel": 2}.get(key)
+            passes = passes_over_logits.get(key)
             if passes:
                 of["GB/s"] = passes * 2 * N * V / of["ms"] / 1e6
         total = sum(of["ms"] for of in kernels.values())

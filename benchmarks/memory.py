@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import gspo_ops
-from gspo_ops.head import PlanName
+from gspo_ops.plan import PlanName
 
 from .measure import default_device, peak_tensor_bytes, provenance, write
 

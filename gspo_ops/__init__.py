@@ -3,13 +3,16 @@
 from . import reference
 from .advantages import group_advantages
 from .head import LoRA
-from .linear_log_probs import log_probs_from_hidden
-from .linear_policy_loss import policy_loss_from_hidden
-from .log_probs import log_probs_from_logits
+from .log_probs import log_probs_from_hidden, log_probs_from_logits
+from .losses import (
+    PolicyLoss,
+    policy_loss_from_hidden,
+    policy_loss_from_log_probs,
+    policy_loss_from_logits,
+)
 from .objective import GRPO, GSPO, GSPOToken, Objective
 from .parallel import global_denominator
 from .plan import Plan, plan_from_hidden
-from .policy_loss import PolicyLoss, policy_loss_from_log_probs, policy_loss_from_logits
 
 __version__ = "0.1.0"
 

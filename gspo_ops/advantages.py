@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layout import check_tensor
-from .objective import check_number
+from .checks import check_number, check_tensor
 
 
 def group_advantages(

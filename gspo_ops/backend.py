@@ -1,20 +1,12 @@
-"""One implementation per device, behind opaque operators.
-
-Each operator is declared in `torch.library`: autograd.Functions call it, torch.compile and
-FakeTensor see its schema and fake only. It has no derivative of its own, and says so when asked, so
-that double backward is an error.
-"""
+"""What runs where: Triton or torch, in which dtype, and with which rounding of products."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
-LIBRARY = torch.library.Library("gspo_ops", "DEF")
 
 
 def use_triton(x: Tensor) -> bool:
@@ -46,85 +38,10 @@ def device_guard(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def operator(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
-    """Declare `gspo_ops::<schema>`; decorates its implementation and returns the callable op.
-
-    For a float that changes from call to call, torch.compile would compile every value anew, as
-    long as the float itself goes into an operator. One that takes floats therefore has an overload,
-    `variable`, that takes them as tensors on the CPU.
-    """
-
-    def register(implementation: Callable) -> Callable:
-        op = _declare(schema, implementation, fake)
-        floats = [i for i, x in enumerate(op._schema.arguments) if "float" in str(x.type)]
-        if not floats:
-            return op
-
-        def of_variables(*arguments):
-            return implementation(*_mapped(torch.Tensor.item, arguments, floats))
-
-        name, arguments = schema.replace("float", "Tensor").split("(", 1)
-        variable = _declare(f"{name}.variable({arguments}", of_variables, fake)
-
-        def call(*arguments):
-            if torch.compiler.is_compiling() and any(_is_variable(arguments[i]) for i in floats):
-                return variable(*_mapped(scalar, arguments, floats))
-            return op(*arguments)
-
-        return call
-
-    return register
-
-
-def _declare(schema: str, implementation: Callable, fake: Callable) -> torch._ops.OpOverload:
-    name = schema.split("(")[0]
-    LIBRARY.define(schema)
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"gspo_ops::{name}", fake, lib=LIBRARY)
-    if "(a!)" not in schema:  # one that changes its arguments can't have it: `refuse_graph`
-        # without it the operator would pass for a constant, with a warning at most
-        torch.library.register_autograd(f"gspo_ops::{name}", _refuse_derivative, lib=LIBRARY)
-    name, _, overload = name.partition(".")
-    return getattr(getattr(torch.ops.gspo_ops, name), overload or "default")
-
-
-def _mapped(f: Callable, arguments: tuple, places: list[int]) -> list:
-    """The arguments, with f(x) for those in these places, unless it is None."""
-    return [f(x) if i in places and x is not None else x for i, x in enumerate(arguments)]
-
-
-def _is_variable(x: float | None) -> bool:
-    """Whether torch.compile traces this number for all its values."""
-    from torch.fx.experimental import symbolic_shapes
-
-    # an older torch can't tell: each value is compiled
-    has_static_value = getattr(symbolic_shapes, "has_static_value", None)
-    return x is not None and has_static_value is not None and not has_static_value(x)
-
-
-def scalar(
-    x: float, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
-) -> Tensor:
-    """x as a 0-dim tensor, which stays a variable in torch.compile: torch.full would not."""
-    return torch.ones((), dtype=dtype, device=device) * x
-
-
-def _refuse_derivative(ctx: object, *grads: Tensor) -> None:
-    raise NotImplementedError("gspo_ops has no second derivatives: double backward is impossible")
-
-
-def refuse_graph() -> None:
-    """Refuse a backward under create_graph=True, where an operator can't do it by itself."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        _refuse_derivative(None)
-
-
-def graph_is_kept() -> bool:
-    """Whether the backward that runs may run again, so that what it has saved must not change."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return True
-    query = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return query is None or query()
+def loadable(mask: Tensor) -> Tensor:
+    """A contiguous mask whose dtype a kernel can load."""
+    mask = mask.contiguous()
+    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
@@ -181,14 +98,3 @@ def _has_fp32_products(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 or not getattr(
         torch.backends.cuda.matmul, "allow_fp16_accumulation", False
     )
-
-
-@operator(
-    "exact_matmul(Tensor a, Tensor b) -> Tensor",
-    lambda a, b: a.new_empty(a.shape[0], b.shape[1], dtype=compute_dtype(a.dtype)),
-)
-def exact_matmul(a, b):
-    """The same of dtypes that may differ, for autograd.Functions."""
-    dtype = torch.promote_types(a.dtype, b.dtype)
-    with no_autocast(a.device):
-        return matmul_fp32(a.to(dtype), b.to(dtype)).to(compute_dtype(a.dtype))

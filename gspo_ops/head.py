@@ -1,28 +1,21 @@
-"""The output head that maps hidden states to logits: dtypes, checks, and the choice of a plan."""
+"""The output head that maps hidden states to logits: operands, options, dtypes and checks."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from .backend import compute_dtype, has_bf16, use_triton
-from .layout import check_tensor
-from .objective import check_number
+from .backend import compute_dtype, has_bf16, matmul_fp32, no_autocast, use_triton
+from .checks import check_float, check_number, check_targets, check_tensor
+from .operators import operator
+from .parallel import ProcessGroup, replicated, vocab_part
+from .softmax import Softmax
 
-PlanName = Literal["auto", "keep", "chunk", "recompute"]
 Products = Literal["auto", "mm", "triton"]
-
-_KEPT_ALIGN = 64  # elements: rows of kept exponentials start aligned
-COLUMNS = 1024  # exponentials are kept for a multiple of so many columns
-ROUNDED_AT_ONCE = 1 << 21  # elements of a sum that becomes a gradient in 16 bits
-# smaller chunks lose more to adding up dweight than a recomputation of live rows costs
-_CHUNK_ROWS = 2048
-_CPU_CHUNK_ROWS = 512  # in fp32: a chunk more costs as much as the logits of some 160 live rows
-_LEAST_BUDGET = 64 << 20
-_LARGEST_BUDGET = 4 << 30
+PRODUCTS = get_args(Products)
 
 
 class LoRA(NamedTuple):
@@ -39,6 +32,29 @@ class LoRA(NamedTuple):
     scale: float
 
 
+class Head(NamedTuple):
+    """The operands of logits = hidden @ weight^T + bias + lora_x @ lora_b^T."""
+
+    hidden: Tensor  # (..., H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    lora_x: Tensor | None  # (N, r) scale * hidden @ a^T
+    lora_b: Tensor | None  # (V, r)
+
+    def has_gradient(self) -> bool:
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self)
+
+
+class HeadGrads(NamedTuple):
+    """Where the gradients of the operands go; None where one is not wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    lora_x: Tensor | None
+    lora_b: Tensor | None
+
+
 class Wanted(NamedTuple):
     """Which gradients are asked for."""
 
@@ -48,13 +64,34 @@ class Wanted(NamedTuple):
     lora_x: bool = False
     lora_b: bool = False
 
+    def but_weight(self) -> Wanted:
+        return Wanted(self.hidden, False, self.bias, self.lora_x, self.lora_b)
 
-def default_memory_budget(rows: int, vocabulary: int) -> int:
-    """2.1 bytes per logit; 64 MiB at least, 4 GiB at most.
 
-    Eager PyTorch takes 8 to 14 with fp32 logits.
+class HeadOptions(NamedTuple):
+    """How log-probs are made of the operands.
+
+    Attributes:
+        products: who multiplies: `"torch"`, `"mm"` or `"triton"`.
+        allow_sync: whether the host may look at which rows are live.
+        kept_columns: tokens whose exponentials are kept from forward to backward.
     """
-    return max(_LEAST_BUDGET, min(_LARGEST_BUDGET, rows * vocabulary * 21 // 10))
+
+    softmax: Softmax
+    products: str
+    allow_sync: bool
+    kept_columns: int
+
+
+def resolve_products(products: Products, hidden: Tensor) -> str:
+    """Who multiplies."""
+    if not use_triton(hidden):
+        return "torch"
+    # which is faster is to be decided by a measurement on each device
+    return "mm" if products == "auto" else products
+
+
+# Dtypes
 
 
 def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -64,6 +101,11 @@ def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     if use_triton(hidden) and hidden.dtype == weight.dtype:
         return hidden.dtype
     return torch.float32
+
+
+def stats_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Of everything per row."""
+    return compute_dtype(product_dtype(hidden, weight))
 
 
 def grad_product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -80,66 +122,72 @@ def grad_product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.float32
 
 
-class Choice(NamedTuple):
-    """A plan: the tokens whose exponentials are kept, for so many rows at a time."""
-
-    name: PlanName
-    kept_columns: int
-    chunk_rows: int
+# Operands
 
 
-def choose_plan(
+def local_head(
     hidden: Tensor,
     weight: Tensor,
-    *,
-    plan: PlanName,
-    memory_budget: int | None,
-    has_gradient: bool,
-    can_chunk: bool,
-) -> Choice:
-    """The plan that spends the fewest FLOPs within the budget."""
-    vocabulary = weight.shape[0]
-    rows = math.prod(hidden.shape[:-1])
-    if not has_gradient or plan == "recompute":
-        return Choice("recompute", 0, rows)
-    budget = memory_budget
-    if budget is None:
-        budget = default_memory_budget(rows, vocabulary)
-    itemsize = grad_product_dtype(hidden, weight).itemsize
-    row_bytes = vocabulary * itemsize
-    if plan == "keep" or (plan == "auto" and rows * row_bytes <= budget):
-        return Choice("keep", vocabulary, rows)
-    chunk_rows = max((budget - sum_bytes(hidden, weight)) // row_bytes, 1)
-    least = _CPU_CHUNK_ROWS if hidden.device.type == "cpu" and itemsize > 2 else _CHUNK_ROWS
-    if plan == "chunk" or (can_chunk and chunk_rows >= least):
-        return Choice("chunk", vocabulary, min(chunk_rows, max(rows, 1)))
-    kept = columns_that_fit(budget, rows, vocabulary, itemsize)
-    return Choice("keep" if kept else "recompute", kept, rows)
+    bias: Tensor | None,
+    lora: LoRA | None,
+    group: ProcessGroup | None,
+) -> tuple[Tensor, Tensor, Tensor | None, LoRA | None]:
+    """The operands as this rank holds them."""
+    weight = vocab_part("weight", weight, 0, group)
+    if bias is not None:
+        bias = vocab_part("bias", bias, 0, group)
+    if isinstance(lora, LoRA):
+        a, b, scale = lora
+        lora = LoRA(replicated("lora.a", a), vocab_part("lora.b", b, 0, group), scale)
+    return replicated("hidden", hidden), weight, bias, lora
 
 
-def sum_bytes(hidden: Tensor, weight: Tensor) -> int:
-    """Of sums over chunks, beyond those of the gradients that they become."""
-    dtype = compute_dtype(product_dtype(hidden, weight))
-    return sum(
-        x.numel() * (dtype.itemsize - x.element_size()) for x in (hidden, weight) if x.requires_grad
-    )
+def make_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora: LoRA | None,
+    mask: Tensor | None,
+) -> Head:
+    """The operands; with LoRA, hidden @ a^T is a node of its own."""
+    if lora is None:
+        return Head(hidden, weight, bias, None, None)
+    clean = hidden if mask is None else torch.where((mask != 0).unsqueeze(-1), hidden, 0.0)
+    x = _ExactProduct.apply(clean.reshape(-1, hidden.shape[-1]), lora.a)
+    return Head(hidden, weight, bias, x.to(stats_dtype(hidden, weight)) * lora.scale, lora.b)
 
 
-def kept_width(columns: int) -> int:
-    """Of a row of kept exponentials: the columns, and padding."""
-    return -(-columns // _KEPT_ALIGN) * _KEPT_ALIGN
+class _ExactProduct(torch.autograd.Function):
+    """x @ a^T, forwards and backwards in fp32, whatever the process allows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, a)
+        return exact_matmul(x, a.mT)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        x, a = ctx.saved_tensors
+        needs_x, needs_a = ctx.needs_input_grad
+        return (
+            exact_matmul(grad, a).to(x.dtype) if needs_x else None,
+            exact_matmul(grad.mT, x).to(a.dtype) if needs_a else None,
+        )
 
 
-def columns_that_fit(budget: int, rows: int, vocabulary: int, itemsize: int) -> int:
-    """Columns of exponentials of so many rows that fit into the budget."""
-    fit = budget // (max(rows, 1) * itemsize)
-    return vocabulary if fit >= vocabulary else fit // COLUMNS * COLUMNS
+def _product_fake(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1], dtype=compute_dtype(a.dtype))
+
+
+@operator(_product_fake)
+def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32 (float64 for float64), of dtypes that may differ."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    with no_autocast(a.device):
+        return matmul_fp32(a.to(dtype), b.to(dtype)).to(compute_dtype(a.dtype))
 
 
 # Checks
-
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_head(
@@ -152,34 +200,13 @@ def check_head(
 ) -> None:
     """Refuse operands that the operators can't take, by name."""
     check_operands(hidden, weight)
-    check_tensor("targets", targets, hidden.device)
-    if targets.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"targets must be int32 or int64, got {targets.dtype}")
-    if targets.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"targets must have shape {tuple(hidden.shape[:-1])}, one per row of hidden, got "
-            f"{tuple(targets.shape)}"
-        )
-    V, H = weight.shape
+    check_targets(targets, "hidden", hidden)
     if bias is not None:
-        _check_operand("bias", bias, hidden.device, (V,))
+        _check_operand("bias", bias, hidden.device, (weight.shape[0],))
     if lora is not None:
         check_lora(lora, hidden, weight)
     if main_grad is not None:
-        check_tensor("main_grad", main_grad, hidden.device)
-        if main_grad.dtype != torch.float32:
-            raise TypeError(f"main_grad must be float32, got {main_grad.dtype}")
-        if main_grad.shape != (V, H) or not main_grad.is_contiguous():
-            raise ValueError(
-                f"main_grad must be contiguous with the weight's shape {(V, H)}, got "
-                f"{tuple(main_grad.shape)} with strides {main_grad.stride()}"
-            )
-        if main_grad.requires_grad:
-            raise ValueError("main_grad requires grad, but is a buffer that is added to: detach it")
-        if not weight.requires_grad:
-            raise ValueError("main_grad is given, but weight does not require grad")
-        if weight.dtype == torch.float64 or hidden.dtype == torch.float64:
-            raise TypeError("main_grad is float32, which would round a float64 gradient")
+        _check_main_grad(main_grad, hidden, weight)
 
 
 def check_operands(hidden: Tensor, weight: Tensor) -> None:
@@ -215,31 +242,25 @@ def check_lora(lora: LoRA, hidden: Tensor, weight: Tensor) -> None:
         raise ValueError("weight requires grad, but a LoRA head trains a and b only: freeze it")
 
 
+def _check_main_grad(main_grad: Tensor, hidden: Tensor, weight: Tensor) -> None:
+    check_tensor("main_grad", main_grad, hidden.device)
+    if main_grad.dtype != torch.float32:
+        raise TypeError(f"main_grad must be float32, got {main_grad.dtype}")
+    if main_grad.shape != weight.shape or not main_grad.is_contiguous():
+        raise ValueError(
+            f"main_grad must be contiguous with the weight's shape {tuple(weight.shape)}, got "
+            f"{tuple(main_grad.shape)} with strides {main_grad.stride()}"
+        )
+    if main_grad.requires_grad:
+        raise ValueError("main_grad requires grad, but is a buffer that is added to: detach it")
+    if not weight.requires_grad:
+        raise ValueError("main_grad is given, but weight does not require grad")
+    if weight.dtype == torch.float64 or hidden.dtype == torch.float64:
+        raise TypeError("main_grad is float32, which would round a float64 gradient")
+
+
 def _check_operand(name: str, x: Tensor, device: torch.device, shape: tuple[int, ...]) -> None:
     check_tensor(name, x, device)
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    check_float(name, x)
     if x.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
-
-
-def check_plan(
-    plan: str, memory_budget: int | None, products: str, allow_sync: bool, lora: LoRA | None
-) -> None:
-    """Refuse what is no plan."""
-    for name, value, choices in (("plan", plan, PlanName), ("products", products, Products)):
-        if value not in get_args(choices):
-            known = ", ".join(repr(choice) for choice in get_args(choices))
-            raise ValueError(f"{name} must be one of {known}, got {value!r}")
-    if memory_budget is not None:
-        if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
-            raise TypeError(
-                f"memory_budget must be a number of bytes, an int, got "
-                f"{type(memory_budget).__name__}"
-            )
-        if memory_budget < 0:
-            raise ValueError(f"memory_budget must be >= 0 bytes, got {memory_budget}")
-    if not isinstance(allow_sync, bool):
-        raise TypeError(f"allow_sync must be a bool, got {type(allow_sync).__name__}")
-    if products == "triton" and lora is not None:
-        raise ValueError("products must be 'mm' or 'auto' with lora: 'triton' has no low-rank part")

@@ -8,34 +8,65 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-IGNORED = -100  # a target that doesn't count
+from .checks import check_constant, check_tensor
+
+
+class Sequences(NamedTuple):
+    """Which of (N,) rows belong to which sequence, and which of them count.
+
+    Attributes:
+        rows: N.
+        batch: number of sequences B.
+        cu_seqlens: (B + 1,) first row of each sequence, and N; None when all have as many.
+        mask: (N,) non-zero where a token counts; None when all do.
+    """
+
+    rows: int
+    batch: int
+    cu_seqlens: Tensor | None
+    mask: Tensor | None
+
+    def sum(self, x: Tensor) -> Tensor:
+        """(B,) sum over each sequence's rows of x (N,), in a fixed order, without a host sync."""
+        if self.cu_seqlens is None:
+            return x.view(self.batch, -1).sum(1) if x.numel() else x.new_zeros(self.batch)
+        lengths = self.cu_seqlens.diff().long()
+        return torch.segment_reduce(x, "sum", lengths=lengths, unsafe=True, initial=0)
+
+    def ids(self, device: torch.device) -> Tensor:
+        """(N,) int64 index of the sequence that each row belongs to."""
+        index = torch.arange(self.rows, device=device)
+        if self.cu_seqlens is None:
+            return index // max(self.rows // max(self.batch, 1), 1)
+        return torch.searchsorted(self.cu_seqlens[1:].long(), index, right=True)
+
+    def tokens(self) -> Tensor | int:
+        """Tokens that count, 1 at least."""
+        return max(self.rows, 1) if self.mask is None else (self.mask != 0).sum().clamp(min=1)
+
+    def where_valid(self, x: Tensor) -> Tensor:
+        """x (N,), 0 where a token does not count."""
+        return x if self.mask is None else torch.where(self.mask != 0, x, 0.0)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the sequences are. Made by `resolve_layout`.
+    """Where the sequences are in the arguments of a call. Made by `resolve_layout`.
 
     Attributes:
         shape: (B, T) padded or (N,) packed, the shape of every per-token argument.
-        batch: number of sequences B.
         device: where the per-token arguments live.
-        cu_seqlens: (B + 1,) first row of each sequence, and N; None when padded.
-        mask: (N,) non-zero where a token counts; None when all do.
+        sequences: the same of the flat (N,) rows.
     """
 
     shape: torch.Size
-    batch: int
     device: torch.device
-    cu_seqlens: Tensor | None
-    mask: Tensor | None
-
-    @property
-    def rows(self) -> int:
-        return math.prod(self.shape)  # not numel(), which makes a constant of a symbolic size
+    sequences: Sequences
 
     def flat(self, name: str, x: Tensor) -> Tensor:
         """A per-token argument as a contiguous (N,) tensor."""
@@ -59,7 +90,8 @@ class Layout:
         """
         check_tensor(name, x, self.device)
         check_constant(name, x)
-        if x.shape == (self.batch,):
+        batch = self.sequences.batch
+        if x.shape == (batch,):
             return x.contiguous().to(dtype), False
         is_packed = len(self.shape) == 1
         shapes = [tuple(self.shape)] if not (is_packed and is_part) else []
@@ -68,15 +100,21 @@ class Layout:
         if x.shape in shapes:
             return x.reshape(-1).contiguous().to(dtype), True
         raise ValueError(
-            f"{name} must have shape {(self.batch,)} (one per sequence) or "
+            f"{name} must have shape {(batch,)} (one per sequence) or "
             f"{' or '.join(map(str, shapes))} (one per token), got {tuple(x.shape)}"
         )
 
 
 def resolve_layout(
-    shape: torch.Size, device: torch.device, mask: Tensor | None, cu_seqlens: Tensor | None
+    name: str,
+    shape: torch.Size,
+    device: torch.device,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> Layout:
-    """The layout of per-token tensors of this shape: (B, T) padded, or (N,) with cu_seqlens."""
+    """The layout of the tokens of an argument: (B, T) padded, or (N,) with cu_seqlens."""
+    if len(shape) not in (1, 2):
+        raise ValueError(f"{name} must be padded (B, T) or packed (N,) tokens, got {tuple(shape)}")
     if len(shape) == 2 and cu_seqlens is not None:
         raise ValueError(
             f"cu_seqlens is for packed input of shape (N,); this input is padded, {tuple(shape)}: "
@@ -96,66 +134,12 @@ def resolve_layout(
             raise ValueError(f"cu_seqlens must have shape (B + 1,), got {tuple(cu_seqlens.shape)}")
         batch = cu_seqlens.shape[0] - 1
         cu_seqlens = cu_seqlens.contiguous()
-    layout = Layout(shape, batch, device, cu_seqlens, None)
-    if mask is None:
-        return layout
-    check_tensor("mask", mask, device)
-    if mask.dtype.is_complex:
-        raise TypeError(f"mask must be bool, integer or float, got {mask.dtype}")
-    return Layout(shape, batch, device, cu_seqlens, layout.flat("mask", mask))
-
-
-def check_tensor(name: str, x: object, device: torch.device | None = None) -> None:
-    """Refuse what is not a dense tensor, on this device if one is given."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if is_dtensor(x):
-        raise TypeError(
-            f"{name} must be a plain tensor, got a DTensor with placements {tuple(x.placements)}: "  # type: ignore[attr-defined]
-            f"pass {name}.full_tensor(), or this rank's part as {name}.to_local()"
-        )
-    if device is not None and x.device != device:
-        raise ValueError(f"{name} must be on {device} like the input, got {x.device}")
-    if x.layout != torch.strided:
-        raise ValueError(f"{name} must be a dense tensor, got {x.layout}")
-
-
-def is_dtensor(x: object) -> bool:
-    return isinstance(x, Tensor) and hasattr(x, "device_mesh")
-
-
-def checked_targets(targets: Tensor, V: int, rows: Tensor | None = None) -> Tensor:
-    """Targets as int64; one outside [0, V) is refused, with its place in `rows`."""
-    targets = targets.long()
-    wrong = ((targets < 0) | (targets >= V)).nonzero().squeeze(1)
-    if len(wrong):
-        first = int(wrong[0])
-        row = first if rows is None else int(rows[first])
-        raise IndexError(
-            f"targets must lie in [0, {V}) where they count, got {int(targets[first])} at row "
-            f"{row} ({len(wrong)} such rows); mask rows out, or mark them with {IGNORED}"
-        )
-    return targets
-
-
-def check_constant(name: str, x: Tensor) -> None:
-    """Refuse a tensor that expects a gradient which nothing computes, or holds no numbers."""
-    if x.requires_grad:
-        raise ValueError(f"{name} requires grad, but is a constant of the loss: detach it")
-    if x.dtype == torch.bool or x.dtype.is_complex:
-        raise TypeError(f"{name} must hold real numbers, got {x.dtype}")
-
-
-def segment_sum(x: Tensor, batch: int, cu_seqlens: Tensor | None) -> Tensor:
-    """(B,) sum over each sequence's rows of x (N,), in a fixed order and without a host sync."""
-    if cu_seqlens is None:
-        return x.view(batch, -1).sum(1) if x.numel() else x.new_zeros(batch)
-    return torch.segment_reduce(x, "sum", lengths=cu_seqlens.diff().long(), unsafe=True, initial=0)
-
-
-def sequence_ids(batch: int, rows: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
-    """(N,) int64 index of the sequence that each row belongs to."""
-    index = torch.arange(rows, device=device)
-    if cu_seqlens is None:
-        return index // max(rows // max(batch, 1), 1)
-    return torch.searchsorted(cu_seqlens[1:].long(), index, right=True)
+    rows = math.prod(shape)  # not numel(), which makes a constant of a symbolic size
+    if mask is not None:
+        check_tensor("mask", mask, device)
+        if mask.dtype.is_complex:
+            raise TypeError(f"mask must be bool, integer or float, got {mask.dtype}")
+        if mask.shape != shape:
+            raise ValueError(f"mask must have shape {tuple(shape)}, got {tuple(mask.shape)}")
+        mask = mask.reshape(-1).contiguous()
+    return Layout(shape, device, Sequences(rows, batch, cu_seqlens, mask))

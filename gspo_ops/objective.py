@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
 
-# A log-ratio beyond it counts as this much: its exp stays finite. Also in kernels/common.py.
-LOG_RATIO_CAP = 80.0
+from .checks import check_choice, check_number
 
 RatioLevel = Literal["sequence", "sequence_token", "token"]
 Aggregation = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "token-sum"]
 KLEstimator = Literal["k1", "k2", "k3"]
+RATIO_LEVELS, AGGREGATIONS, KL_ESTIMATORS = map(get_args, (RatioLevel, Aggregation, KLEstimator))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +51,9 @@ class Objective:
     kl_estimator: KLEstimator = "k3"
 
     def __post_init__(self) -> None:
-        _check_choice("ratio_level", self.ratio_level, RatioLevel)
-        _check_choice("aggregation", self.aggregation, Aggregation)
-        _check_choice("kl_estimator", self.kl_estimator, KLEstimator)
+        check_choice("ratio_level", self.ratio_level, RATIO_LEVELS)
+        check_choice("aggregation", self.aggregation, AGGREGATIONS)
+        check_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         for name in ("clip_low", "clip_high", "kl_coef"):
             check_number(name, getattr(self, name), minimum=0.0)
         weights_by_length = self.ratio_level == "sequence" and self.aggregation.startswith("token")
@@ -92,20 +91,3 @@ class GRPO(Objective):
     ratio_level: RatioLevel = field(default="token", init=False)
     clip_low: float = 0.2
     clip_high: float = 0.27
-
-
-def check_number(name: str, value: object, *, minimum: float, exclusive: bool = False) -> None:
-    """Refuse anything but a finite number that is >= minimum (> minimum when exclusive)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    low = value <= minimum if exclusive else value < minimum
-    # not math.isfinite, which torch.compile cannot trace for a symbolic float
-    if low or not -math.inf < value < math.inf:
-        sign = ">" if exclusive else ">="
-        raise ValueError(f"{name} must be finite and {sign} {minimum:g}, got {value!r}")
-
-
-def _check_choice(name: str, value: object, choices: object) -> None:
-    if value not in get_args(choices):
-        known = ", ".join(repr(c) for c in get_args(choices))
-        raise ValueError(f"{name} must be one of {known}, got {value!r}")

@@ -10,15 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 from zlib import crc32
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .layout import check_tensor, checked_targets, is_dtensor, resolve_layout, segment_sum
+from .checks import check_tensor, checked_targets, is_dtensor
+from .layout import resolve_layout
 from .objective import GSPO, Objective
+from .operators import operator
 
 if TYPE_CHECKING or dist.is_available():
     from torch.distributed import ProcessGroup
@@ -77,7 +79,7 @@ def _part_of_dtensor(name: str, x: Tensor, dim: int, group: ProcessGroup | None)
 
 
 def _check_group(argument: str, group: ProcessGroup) -> None:
-    if not hasattr(group, "group_name"):
+    if not isinstance(group, ProcessGroup):
         raise TypeError(
             f"{argument} must be a torch.distributed.ProcessGroup that this rank belongs to, got "
             f"{type(group).__name__}"
@@ -205,19 +207,67 @@ def checksum(tensors: Iterable[Tensor | None]) -> int:
 ELSEWHERE, NOWHERE = -1, -2  # stand for a token of another rank, and for one of none
 
 
-def local_targets(targets: Tensor, columns: int, group: str, sizes: list[int] | None) -> Tensor:
-    """Targets counted from the first token of this rank, int64.
+class Vocabulary(NamedTuple):
+    """A vocabulary that ranks may share.
 
-    `sizes` are the parts of all ranks; None to exchange them, where nobody looks.
+    Attributes:
+        group: the ranks, by name; None where this one holds all of it.
+        columns: tokens that this rank holds.
+        checks_range: whether targets outside it are refused, on a CPU.
+        names, facts: what the ranks must have in common, to exchange the same.
     """
-    if sizes is None:
-        parts = gathered(targets.new_full((), columns, dtype=torch.int64), group)
-    else:
-        parts = torch.tensor(sizes, device=targets.device)
-    start = parts[: group_named(group).rank()].sum()
-    y = targets.long()
-    local = torch.where((y >= start) & (y < start + columns), y - start, ELSEWHERE)
-    return torch.where((y >= 0) & (y < parts.sum()), local, NOWHERE)
+
+    group: str | None
+    columns: int
+    checks_range: bool
+    names: list[str]
+    facts: list[int]
+
+    @classmethod
+    def of(
+        cls,
+        group: str | None,
+        columns: int = 0,
+        checks_range: bool = False,
+        facts: Facts | None = None,
+    ) -> Vocabulary:
+        facts = facts or {}
+        return cls(group, columns, checks_range, list(facts), list(facts.values()))
+
+    def known(self) -> Facts:
+        return dict(zip(self.names, self.facts, strict=True))
+
+    def local(self, targets: Tensor, sizes: list[int] | None) -> Tensor:
+        """Targets counted from the first token of this rank, int64.
+
+        `sizes` are the parts of all ranks; None to exchange them, where nobody looks.
+        """
+        if self.group is None:
+            return targets.to(torch.int64, copy=True)
+        if sizes is None:
+            parts = gathered(targets.new_full((), self.columns, dtype=torch.int64), self.group)
+        else:
+            parts = torch.tensor(sizes, device=targets.device)
+        start = parts[: group_named(self.group).rank()].sum()
+        y = targets.long()
+        local = torch.where((y >= start) & (y < start + self.columns), y - start, ELSEWHERE)
+        return torch.where((y >= 0) & (y < parts.sum()), local, NOWHERE)
+
+
+@operator(lambda targets, *_: targets.new_empty(targets.shape, dtype=torch.int64))
+def agree_on_targets(targets: Tensor, mask: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """Local targets, if all ranks of the vocabulary can go on."""
+    sizes = None
+    if targets.device.type == "cpu":
+        counted = torch.where(mask, targets.long(), 0)
+        shared = {**vocabulary.known(), "the checksum of targets": checksum([counted])}
+        sizes = agree(
+            {"vocab_group": (vocabulary.group, shared)},
+            None,
+            counted.view(-1) if vocabulary.checks_range else None,
+            vocabulary.columns,
+        )
+    return vocabulary.local(targets, sizes)
 
 
 def global_denominator(
@@ -284,8 +334,8 @@ def _lengths(i: int, batch: Mapping[str, Tensor | None]) -> Tensor:
         check_tensor("cu_seqlens", cu_seqlens)
         return cu_seqlens.diff().double()
     assert mask is not None
-    layout = resolve_layout(mask.shape, mask.device, mask, cu_seqlens)
-    return segment_sum((mask.reshape(-1) != 0).double(), layout.batch, layout.cu_seqlens)
+    layout = resolve_layout(f"batches[{i}]['mask']", mask.shape, mask.device, mask, cu_seqlens)
+    return layout.sequences.sum((mask.reshape(-1) != 0).double())
 
 
 # Collectives, by the name of a group: inside of operators

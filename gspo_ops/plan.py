@@ -1,29 +1,39 @@
-"""What a loss from hidden states costs, by plan."""
+"""Plans: what stays in memory of a loss from hidden states, and what that costs."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from .backend import compute_dtype, use_triton
+from .backend import use_triton
+from .checks import check_bool, check_choice
 from .head import (
-    ROUNDED_AT_ONCE,
-    Choice,
+    PRODUCTS,
     LoRA,
-    PlanName,
     check_lora,
     check_operands,
-    check_plan,
-    choose_plan,
     grad_product_dtype,
-    kept_width,
     product_dtype,
-    sum_bytes,
+    stats_dtype,
 )
-from .logit_tiles import MatMulTiles, TorchTiles
+from .tiles_gpu import BLOCKS as GPU_BLOCKS
+from .tiles_torch import BLOCKS as TORCH_BLOCKS
+
+PlanName = Literal["auto", "keep", "chunk", "recompute"]
+PLAN_NAMES = get_args(PlanName)
+
+COLUMNS = 1024  # exponentials are kept for a multiple of so many columns
+ROUNDED_AT_ONCE = 1 << 21  # elements of a sum that becomes a gradient in 16 bits
+_KEPT_ALIGN = 64  # elements: rows of kept exponentials start aligned
+# smaller chunks lose more to adding up dweight than a recomputation of live rows costs
+_CHUNK_ROWS = 2048
+_CPU_CHUNK_ROWS = 512  # in fp32: a chunk more costs as much as the logits of some 160 live rows
+_LEAST_BUDGET = 64 << 20
+_LARGEST_BUDGET = 4 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +90,88 @@ class Plan:
         )
 
 
+class Choice(NamedTuple):
+    """A plan: the tokens whose exponentials are kept, for so many rows at a time."""
+
+    name: PlanName
+    kept_columns: int
+    chunk_rows: int
+
+
+def check_plan(
+    plan: str, memory_budget: int | None, products: str, allow_sync: bool, lora: LoRA | None
+) -> None:
+    """Refuse what is no plan."""
+    check_choice("plan", plan, PLAN_NAMES)
+    check_choice("products", products, PRODUCTS)
+    if memory_budget is not None:
+        if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
+            raise TypeError(
+                f"memory_budget must be a number of bytes, an int, got "
+                f"{type(memory_budget).__name__}"
+            )
+        if memory_budget < 0:
+            raise ValueError(f"memory_budget must be >= 0 bytes, got {memory_budget}")
+    check_bool("allow_sync", allow_sync)
+    if products == "triton" and lora is not None:
+        raise ValueError("products must be 'mm' or 'auto' with lora: 'triton' has no low-rank part")
+
+
+def choose_plan(
+    hidden: Tensor,
+    weight: Tensor,
+    plan: PlanName,
+    memory_budget: int | None,
+    *,
+    has_gradient: bool,
+    can_chunk: bool,
+) -> Choice:
+    """The plan that spends the fewest FLOPs within the budget."""
+    vocabulary, rows = weight.shape[0], math.prod(hidden.shape[:-1])
+    if not has_gradient or plan == "recompute":
+        return Choice("recompute", 0, rows)
+    budget = memory_budget
+    if budget is None:
+        budget = default_memory_budget(rows, vocabulary)
+    itemsize = grad_product_dtype(hidden, weight).itemsize
+    row_bytes = vocabulary * itemsize
+    if plan == "keep" or (plan == "auto" and rows * row_bytes <= budget):
+        return Choice("keep", vocabulary, rows)
+    chunk_rows = max((budget - sum_bytes(hidden, weight)) // row_bytes, 1)
+    least = _CPU_CHUNK_ROWS if hidden.device.type == "cpu" and itemsize > 2 else _CHUNK_ROWS
+    if plan == "chunk" or (can_chunk and chunk_rows >= least):
+        return Choice("chunk", vocabulary, min(chunk_rows, max(rows, 1)))
+    kept = columns_that_fit(budget, rows, vocabulary, itemsize)
+    return Choice("keep" if kept else "recompute", kept, rows)
+
+
+def default_memory_budget(rows: int, vocabulary: int) -> int:
+    """2.1 bytes per logit; 64 MiB at least, 4 GiB at most.
+
+    Eager PyTorch takes 8 to 14 with fp32 logits.
+    """
+    return max(_LEAST_BUDGET, min(_LARGEST_BUDGET, rows * vocabulary * 21 // 10))
+
+
+def kept_width(columns: int) -> int:
+    """Of a row of kept exponentials: the columns, and padding."""
+    return -(-columns // _KEPT_ALIGN) * _KEPT_ALIGN
+
+
+def columns_that_fit(budget: int, rows: int, vocabulary: int, itemsize: int) -> int:
+    """Columns of exponentials of so many rows that fit into the budget."""
+    fit = budget // (max(rows, 1) * itemsize)
+    return vocabulary if fit >= vocabulary else fit // COLUMNS * COLUMNS
+
+
+def sum_bytes(hidden: Tensor, weight: Tensor) -> int:
+    """Of sums over chunks, beyond those of the gradients that they become."""
+    itemsize = stats_dtype(hidden, weight).itemsize
+    return sum(
+        x.numel() * (itemsize - x.element_size()) for x in (hidden, weight) if x.requires_grad
+    )
+
+
 def plan_from_hidden(
     hidden: Tensor,
     weight: Tensor,
@@ -119,9 +211,8 @@ def plan_from_hidden(
     wanted = [x for x in (hidden, weight) if x.requires_grad]
     has_gradient = bool(wanted) or lora is not None
     choice = choose_plan(
-        hidden, weight, plan=plan, memory_budget=memory_budget, has_gradient=has_gradient,
-        can_chunk=chunks,
-    )  # fmt: skip
+        hidden, weight, plan, memory_budget, has_gradient=has_gradient, can_chunk=chunks
+    )
     kept = 0
     if choice.kept_columns:
         itemsize = grad_product_dtype(hidden, weight).itemsize
@@ -130,39 +221,45 @@ def plan_from_hidden(
     if not has_gradient:
         peak = forward
     elif choice.name == "chunk":
-        dtype = compute_dtype(product_dtype(hidden, weight))
+        dtype = stats_dtype(hidden, weight)
         sums = [x.numel() for x in wanted if x.dtype != dtype]
         rounded = (sum(sums) + min(max(sums, default=0), ROUNDED_AT_ONCE)) * dtype.itemsize
         peak = max(kept + sum_bytes(hidden, weight) + max(forward, backward), rounded)
     else:
         peak = kept + max(forward - sum(x.nbytes for x in wanted), backward)
     return Plan(
-        name=choice.name, rows=math.prod(hidden.shape[:-1]), vocabulary=V, hidden_size=H,
+        name=choice.name,
+        rows=math.prod(hidden.shape[:-1]),
+        vocabulary=V,
+        hidden_size=H,
         rank=0 if lora is None else len(lora.a),
-        kept_columns=choice.kept_columns, chunk_rows=choice.chunk_rows,
-        grad_hidden=hidden.requires_grad, grad_weight=weight.requires_grad,
-        kept_bytes=kept, bytes=peak,
-    )  # fmt: skip
+        kept_columns=choice.kept_columns,
+        chunk_rows=choice.chunk_rows,
+        grad_hidden=hidden.requires_grad,
+        grad_weight=weight.requires_grad,
+        kept_bytes=kept,
+        bytes=peak,
+    )
 
 
 def _work_bytes(hidden: Tensor, weight: Tensor, choice: Choice) -> tuple[int, int]:
     """What the forward and the backward of a chunk need besides what they keep and return."""
     V, H = weight.shape
     rows = choice.chunk_rows
-    tiles = MatMulTiles if use_triton(hidden) else TorchTiles
+    blocks = GPU_BLOCKS if use_triton(hidden) else TORCH_BLOCKS
     dtype, grad_dtype = product_dtype(hidden, weight), grad_product_dtype(hidden, weight)
-    size, stats_size = grad_dtype.itemsize, compute_dtype(dtype).itemsize
-    tile_rows = min(tiles.ROWS, rows)
-    tile = tile_rows * tiles.COLUMNS * stats_size
+    size, stats_size = grad_dtype.itemsize, stats_dtype(hidden, weight).itemsize
+    tile_rows = min(blocks.rows, rows)
+    tile = tile_rows * blocks.columns * stats_size
     if dtype != hidden.dtype or dtype != weight.dtype:
-        tile += (tile_rows + tiles.COLUMNS) * H * dtype.itemsize  # copies of operands
+        tile += (tile_rows + blocks.columns) * H * dtype.itemsize  # copies of operands
     if not use_triton(hidden):
         tile *= torch.get_num_threads()  # each has its own
     # sums of each tile, and what it takes to add them up
-    forward = tile + 5 * -(-V // tiles.SUMS) * rows * stats_size
+    forward = tile + 5 * blocks.entries(V) * rows * stats_size
     # scaled hidden states and a sum of dhidden; a tile for the products, if not all is kept
     backward = tile + rows * H * (size + stats_size)
-    width = tiles.grad_width(rows)
+    width = blocks.grad_width(rows)
     if choice.kept_columns < V:
         backward += rows * width * size
     if hidden.requires_grad and weight.dtype != grad_dtype:

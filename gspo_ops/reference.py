@@ -7,13 +7,15 @@ against these functions in float64.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .constants import IGNORED, LOG_RATIO_CAP
 from .head import LoRA
 from .layout import Layout, resolve_layout
-from .objective import GSPO, LOG_RATIO_CAP, Objective
+from .objective import GSPO, Objective
 
 
 def log_probs_from_logits(
@@ -25,7 +27,7 @@ def log_probs_from_logits(
 ) -> Tensor:
     """log_softmax(softcap(logits) / temperature) at the targets, 0 at targets of -100."""
     log_p = _log_softmax(logits, temperature, softcap)
-    ignored = targets == -100
+    ignored = targets == IGNORED
     index = targets.masked_fill(ignored, 0).long().unsqueeze(-1)
     return torch.where(ignored, 0.0, log_p.gather(-1, index).squeeze(-1))
 
@@ -40,7 +42,7 @@ def entropy_from_logits(
     """-sum_v p_v log p_v of each row, 0 at targets of -100."""
     log_p = _log_softmax(logits, temperature, softcap)
     p_log_p = torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p)
-    return torch.where(targets == -100, 0.0, -p_log_p.sum(-1))
+    return torch.where(targets == IGNORED, 0.0, -p_log_p.sum(-1))
 
 
 def _log_softmax(logits: Tensor, temperature: float, softcap: float | None) -> Tensor:
@@ -70,7 +72,7 @@ def log_probs_from_hidden(
 ) -> Tensor:
     """`log_probs_from_logits` of `logits_from_hidden`."""
     # what stands at ignored positions must not matter, NaN included
-    hidden = torch.where((targets == -100).unsqueeze(-1), 0.0, hidden)
+    hidden = torch.where((targets == IGNORED).unsqueeze(-1), 0.0, hidden)
     logits = logits_from_hidden(hidden, weight, bias=bias, lora=lora)
     return log_probs_from_logits(logits, targets, temperature=temperature, softcap=softcap)
 
@@ -85,7 +87,7 @@ def policy_loss_from_hidden(
     mask: Tensor | None = None,
     bias: Tensor | None = None,
     lora: LoRA | None = None,
-    **options,
+    **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`policy_loss_from_logits` of `logits_from_hidden`."""
     if mask is not None:
@@ -104,7 +106,7 @@ def policy_loss_from_logits(
     temperature: float = 1.0,
     softcap: float | None = None,
     return_entropy: bool = False,
-    **options,
+    **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`policy_loss_from_log_probs` of `log_probs_from_logits`."""
     if mask is not None:
@@ -136,7 +138,7 @@ def policy_loss_from_log_probs(
     denominator: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped objective of arXiv 2507.18071 (and GRPO's), as a loss, with its statistics."""
-    layout = resolve_layout(log_probs.shape, log_probs.device, mask, cu_seqlens)
+    layout = resolve_layout("log_probs", log_probs.shape, log_probs.device, mask, cu_seqlens)
     old = log_probs.detach() if old_log_probs is None else old_log_probs
     loss_sum = log_probs.new_zeros(())
     tokens, sequences = 0, 0
@@ -221,20 +223,18 @@ class _Seen:
 
 def _sequences(layout: Layout) -> list[Tensor]:
     """The valid rows of each sequence."""
-    if layout.cu_seqlens is None:
-        T = layout.shape[1]
-        bounds = [b * T for b in range(layout.batch + 1)]
+    _, batch, cu_seqlens, mask = layout.sequences
+    if cu_seqlens is None:
+        bounds = [b * layout.shape[1] for b in range(batch + 1)]
     else:
-        bounds = layout.cu_seqlens.tolist()
+        bounds = cu_seqlens.tolist()
     rows = [torch.arange(first, last, device=layout.device) for first, last in pairwise(bounds)]
-    if layout.mask is None:
-        return rows
-    return [r[layout.mask[r] != 0] for r in rows]
+    return rows if mask is None else [r[mask[r] != 0] for r in rows]
 
 
 def _pick(x: Tensor, b: int, rows: Tensor, layout: Layout) -> Tensor:
     """A per-sequence or per-token argument at the rows of sequence b."""
-    return x[b].expand(len(rows)) if x.shape == (layout.batch,) else x.reshape(-1)[rows]
+    return x[b].expand(len(rows)) if x.shape == (layout.sequences.batch,) else x.reshape(-1)[rows]
 
 
 def _capped(log_ratio: Tensor) -> Tensor:

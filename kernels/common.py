@@ -8,10 +8,13 @@ crosses threads.
 import triton
 import triton.language as tl
 
+from .. import constants
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-LOG_RATIO_CAP = tl.constexpr(80.0)  # exp(80) still leaves room for sums in fp32
-ESS_RATIO_CAP = tl.constexpr(1e15)  # its square, and that of its inverse, leave room for sums
+LOG_RATIO_CAP = tl.constexpr(constants.LOG_RATIO_CAP)
+ESS_RATIO_CAP = tl.constexpr(constants.ESS_RATIO_CAP)
+SHIFT_LIMIT = tl.constexpr(constants.SHIFT_LIMIT)
 
 
 @triton.jit

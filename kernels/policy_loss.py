@@ -12,6 +12,7 @@ hold, a token's loss term, its g, or the loss, saturates at the largest number.
 import triton
 import triton.language as tl
 
+from ..constants import STATS
 from .common import ESS_RATIO_CAP, LOG_RATIO_CAP, expm1
 
 # columns of the table of partial sums [B, NUM_PARTIALS]
@@ -32,6 +33,20 @@ REF_KL = tl.constexpr(13)
 ACTIVE = tl.constexpr(14)
 SEQUENCES = tl.constexpr(15)
 NUM_PARTIALS = tl.constexpr(16)
+
+# columns of the statistics
+RATIO_MEAN_STAT = tl.constexpr(STATS.index("ratio_mean"))
+RATIO_MIN_STAT = tl.constexpr(STATS.index("ratio_min"))
+RATIO_MAX_STAT = tl.constexpr(STATS.index("ratio_max"))
+CLIP_FRAC_SEQUENCES_STAT = tl.constexpr(STATS.index("clip_frac_sequences"))
+CLIP_FRAC_TOKENS_STAT = tl.constexpr(STATS.index("clip_frac_tokens"))
+CLIP_FRAC_LOW_STAT = tl.constexpr(STATS.index("clip_frac_low"))
+CLIP_FRAC_HIGH_STAT = tl.constexpr(STATS.index("clip_frac_high"))
+APPROX_KL_STAT = tl.constexpr(STATS.index("approx_kl"))
+APPROX_KL_K3_STAT = tl.constexpr(STATS.index("approx_kl_k3"))
+ESS_STAT = tl.constexpr(STATS.index("effective_sample_size"))
+ACTIVE_STAT = tl.constexpr(STATS.index("active_token_frac"))
+REF_KL_STAT = tl.constexpr(STATS.index("ref_kl"))
 
 SUM_SCALE = tl.constexpr(2.0**-24)  # as many terms as fp32 can count
 SUM_UNIT = tl.constexpr(2.0**24)
@@ -122,7 +137,7 @@ def finish(
     partials_ptr, denominator_ptr, loss_ptr, stats_ptr, inv_denominator_ptr, B,
     AGGREGATION: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """Loss and statistics, in the order of STATS, from the partial sums of the sequences."""
+    """Loss and statistics from the partial sums of the sequences."""
     tokens = total(partials_ptr + TOKENS, B, BLOCK_B)
     sequences = total(partials_ptr + SEQUENCES, B, BLOCK_B)
     if denominator_ptr is not None:
@@ -150,20 +165,22 @@ def finish(
     # an empty batch reports what an on-policy one would
     some = ratios > 0
     ess = per(ess_sum, ratios) * tl.math.div_rn(ess_sum, tl.where(some, ess_square_sum, 1.0))
-    tl.store(stats_ptr + 0, tl.where(some, per(ratio_sum, ratios) * SUM_UNIT, 1.0))
-    tl.store(stats_ptr + 1, tl.where(some, ratio_min, 1.0))
-    tl.store(stats_ptr + 2, tl.where(some, ratio_max, 1.0))
-    tl.store(stats_ptr + 3, per(clipped_sequences, sequences))
-    tl.store(stats_ptr + 4, per(clipped_low + clipped_high, tokens))
-    tl.store(stats_ptr + 5, per(clipped_low, tokens))
-    tl.store(stats_ptr + 6, per(clipped_high, tokens))
+    tl.store(stats_ptr + RATIO_MEAN_STAT, tl.where(some, per(ratio_sum, ratios) * SUM_UNIT, 1.0))
+    tl.store(stats_ptr + RATIO_MIN_STAT, tl.where(some, ratio_min, 1.0))
+    tl.store(stats_ptr + RATIO_MAX_STAT, tl.where(some, ratio_max, 1.0))
+    tl.store(stats_ptr + CLIP_FRAC_SEQUENCES_STAT, per(clipped_sequences, sequences))
+    tl.store(stats_ptr + CLIP_FRAC_TOKENS_STAT, per(clipped_low + clipped_high, tokens))
+    tl.store(stats_ptr + CLIP_FRAC_LOW_STAT, per(clipped_low, tokens))
+    tl.store(stats_ptr + CLIP_FRAC_HIGH_STAT, per(clipped_high, tokens))
     old_minus_new = total(partials_ptr + OLD_MINUS_NEW, B, BLOCK_B)
-    tl.store(stats_ptr + 7, per(old_minus_new, tokens) * SUM_UNIT)
-    tl.store(stats_ptr + 8, per(total(partials_ptr + K3, B, BLOCK_B), tokens) * SUM_UNIT)
-    tl.store(stats_ptr + 9, tl.where(some, ess, 1.0))
-    tl.store(stats_ptr + 10, per(total(partials_ptr + ACTIVE, B, BLOCK_B), tokens))
+    tl.store(stats_ptr + APPROX_KL_STAT, per(old_minus_new, tokens) * SUM_UNIT)
+    tl.store(
+        stats_ptr + APPROX_KL_K3_STAT, per(total(partials_ptr + K3, B, BLOCK_B), tokens) * SUM_UNIT
+    )
+    tl.store(stats_ptr + ESS_STAT, tl.where(some, ess, 1.0))
+    tl.store(stats_ptr + ACTIVE_STAT, per(total(partials_ptr + ACTIVE, B, BLOCK_B), tokens))
     ref_kl = per(total(partials_ptr + REF_KL, B, BLOCK_B), tokens) * SUM_UNIT
-    tl.store(stats_ptr + 11, saturate(ref_kl))
+    tl.store(stats_ptr + REF_KL_STAT, saturate(ref_kl))
 
 
 @triton.jit

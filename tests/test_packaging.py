@@ -30,7 +30,7 @@ loss.backward()
 result["file"] = gspo_ops.__file__
 result["loss"] = loss.item()
 result["grad"] = logits.grad.abs().sum().item()
-result["kernels"] = "gspo_ops.kernels.log_probs" in sys.modules
+result["kernels"] = "gspo_ops.kernels.logits" in sys.modules
 """
 
 COMMANDS = """
@@ -184,7 +184,7 @@ def test_kernels_of_the_checkout_are_not_importable_by_that_name(tmp_path):
     code = """
 import importlib.util
 import gspo_ops
-import gspo_ops.kernels.log_probs as ours
+import gspo_ops.kernels.logits as ours
 spec = importlib.util.find_spec("kernels")
 result["ours"] = ours.__file__
 result["found"] = [] if spec is None else list(spec.submodule_search_locations)

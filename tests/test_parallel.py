@@ -30,9 +30,11 @@ from gspo_ops import (
     policy_loss_from_logits,
     reference,
 )
-from gspo_ops.linear_log_probs import linear_log_probs_fwd
-from gspo_ops.log_probs import log_probs_fwd
-from gspo_ops.parallel import ELSEWHERE, NOWHERE, local_targets
+from gspo_ops.head import Head, HeadOptions
+from gspo_ops.hidden import hidden_fwd
+from gspo_ops.logits import logits_fwd
+from gspo_ops.parallel import ELSEWHERE, NOWHERE, Vocabulary
+from gspo_ops.softmax import Softmax, TargetRows
 from gspo_ops.testing import (
     ALLOWED,
     BOUNDS,
@@ -369,18 +371,18 @@ def on_rank_nowhere() -> None:
     targets = everywhere.clone()
     if dist.get_rank() == 1:
         targets[2:] = torch.tensor([V, -1])
-    local = local_targets(targets, len(columns), group, None)
+    local = Vocabulary.of(group, len(columns)).local(targets, None)
     assert local.tolist() == [
         NOWHERE if not 0 <= y < V else y - columns[0] if y in columns else ELSEWHERE
         for y in targets.tolist()
     ]
     expected = log_probs_from_logits(hidden @ joined(weight).mT, everywhere)
     products = "mm" if INTERPRETED else "torch"
-    of_logits = log_probs_fwd(hidden @ weight.mT, local, None, 1.0, None, False, group)[0]
-    of_hidden = linear_log_probs_fwd(
-        hidden, weight, *[None] * 3, local, None, None, 0, 1.0, None, False, products, False, group
-    )[0]
-    for found in (of_logits, of_hidden):
+    rows, softmax = TargetRows(local, None), Softmax(1.0, None, False, group)
+    of_logits = logits_fwd(hidden @ weight.mT, rows, softmax)
+    head, options = Head(hidden, weight, None, None, None), HeadOptions(softmax, products, False, 0)
+    of_hidden = hidden_fwd(head, rows, None, options)
+    for found in (of_logits.log_probs, of_hidden.log_probs):
         torch.testing.assert_close(found[:2], expected[:2])
         assert found[2:].isnan().all()
 
@@ -515,8 +517,8 @@ def on_rank_bad_sequences() -> None:
         refused(function, good, "mask must hold 0 and 1", mask=torch.full((8,), 2))
         refused(function, good, "advantages must have shape", advantages=torch.ones(3))
         refused(function, good, "denominator must be > 0", denominator=torch.tensor(0.0))
-        refused(function, good, "context_group is not available", objective=lambda new, *_: new)
         other = "the objective's options must be the same on all ranks of context_group"
+        refused(function, good, other, other, objective=lambda new, *_: new)
         refused(function, good, other, other, objective=GRPO())
         number = r"the number of sequences must be the same on all ranks of context_group"
         fewer = {"cu_seqlens": torch.tensor([0, 8]), "advantages": torch.ones(1)}
@@ -751,18 +753,29 @@ def on_rank_padded() -> None:
     group = dist.group.WORLD
     case = make_case(synthetic_logits(9, 6, 11, device=CPU), GSPO(), packed=False)
     log_probs = log_probs_from_logits(case.logits, case.targets)
-    whole, mine = leaf(log_probs), leaf(part_of(log_probs, 1))
-    expected = policy_loss_from_log_probs(
-        whole, case.old_log_probs, case.advantages, mask=case.mask
-    )
-    loss, stats = policy_loss_from_log_probs(
-        mine, part_of(case.old_log_probs, 1), case.advantages, mask=part_of(case.mask, 1),
-        context_group=group,
-    )  # fmt: skip
-    expected.loss.backward()
-    loss.backward()
-    assert_stats(stats, expected.stats)
-    torch.testing.assert_close(joined(mine.grad, 1), whole.grad, rtol=2e-6, atol=0)
+    old, mask = case.old_log_probs, case.mask
+    for objective in (GSPO(), long_sequences_weigh_more):
+        whole, mine = leaf(log_probs), leaf(part_of(log_probs, 1))
+        expected = policy_loss_from_log_probs(
+            whole, old, case.advantages, mask=mask, objective=objective
+        )
+        loss, stats = policy_loss_from_log_probs(
+            mine, part_of(old, 1), case.advantages, mask=part_of(mask, 1), objective=objective,
+            context_group=group,
+        )  # fmt: skip
+        (expected.loss * 0.7).backward()
+        (loss * 0.7).backward()
+        torch.testing.assert_close(loss, expected.loss, rtol=1e-6, atol=1e-7)
+        assert_same_everywhere(loss, *stats.values())
+        assert_stats(stats, expected.stats)
+        torch.testing.assert_close(joined(mine.grad, 1), whole.grad, rtol=2e-6, atol=0)
+
+
+def long_sequences_weigh_more(log_probs, old, advantages, sequence_ids, *, mask, lengths):
+    log_ratio = log_probs - old
+    clipped = mask & (log_ratio.abs() > 3e-4)
+    terms = -log_ratio.exp() * advantages * lengths[sequence_ids]
+    return torch.where(clipped, terms.detach(), terms), clipped
 
 
 def test_what_context_group_refuses(ranks):
@@ -776,10 +789,6 @@ def on_rank_refusals() -> None:
     with pytest.raises(ValueError, match=r"plan='chunk' needs whole sequences"):
         policy_loss_from_hidden(
             hidden, weight, targets, old, advantages, plan="chunk", context_group=group
-        )
-    with pytest.raises(ValueError, match="context_group is not available with a function"):
-        policy_loss_from_log_probs(
-            old, old, advantages, objective=lambda new, *_: new, context_group=group
         )
     packed = {"cu_seqlens": torch.tensor([0, 3, 6]), "context_group": group}
     with pytest.raises(ValueError, match=r"advantages must have shape \(2,\).* or \(1, 6\)"):

@@ -9,6 +9,7 @@ from gspo_ops import (
     GSPO,
     GSPOToken,
     Objective,
+    policy_loss_from_hidden,
     policy_loss_from_log_probs,
     policy_loss_from_logits,
     reference,
@@ -400,6 +401,67 @@ def test_a_user_s_objective(device, aggregation, packed):
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-9)
     torch.testing.assert_close(results[0][2]["log_ratio"], results[1][2]["log_ratio"])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_user_s_objective_has_all_that_built_in_ones_have(device, packed):
+    """GRPO with a KL term written by a user: its loss, its gradient and every statistic."""
+    built_in = make_objective("token", kl_coef=0.05)
+    inputs = make_inputs(device, built_in, packed, ref=True, weights="token")
+
+    def grpo(log_probs, old_log_probs, advantages, sequence_ids, *, ref_log_probs, mask, lengths):
+        assert torch.equal(
+            lengths, torch.zeros_like(lengths).index_add(0, sequence_ids, mask * 1.0)
+        )
+        ratio, d = (log_probs - old_log_probs).exp(), log_probs - ref_log_probs
+        low, high = 1 - built_in.clip_low, 1 + built_in.clip_high
+        clipped = mask & torch.where(advantages > 0, ratio > high, (advantages < 0) & (ratio < low))
+        terms = -torch.where(clipped, ratio.clamp(low, high).detach(), ratio) * advantages
+        # rollout weights multiply what is returned, but not the KL term of the built-in objective
+        kl = 0.05 * ((-d).exp() - 1 + d) / inputs["rollout_weights"].flatten()
+        return terms + kl, clipped
+
+    log_probs = inputs.pop("log_probs")
+    results = []
+    for objective in (built_in, grpo):
+        x = log_probs.clone().requires_grad_()
+        loss, stats = policy_loss_from_log_probs(x, **{**inputs, "objective": objective})
+        loss.backward()
+        results.append({"loss": loss, "grad": x.grad} | stats)
+    expected, ours = results
+    assert 0 < expected["clip_frac_low"] < expected["clip_frac_tokens"]
+    assert expected.keys() - ours.keys() == {"active_token_frac"}
+    for name, x in ours.items():
+        torch.testing.assert_close(x, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_entropy_beside_a_user_s_objective(device):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 3, 8, device=device), torch.randn(129, 8, device=device)
+    targets = torch.randint(129, (2, 3), device=device)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]], device=device)
+    rest = targets, None, torch.tensor([1.0, -1.0], device=device)
+
+    def objective(log_probs, old_log_probs, advantages, sequence_ids):
+        return -log_probs * advantages
+
+    exact = reference.entropy_from_logits(hidden.double() @ weight.double().T, targets)
+    for function, operands in (
+        (policy_loss_from_logits, (hidden @ weight.T,)),
+        (policy_loss_from_hidden, (hidden, weight)),
+    ):
+        grads = []
+        for return_entropy in (False, True):
+            first, *others = (x.detach().requires_grad_() for x in operands)
+            loss, stats = function(
+                first, *others, *rest, mask=mask, objective=objective, return_entropy=return_entropy
+            )
+            loss.backward()
+            grads.append(first.grad)
+        assert torch.equal(*grads)
+        assert not stats["entropy"].requires_grad
+        expected = exact[mask != 0].mean()
+        torch.testing.assert_close(stats["entropy"].double(), expected, rtol=1e-5, atol=0)
 
 
 def test_a_user_s_objective_from_logits(device):

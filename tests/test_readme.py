@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gspo_ops.benchmarks import report
-from gspo_ops.policy_loss import STATS
+from gspo_ops.constants import STATS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -67,3 +67,17 @@ def test_code_runs_and_before_equals_after(python_blocks):
     )
     exec(from_hidden, {**inputs, "model": model, "input_ids": torch.randint(50, (2, 4))})
     exec(own, {**scope, "logits": inputs["logits"].clone().requires_grad_()})
+
+
+def test_paths_from_functions_to_kernels_are_true():
+    """What the README names on the way stands in the code."""
+    section = README.split("From a public function to its kernels:")[1].split("[CONTRIBUTING.md]")[
+        0
+    ]
+    names = re.findall(r"`((?:kernels\.)?\w+)\.(\w+)`", section)
+    assert len(names) > 20
+    for module, name in names:
+        source = (ROOT / "gspo_ops" / f"{module.replace('.', '/')}.py").read_text()
+        assert re.search(rf"^(?:class|def) {name}\b", source, re.M), f"{module}.{name}"
+    ways = [item for item in section.split("\n- ") if item.strip()]
+    assert all(way.strip().count("\n") < 6 for way in ways)

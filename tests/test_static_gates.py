@@ -1,6 +1,6 @@
 """What compiled kernels must show without a GPU: registers, spills, access widths, instructions.
 
-The kernels are compiled and read by `benchmarks/static.py`.
+The kernels are launched by `benchmarks/launches.py`, and read by `benchmarks/binaries.py`.
 """
 
 import os
@@ -11,8 +11,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 pytest.importorskip("triton")
 
-from gspo_ops.benchmarks import static
-from gspo_ops.benchmarks.static import (
+from gspo_ops.benchmarks import binaries, launches, static
+from gspo_ops.benchmarks.binaries import TARGETS, TENSOR_CORES, main_loops
+from gspo_ops.benchmarks.launches import (
     BWD,
     COMBINATIONS,
     EPILOGUES,
@@ -21,12 +22,9 @@ from gspo_ops.benchmarks.static import (
     LOSS,
     PRODUCT_COMBINATIONS,
     PRODUCTS,
-    TARGETS,
-    TENSOR_CORES,
     VARIANTS,
-    compile_variant,
-    main_loops,
 )
+from gspo_ops.benchmarks.static import compile_variant
 
 SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KB per block
 REGISTERS = {FWD: 184, BWD: 128, LOSS: 192}  # the most seen, to the next 8
@@ -35,7 +33,7 @@ INSTRUCTIONS = {("fwd bf16", "sm_90"), ("fwd fp16", "sm_90"), ("fwd fp32", "sm_9
 
 def instructions_per_logit(name, compiled):
     itemsize = VARIANTS[name][1].get("dtype", FP32).itemsize
-    return static.instructions_per_logit(itemsize, main_loops(name, compiled))
+    return binaries.instructions_per_logit(itemsize, main_loops(name, compiled))
 
 
 def common_problems(compiled):
@@ -155,15 +153,15 @@ def test_optional_arguments_compile(name):
 
 def test_a_peer_that_fails_says_why(monkeypatch):
     def launch():
-        static.launch_bwd(static.BF16)
+        launches.launch_bwd(launches.BF16)
         raise ValueError("no such shape\nand more")
 
     monkeypatch.setitem(static.PEERS, "some", ("torch", launch))
     monkeypatch.setitem(static.PEERS, "absent", ("no_such_package", launch))
     kernels, why = static.compile_peer("some", "sm_90")
     assert why == "ValueError: no such shape"
-    assert list(kernels) == ["log_probs_bwd_kernel"]  # what compiled before is shown
-    assert kernels["log_probs_bwd_kernel"] == compile_variant("bwd bf16", "sm_90")
+    assert list(kernels) == ["logits_bwd_kernel"]  # what compiled before is shown
+    assert kernels["logits_bwd_kernel"] == compile_variant("bwd bf16", "sm_90")
     assert static.compile_peer("absent", "sm_90") == ({}, "not installed")
 
 

@@ -46,19 +46,19 @@ OPTIONS = {
 
 # mistake: (file, line as it is, line as broken), for the kernels and for the CPU path
 KERNELS = {
-    "nothing": ("kernels/log_probs.py", "grad = e * at_others", "grad = e * at_others"),
-    "zero gradient": ("kernels/log_probs.py", "if live:\n        x_ptr = logits_ptr + row_offset("
+    "nothing": ("kernels/logits.py", "grad = e * at_others", "grad = e * at_others"),
+    "zero gradient": ("kernels/logits.py", "if live:\n        x_ptr = logits_ptr + row_offset("
                       "row, T, stride_b, stride_t, ALIGN)\n        target = load_target_id("
-                      "targets_ptr + row, V)\n        if target_logits_ptr is None",
+                      "targets_ptr + row, V)\n        if target_logit_ptr is None",
                       "if live & (row < 0):\n        x_ptr = logits_ptr + row_offset("
                       "row, T, stride_b, stride_t, ALIGN)\n        target = load_target_id("
-                      "targets_ptr + row, V)\n        if target_logits_ptr is None"),
-    "missing softmax term": ("kernels/log_probs.py", "grad = e * at_others", "grad = e * 0.0"),
+                      "targets_ptr + row, V)\n        if target_logit_ptr is None"),
+    "missing softmax term": ("kernels/logits.py", "grad = e * at_others", "grad = e * 0.0"),
     "missing target term": (
-        "kernels/log_probs.py", "tl.where(cols == target, at_target, grad)", "grad"
+        "kernels/logits.py", "tl.where(cols == target, at_target, grad)", "grad"
     ),
     "entropy without its mean": (
-        "kernels/log_probs.py", "log_q - tl.log(row_sum) + entropy", "log_q - tl.log(row_sum)"
+        "kernels/logits.py", "log_q - tl.log(row_sum) + entropy", "log_q - tl.log(row_sum)"
     ),
     "missing cross-token term": (
         "kernels/policy_loss.py",
@@ -90,66 +90,66 @@ KERNELS = {
     ),
 }  # fmt: skip
 CPU_PATH = {
-    "nothing": ("gspo_ops/log_probs.py", "q = sigmoid(d)", "q = sigmoid(d)"),
+    "nothing": ("gspo_ops/logits_cpu.py", "q = e.odds.q()", "q = e.odds.q()"),
     "missing softmax term": (
-        "gspo_ops/log_probs.py",
-        "torch.mul(p, (-g * coef)[:, None], out=out)",
-        "torch.mul(p, 0.0, out=out)",
+        "gspo_ops/logits_cpu.py",
+        "torch.mul(e.p, (-rows.g * coef)[:, None], out=out)",
+        "torch.mul(e.p, 0.0, out=out)",
     ),
     "missing target term": (
-        "gspo_ops/log_probs.py", "_put(grad, y, at_target)", "pass"
+        "gspo_ops/logits_cpu.py", "_put(out, rows.targets, at_target)", "pass"
     ),
     "wrong clip side": (
-        "gspo_ops/policy_loss.py",
-        "(advantages > 0) & (token_log_ratio > log_high)",
-        "(advantages < 0) & (token_log_ratio > log_high)",
+        "gspo_ops/policy_cpu.py",
+        "(advantages > 0) & (tokens.log_ratio > log_high)",
+        "(advantages < 0) & (tokens.log_ratio > log_high)",
     ),
     "mask ignored": (
-        "gspo_ops/policy_loss.py", "    return valid\n", "    return torch.ones_like(valid)\n"
+        "gspo_ops/policy_cpu.py", "    return valid\n", "    return torch.ones_like(valid)\n"
     ),
-    "no length normalisation": ("gspo_ops/policy_loss.py", "g = g / n_or_1[ids]", "pass"),
+    "no length normalisation": ("gspo_ops/policy_cpu.py", "g = g / n[tokens.ids]", "pass"),
 }  # fmt: skip
 HEAD_KERNELS = {
-    "nothing": ("kernels/linear_log_probs.py", "acc = tl.dot(e, x, acc", "acc = tl.dot(e, x, acc"),
+    "nothing": ("kernels/hidden.py", "acc = tl.dot(e, x, acc", "acc = tl.dot(e, x, acc"),
     "missing target term": (
-        "kernels/linear_log_probs.py",
+        "kernels/hidden.py",
         "total = tl.sum(acc, axis=0) + tl.load(at,",
         "total = 0.0 * tl.sum(acc, axis=0) + tl.load(at,",
     ),
     "target in a recomputed tile": (
-        "kernels/linear_log_probs.py",
+        "kernels/hidden.py",
         "tl.where(cols[None, :] == y[:, None], 0.0, e * derivative)", "e * derivative",
     ),
     "target counted twice": (
-        "kernels/linear_log_probs.py",
+        "kernels/hidden.py",
         "e = tl.where((at < C) & (at != y), tl.exp2(a), 0.0)",
         "e = tl.where(at < C, tl.exp2(a), 0.0)",
     ),
     "last tile of a product dropped": (
-        "kernels/linear_log_probs.py",
+        "kernels/hidden.py",
         "for start in range(0, K, BLOCK_K):", "for start in range(0, K - BLOCK_K + 1, BLOCK_K):",
     ),
     "dead rows in the sum": (
-        "kernels/linear_log_probs.py",
+        "kernels/hidden.py",
         "places = tl.load(rows_ptr + rows, mask=inside, other=0)", "places = rows",
     ),
 }  # fmt: skip
 HEAD_CPU_PATH = {
-    "nothing": ("gspo_ops/logit_tiles.py", "self._exp2(z)\n        t", "self._exp2(z)\n        t"),
-    "target in a recomputed tile": ("gspo_ops/logit_tiles.py", "z[hit] = 0.0", "pass"),
+    "nothing": ("gspo_ops/tiles_torch.py", "_exp2(z)\n    s", "_exp2(z)\n    s"),
+    "target in a recomputed tile": ("gspo_ops/tiles_torch.py", "z[hit] = 0.0", "pass"),
     "missing target term of rows": (
-        "gspo_ops/logit_tiles.py", "out[r] += w.index_select(0, y[r]) * at_target[r, None]", "pass"
+        "gspo_ops/passes.py", "out[r] += w.index_select(0, y[r]) * at_target[r, None]", "pass"
     ),
     "missing target term of columns": (
-        "gspo_ops/logit_tiles.py", "out[y, c] = sums.add_(out[y, c]).to(out.dtype)", "pass"
+        "gspo_ops/tiles_torch.py", "out[y, c] = sums.add_(out[y, c]).to(out.dtype)", "pass"
     ),
-    "missing row scale": ("gspo_ops/logit_tiles.py", "total.mul_(factor[:, None])", "total"),
+    "missing row scale": ("gspo_ops/passes.py", "total.mul_(factor[:, None])", "total"),
     "last tile dropped": (
-        "gspo_ops/logit_tiles.py",
+        "gspo_ops/tiles.py",
         "range(whole.start, whole.stop, step)", "range(whole.start, whole.stop - step + 1, step)",
     ),
     "only the last chunk's dweight": (
-        "gspo_ops/linear_policy_loss.py",
+        "gspo_ops/chunks.py",
         "add=Wanted(weight=i > 0, bias=i > 0, lora_b=i > 0)", "add=Wanted()",
     ),
 }  # fmt: skip

@@ -120,11 +120,13 @@ def minus_softplus(d, error, w):
 
 
 @triton.jit
-def log_probs_fwd_kernel(
+def logits_fwd_kernel(
     # inputs
     logits_ptr, targets_ptr, mask_ptr,
-    # outputs [N]; entropy is None unless asked for, target_logits but for a part of the vocabulary
-    log_probs_ptr, row_max_ptr, row_sum_ptr, entropy_ptr, target_logits_ptr,
+    # outputs [N]; entropy is None unless asked for
+    log_probs_ptr, row_max_ptr, row_sum_ptr, entropy_ptr,
+    # for a part of the vocabulary, in place of log_probs and entropy
+    target_logit_ptr, log_sum_ptr,
     # shapes and strides: row n = b * T + t starts at b * stride_b + t * stride_t
     T, V, stride_b, stride_t,
     # options
@@ -135,38 +137,44 @@ def log_probs_fwd_kernel(
     live = True
     if mask_ptr is not None:
         live = tl.load(mask_ptr + row) != 0
+    PART: tl.constexpr = target_logit_ptr is not None
+    ENTROPY: tl.constexpr = (entropy_ptr is not None) or (log_sum_ptr is not None)
     log_prob = 0.0
     target_logit = 0.0
     row_max = 0.0
     row_sum = 0.0
+    log_sum = 0.0
     entropy = 0.0
     if live:
         x_ptr = logits_ptr + row_offset(row, T, stride_b, stride_t, ALIGN)
         target = load_target_id(targets_ptr + row, V)
         x_target = load_target(x_ptr, target, softcap)
-        row_max, row_sum, t = sum_over_others(
-            x_ptr, target, V, scale, softcap, entropy_ptr is not None, ROWS, COLS
+        row_max, row_sum, log_sum = sum_over_others(
+            x_ptr, target, V, scale, softcap, ENTROPY, ROWS, COLS
         )
-        d, error, w = log_odds(row_max, row_sum, x_target, temperature)
-        log_prob = minus_softplus(d, error, w)
-        if target_logits_ptr is not None:
-            # a part: the log-prob and the entropy are made when all parts are known
+        if PART:
+            # the log-prob and the entropy are made when all parts are known
             target_logit = tl.where(target >= 0, x_target, 0.0)
-            entropy = t
-        elif entropy_ptr is not None:
-            log_q = minus_softplus(-d, -error, w)
-            q = tl.where(d >= 0, 1.0, w) / (1.0 + w)
-            p = tl.where(d >= 0, w, 1.0) / (1.0 + w)
-            others = tl.log(row_sum) - t / row_sum * LN_2 - log_q
-            entropy = tl.where(q > 0, q * others, 0.0) - tl.where(p > 0, p * log_prob, 0.0)
-            entropy = tl.where(d == d, entropy, d)
-    tl.store(log_probs_ptr + row, log_prob)
+        else:
+            d, error, w = log_odds(row_max, row_sum, x_target, temperature)
+            log_prob = minus_softplus(d, error, w)
+            if ENTROPY:
+                log_q = minus_softplus(-d, -error, w)
+                q = tl.where(d >= 0, 1.0, w) / (1.0 + w)
+                p = tl.where(d >= 0, w, 1.0) / (1.0 + w)
+                others = tl.log(row_sum) - log_sum / row_sum * LN_2 - log_q
+                entropy = tl.where(q > 0, q * others, 0.0) - tl.where(p > 0, p * log_prob, 0.0)
+                entropy = tl.where(d == d, entropy, d)
     tl.store(row_max_ptr + row, row_max)
     tl.store(row_sum_ptr + row, row_sum)
-    if entropy_ptr is not None:
-        tl.store(entropy_ptr + row, entropy)
-    if target_logits_ptr is not None:
-        tl.store(target_logits_ptr + row, target_logit)
+    if PART:
+        tl.store(target_logit_ptr + row, target_logit)
+        if ENTROPY:
+            tl.store(log_sum_ptr + row, log_sum)
+    else:
+        tl.store(log_probs_ptr + row, log_prob)
+        if ENTROPY:
+            tl.store(entropy_ptr + row, entropy)
 
 
 @triton.jit
@@ -193,10 +201,10 @@ def logits_grad(
 
 
 @triton.jit
-def log_probs_bwd_kernel(
+def logits_bwd_kernel(
     # inputs [N]; row_max and row_sum are None when the forward has not read the logits,
-    # target_logits when they are among the logits
-    logits_ptr, targets_ptr, mask_ptr, row_max_ptr, row_sum_ptr, entropy_ptr, target_logits_ptr,
+    # target_logit when it is among the logits
+    logits_ptr, targets_ptr, mask_ptr, row_max_ptr, row_sum_ptr, entropy_ptr, target_logit_ptr,
     # upstream: d loss / d log_prob [N], d loss / d entropy [N] or None, two scalars or None
     grad_log_probs_ptr, grad_entropy_ptr, grad_loss_ptr, inv_denominator_ptr,
     # output [N, V], contiguous
@@ -229,10 +237,10 @@ def log_probs_bwd_kernel(
     if live:
         x_ptr = logits_ptr + row_offset(row, T, stride_b, stride_t, ALIGN)
         target = load_target_id(targets_ptr + row, V)
-        if target_logits_ptr is None:
+        if target_logit_ptr is None:
             x_target = load_target(x_ptr, target, softcap)
         else:
-            x_target = tl.load(target_logits_ptr + row)
+            x_target = tl.load(target_logit_ptr + row)
         if row_max_ptr is None:
             row_max, row_sum, _ = sum_over_others(
                 x_ptr, target, V, scale, softcap, False, ROWS, COLS

@@ -1299,7 +1299,7 @@ def test_triton_products_leave_dead_rows_out(plan, frozen, monkeypatch):
     """(2 + 4f) N V H and so on, the live rows rounded up to whole tiles; counted, not timed."""
     from triton.runtime.interpreter import InterpreterBuilder
 
-    from gspo_ops.logit_tiles import product_blocks
+    from gspo_ops.tiles_gpu import product_blocks
 
     spent = []
     dot = InterpreterBuilder.create_dot

@@ -4,7 +4,7 @@ import os
 import pytest
 import torch
 
-from gspo_ops import log_probs, log_probs_from_logits, reference
+from gspo_ops import log_probs_from_logits, logits_cpu, reference
 from gspo_ops.testing import BOUNDS, grad_errors, synthetic_logits, worst
 
 pytestmark = pytest.mark.kernels
@@ -212,7 +212,7 @@ def test_strided_logits_are_read_in_place(device, name, dtype):
 def test_chunks_of_strided_logits(monkeypatch, name, rows):
     """On a CPU: within sequences of 3 to 6 rows, and over several of them."""
     logits = layouts(torch.device("cpu"))[name]
-    monkeypatch.setattr(log_probs, "_CHUNK_ELEMENTS", rows * logits.shape[-1])
+    monkeypatch.setattr(logits_cpu, "_CHUNK_ELEMENTS", rows * logits.shape[-1])
     targets = sample(logits).masked_fill(torch.rand(logits.shape[:-1]) < 0.3, -100)
     results = []
     for x in (logits, logits.contiguous()):
@@ -229,7 +229,7 @@ def test_gradients_do_not_depend_on_the_place_in_a_chunk(monkeypatch):
     logits = torch.randn(1000, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
     targets = torch.zeros(1000, dtype=torch.long)
     together = torch.autograd.grad(log_probs_from_logits(logits, targets).sum(), logits)[0]
-    monkeypatch.setattr(log_probs, "_CHUNK_ELEMENTS", 3 * 5)
+    monkeypatch.setattr(logits_cpu, "_CHUNK_ELEMENTS", 3 * 5)
     apart = torch.autograd.grad(log_probs_from_logits(logits, targets).sum(), logits)[0]
     assert torch.equal(apart, together)
 
@@ -239,11 +239,11 @@ def test_short_sequences_share_chunks():
     """`logits[:, :-1]` takes few more chunks than contiguous logits do, and no copy of all."""
     short = torch.randn(512, 3, 128)[:, :-1]
     live = torch.rand(1024) < 0.9
-    chunks = list(log_probs._row_chunks(short, live))
+    chunks = list(logits_cpu._row_chunks(short, live))
     assert len(chunks) == 1
     assert torch.equal(torch.cat([index for index, _ in chunks]), live.nonzero().squeeze(1))
     assert torch.equal(chunks[0][1], short.flatten(0, 1)[live])
     # of sequences that are no shorter than a chunk nothing is copied
-    long = torch.empty(2, 65, log_probs._CHUNK_ELEMENTS // 64)[:, :-1]
-    chunks = [rows for _, rows in log_probs._row_chunks(long, torch.ones(128, dtype=torch.bool))]
+    long = torch.empty(2, 65, logits_cpu._CHUNK_ELEMENTS // 64)[:, :-1]
+    chunks = [rows for _, rows in logits_cpu._row_chunks(long, torch.ones(128, dtype=torch.bool))]
     assert [rows.data_ptr() for rows in chunks] == [x.data_ptr() for x in long]

@@ -24,9 +24,7 @@ an order that has the live ones in front (`count_ptr`); programs beyond them hav
 import triton
 import triton.language as tl
 
-from .common import tanh
-
-SHIFT_LIMIT = tl.constexpr(64.0)  # powers of two: room for sums of exponentials in fp32
+from .common import SHIFT_LIMIT, tanh
 
 
 @triton.jit
@@ -260,7 +258,7 @@ def logits_tile(
 
 
 @triton.jit
-def linear_log_probs_fwd_kernel(
+def hidden_fwd_kernel(
     # inputs: x [n, H], weight [C, H], bias [C] or None; targets, base [n]; keep [n] or None
     x_ptr, weight_ptr, bias_ptr, targets_ptr, base_ptr, keep_ptr, count_ptr,
     # outputs: exponentials [n, kept] or None; sums [J, n]; log_sum is None unless asked for
@@ -309,7 +307,7 @@ def linear_log_probs_fwd_kernel(
 
 
 @triton.jit
-def linear_weigh_kernel(
+def hidden_weigh_kernel(
     # inputs: x [n, H], weight [C, H], bias [C] or None; the rest [n]; constant, slope may be None
     x_ptr, weight_ptr, bias_ptr, targets_ptr, base_ptr, shift_ptr, constant_ptr, slope_ptr,
     count_ptr,

@@ -1,0 +1,117 @@
+"""The seam between public functions and operators: what a source of log-probs does, and the
+autograd.Functions over any source.
+
+    source.forward(rows, policy, *operands) -> log_probs, saved
+    policy_loss_fwd(log_probs, policy) -> loss, stats, g
+    source.backward(saved, g) -> gradients of the operands
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .policy import Policy
+from .policy_loss import policy_loss_bwd, policy_loss_fwd, token_mean
+from .softmax import TargetRows, Upstream
+
+
+class Forward(NamedTuple):
+    """What a source makes of its operands.
+
+    Attributes:
+        log_probs: (N,); None where the policy does not read them.
+        entropy: (N,) in nats; (0,) unless asked for.
+        saved: a flat record of tensors for the backward.
+    """
+
+    log_probs: Tensor | None
+    entropy: Tensor
+    saved: tuple[Tensor | None, ...]
+
+
+class Source(Protocol):
+    """Where log-probs come from. It holds options; operands, which have gradients, are passed."""
+
+    def returns_entropy(self) -> bool: ...
+
+    def forward(self, rows: TargetRows, policy: Policy | None, *operands: Any) -> Forward:
+        """Log-probs for a policy, or all for themselves without one."""
+
+    def backward(
+        self, saved: tuple[Any, ...], upstream: Upstream, wanted: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """A gradient for each operand, None where it is not wanted."""
+
+
+class GivenLogProbs:
+    """Log-probs that are there already, the one operand."""
+
+    def returns_entropy(self) -> bool:
+        return False
+
+    def forward(self, rows: TargetRows, policy: Policy | None, *operands: Any) -> Forward:
+        (log_probs,) = operands
+        return Forward(log_probs, log_probs.new_empty(0), operands)
+
+    def backward(
+        self, saved: tuple[Any, ...], upstream: Upstream, wanted: tuple[bool, ...]
+    ) -> tuple[Tensor]:
+        (log_probs,) = saved
+        scale = upstream.scale()
+        assert scale is not None
+        return (policy_loss_bwd(log_probs, upstream.log_probs, scale),)
+
+
+class LogProbs(torch.autograd.Function):
+    """Log-probs and entropies of a source; those may be constants, so that nothing flows back."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, source: Source, rows: TargetRows, entropy_flows: bool, *operands: Any
+    ) -> tuple[Tensor, Tensor]:
+        log_probs, entropy, saved = source.forward(rows, None, *operands)
+        assert log_probs is not None
+        ctx.save_for_backward(*saved)
+        ctx.source, ctx.entropy_flows = source, entropy_flows
+        shape = rows.targets.shape
+        if not entropy_flows:
+            ctx.mark_non_differentiable(entropy)
+            return log_probs.view(shape), entropy
+        return log_probs.view(shape), entropy.view(shape)
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        source: Source = ctx.source
+        upstream = Upstream(grad_log_probs, grad_entropy if ctx.entropy_flows else None)
+        wanted = ctx.needs_input_grad[3:]
+        return None, None, None, *source.backward(ctx.saved_tensors, upstream, wanted)
+
+
+class SourceLoss(torch.autograd.Function):
+    """Loss, statistics, log-ratio and mean entropy of a source and a policy."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, source: Source, rows: TargetRows, policy: Policy, *operands: Any
+    ) -> tuple[Tensor, ...]:
+        log_probs, entropy, saved = source.forward(rows, policy, *operands)
+        out = policy_loss_fwd(log_probs, policy)
+        if source.returns_entropy():
+            entropy = token_mean(entropy, policy.sequences, policy.context_group)
+        ctx.save_for_backward(*saved, out.g, out.inv_denominator)
+        ctx.source = source
+        ctx.mark_non_differentiable(out.stats, out.log_ratio, entropy)
+        return out.loss, out.stats, out.log_ratio, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        *saved, g, inv_denominator = ctx.saved_tensors
+        source: Source = ctx.source
+        upstream = Upstream(g, None, grad_loss, inv_denominator)
+        wanted = ctx.needs_input_grad[3:]
+        return None, None, None, *source.backward(tuple(saved), upstream, wanted)

@@ -1,0 +1,237 @@
+"""The plan that goes through a batch from hidden states in chunks of whole sequences.
+
+The gradient by the log-probs of a chunk is known as soon as its log-probs are, so that its
+exponentials need not outlive it: gradients are made in the forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from .head import Head, HeadGrads, HeadOptions, Wanted, stats_dtype
+from .hidden import Grads, NeededRows, empty_kept
+from .operators import Changed, flat, graph_is_kept, operator, reader, refuse_graph
+from .parallel import gathered
+from .passes import backward, forward
+from .plan import COLUMNS, ROUNDED_AT_ONCE, kept_width
+from .policy import Policy
+from .policy_loss import empty_loss, policy_loss_fwd
+from .softmax import TargetRows
+from .tiles import Kept, slices
+
+
+class Chunks(NamedTuple):
+    """How a head is gone through.
+
+    Attributes:
+        rows: of a chunk, at most, but for a longer sequence.
+        main_grad: (V, H) that d loss / d weight is added to; None to return it.
+    """
+
+    options: HeadOptions
+    rows: int
+    main_grad: Tensor | None
+
+
+class SavedChunks(NamedTuple):
+    """What the backward reads: gradients of loss * D, and the operands that they belong to."""
+
+    head: Head
+    grads: Grads
+    inv_denominator: Tensor
+
+
+_read_saved = reader(SavedChunks)
+
+
+class ChunkLoss(torch.autograd.Function):
+    """Loss, statistics, log-ratio and mean entropy of a head and a policy."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, chunks: Chunks, rows: TargetRows, policy: Policy, *operands: Tensor
+    ) -> tuple[Tensor, ...]:
+        head, wanted = Head(*operands), Wanted(*ctx.needs_input_grad[3:])
+        out = loss_in_chunks(head, rows.targets, policy, chunks.rows, chunks.options, wanted)
+        ctx.save_for_backward(*flat(SavedChunks(head, out.grads(), out.inv_denominator)))
+        ctx.main_grad = chunks.main_grad
+        ctx.mark_non_differentiable(out.stats, out.log_ratio, out.entropy)
+        return out.loss, out.stats, out.log_ratio, out.entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        head, grads, inv_denominator = _read_saved(iter(ctx.saved_tensors))
+        wanted = Wanted(*ctx.needs_input_grad[3:])
+        if ctx.main_grad is not None and wanted.weight:
+            refuse_graph()
+            add_scaled(ctx.main_grad, grads.weight, grad_loss, inv_denominator)
+            wanted = wanted.but_weight()
+        return (
+            None,
+            None,
+            None,
+            *[
+                _scaled(grad, x, grad_loss, inv_denominator) if want else None
+                for grad, x, want in zip(grads, head, wanted, strict=True)
+            ],
+        )
+
+
+def _scaled(grad: Tensor, like: Tensor, grad_loss: Tensor, inv_denominator: Tensor) -> Tensor:
+    """grad * grad_loss / D; in place where its dtype is right and no other backward can follow."""
+    if grad.dtype != like.dtype or graph_is_kept():
+        return scaled_like(grad, like, grad_loss, inv_denominator)
+    return grad.mul_(grad_loss * inv_denominator)
+
+
+# Operators
+
+
+def _contiguous(grad: Tensor, like: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+@operator(_contiguous)
+def scaled_like(grad: Tensor, like: Tensor, grad_loss: Tensor, inv_denominator: Tensor) -> Tensor:
+    """grad * grad_loss / D in the dtype and shape of `like`, whose values are not read."""
+    out = _contiguous(grad, like)
+    source, to, scale = grad.view(-1), out.view(-1), grad_loss * inv_denominator
+    for part in slices(len(to), ROUNDED_AT_ONCE):  # or a rounded copy would take as much again
+        to[part] = source[part] * scale
+    return out
+
+
+@operator(lambda *_: None)
+def add_scaled(out: Changed, grad: Tensor, grad_loss: Tensor, inv_denominator: Tensor) -> None:
+    """out += grad * grad_loss / D."""
+    out.addcmul_(grad, grad_loss * inv_denominator)
+
+
+class LossInChunks(NamedTuple):
+    """What a policy makes of a head, and the gradients of loss * D in the dtype of sums."""
+
+    loss: Tensor
+    stats: Tensor
+    log_ratio: Tensor
+    entropy: Tensor  # 0-dim, the mean
+    inv_denominator: Tensor
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+    lora_x: Tensor
+    lora_b: Tensor
+
+    def grads(self) -> Grads:
+        return Grads(self.hidden, self.weight, self.bias, self.lora_x, self.lora_b)
+
+
+def _chunks_fake(
+    head: Head, targets: Tensor, policy: Policy, chunk_rows: int, options: object, wanted: Wanted
+) -> LossInChunks:
+    loss, stats, log_ratio, _, inv_denominator = empty_loss(None, policy)
+    grads = Grads.empty(head, wanted, stats_dtype(head.hidden, head.weight))
+    return LossInChunks(loss, stats, log_ratio, torch.empty_like(loss), inv_denominator, *grads)
+
+
+@operator(_chunks_fake)
+def loss_in_chunks(
+    head: Head,
+    targets: Tensor,
+    policy: Policy,
+    chunk_rows: int,
+    options: HeadOptions,
+    wanted: Wanted,
+) -> LossInChunks:
+    """The loss, and gradients that are added up over chunks."""
+    needed = NeededRows.of(policy, options)
+    targets = targets.reshape(-1)
+    grads = Grads.empty(head, wanted, stats_dtype(head.hidden, head.weight))
+    if policy.sequences.batch == 0:
+        for x in grads[1:]:
+            x.zero_()
+    log_probs = grads.hidden.new_zeros(policy.sequences.rows)
+    entropy = grads.hidden.new_zeros(())
+    chunk_rows = _same_on_all_ranks(chunk_rows, targets, options)
+    vocabulary = head.weight.shape[0]
+    buffer = empty_kept(head, min(chunk_rows, max(policy.sequences.rows, 1)), vocabulary)
+    for i, (sequences, rows) in enumerate(_chunks(policy, chunk_rows)):
+        part = _rows_of(head, rows)
+        mask, grad_mask = (None if x is None else x[rows] for x in (needed.mask, needed.grad_mask))
+        of_part = TargetRows(targets[rows], mask)
+        kept = _kept_in(buffer, rows.stop - rows.start, vocabulary)
+        log_probs[rows], sums = forward(part, of_part, grad_mask, options, kept)
+        read = log_probs[rows] if needed.log_probs_are_read else None
+        g = policy_loss_fwd(read, policy.part(sequences, rows)).g
+        backward(
+            part,
+            of_part,
+            sums,
+            g,
+            None,
+            options,
+            kept,
+            _rows_of(grads.where(wanted), rows),
+            add=Wanted(weight=i > 0, bias=i > 0, lora_b=i > 0),
+        )
+        entropy += sums.entropy.sum()
+    whole = policy_loss_fwd(log_probs if needed.log_probs_are_read else None, policy)
+    return LossInChunks(
+        whole.loss,
+        whole.stats,
+        whole.log_ratio,
+        entropy / policy.sequences.tokens(),
+        whole.inv_denominator,
+        *grads,
+    )
+
+
+def _same_on_all_ranks(chunk_rows: int, targets: Tensor, options: HeadOptions) -> int:
+    """However large their parts of the vocabulary: each chunk is an exchange."""
+    if (group := options.softmax.vocab_group) is None:
+        return chunk_rows
+    return int(gathered(targets.new_full((), chunk_rows, dtype=torch.int64), group).min())
+
+
+T = TypeVar("T", Head, HeadGrads)
+
+
+def _rows_of(head: T, rows: slice) -> T:
+    """The operands, or where their gradients go, for some rows."""
+    hidden, lora_x = head.hidden, head.lora_x
+    return head._replace(
+        hidden=None if hidden is None else hidden.reshape(-1, hidden.shape[-1])[rows],
+        lora_x=None if lora_x is None else lora_x[rows],
+    )
+
+
+def _chunks(policy: Policy, chunk_rows: int) -> Iterator[tuple[slice, slice]]:
+    """Sequences and rows of each chunk: as many as fit, one at least."""
+    count, batch, cu_seqlens, _ = policy.sequences
+    if cu_seqlens is None:
+        T = count // max(batch, 1)
+        borders = [b * T for b in range(batch + 1)]
+    else:
+        borders = cu_seqlens.tolist()
+    first = 0
+    for b, (_, stop) in enumerate(pairwise(borders), start=1):
+        is_last = b == batch
+        if is_last or borders[b + 1] - borders[first] > chunk_rows:
+            yield slice(first, b), slice(borders[first], stop)
+            first = b
+
+
+def _kept_in(buffer: Tensor, rows: int, vocabulary: int) -> Kept:
+    """As many columns of exponentials as the buffer has room for: all, but for long sequences."""
+    if rows <= len(buffer):
+        return Kept(buffer[:rows], vocabulary)
+    columns = buffer.numel() // rows // COLUMNS * COLUMNS
+    while columns and rows * kept_width(columns) > buffer.numel():
+        columns -= COLUMNS
+    width = kept_width(columns)
+    e = buffer.view(-1)[: rows * width].view(rows, width) if columns else buffer[:0]
+    return Kept(e, columns)

@@ -1,0 +1,228 @@
+"""Log-probs from hidden states and the output head, without N x V logits: the source.
+
+Logits exist one tile at a time, in fp32: `tiles.py` goes through them. What the forward keeps of a
+row is the target's logit, a `shift` (0 but for very unlikely targets), and the sum of the others'
+exponentials relative to both; that is also what a split vocabulary has to exchange. What it may
+keep of a logit is its exponential, so that the backward is two products: dhidden = diag(s) P weight
+and dweight = P^T diag(s) hidden, with a factor s per row that is known only then. The derivation
+stands in `kernels/hidden.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .autograd import Forward
+from .head import Head, HeadGrads, HeadOptions, Wanted, grad_product_dtype, stats_dtype
+from .operators import Changed, flat, operator, reader, refuse_graph
+from .parallel import Vocabulary
+from .passes import backward, forward
+from .plan import Choice, kept_width
+from .policy import Policy
+from .softmax import TargetRows, Upstream
+from .tiles import Kept, RowSums
+
+
+def vocabulary_of_head(head: Head, options: HeadOptions, choice: Choice) -> Vocabulary:
+    """What ranks that share it must have in common, to exchange the same."""
+
+    def wants_grad(x: Tensor | None) -> int:
+        return int(torch.is_grad_enabled() and x is not None and x.requires_grad)
+
+    softmax = options.softmax
+    return Vocabulary.of(
+        softmax.vocab_group,
+        columns=head.weight.shape[0],
+        checks_range=options.products == "torch",
+        facts={
+            "the number of rows of hidden": math.prod(head.hidden.shape[:-1]),
+            "the last dimension of hidden": head.hidden.shape[-1],
+            "the rank of lora": 0 if head.lora_b is None else head.lora_b.shape[1],
+            "the precision of log-probs, in bytes,": stats_dtype(head.hidden, head.weight).itemsize,
+            "return_entropy": int(softmax.return_entropy),
+            "products": ("torch", "mm", "triton").index(options.products),
+            "allow_sync": int(options.allow_sync),
+            "whether plan is 'chunk'": int(choice.name == "chunk"),
+            "whether hidden requires grad": wants_grad(head.hidden),
+            "whether lora.a requires grad": wants_grad(head.lora_x),
+        },
+    )
+
+
+class SavedHidden(NamedTuple):
+    """What the backward reads."""
+
+    head: Head
+    rows: TargetRows
+    sums: RowSums
+    kept: Tensor  # exponentials
+
+
+_read_saved = reader(SavedHidden)
+
+
+class HiddenSource(NamedTuple):
+    """Log-probs from the operands of `Head`.
+
+    Attributes:
+        main_grad: (V, H) that d loss / d weight is added to; None to return it.
+    """
+
+    options: HeadOptions
+    main_grad: Tensor | None
+
+    def returns_entropy(self) -> bool:
+        return self.options.softmax.return_entropy
+
+    def forward(self, rows: TargetRows, policy: Policy | None, *operands: Any) -> Forward:
+        head, needed = Head(*operands), NeededRows(rows.mask, None, True)
+        if policy is not None:
+            needed = NeededRows.of(policy, self.options)
+        rows = TargetRows(rows.targets, needed.mask)
+        log_probs, *stats, kept = hidden_fwd(head, rows, needed.grad_mask, self.options)
+        saved = SavedHidden(head, rows, RowSums(*stats), kept)
+        read = log_probs if needed.log_probs_are_read else None
+        return Forward(read, saved.sums.entropy, tuple(flat(saved)))
+
+    def backward(
+        self, saved: tuple[Any, ...], upstream: Upstream, wanted: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        given = _read_saved(iter(saved)), upstream, self.options
+        want = Wanted(*wanted)
+        if self.main_grad is None or not want.weight:
+            grads = hidden_bwd(*given, want)
+        else:
+            refuse_graph()
+            want = want.but_weight()
+            grads = hidden_bwd_into(self.main_grad, *given, want)
+        return grads.where(want)
+
+
+class NeededRows(NamedTuple):
+    """Which rows a policy needs, (N,) each, non-zero where it does; None for all.
+
+    Attributes:
+        mask: rows whose logits are computed.
+        grad_mask: those that may have a gradient.
+        log_probs_are_read: not on-policy, where rows without advantage are left out altogether.
+    """
+
+    mask: Tensor | None
+    grad_mask: Tensor | None
+    log_probs_are_read: bool
+
+    @classmethod
+    def of(cls, policy: Policy, options: HeadOptions) -> NeededRows:
+        grad_mask = policy.rows_with_gradient()
+        if policy.reads_log_probs() or options.softmax.return_entropy:
+            return cls(policy.sequences.mask, grad_mask, True)
+        return cls(grad_mask, grad_mask, False)
+
+
+# Operators
+
+
+class HiddenStats(NamedTuple):
+    """What the forward makes of each row, all (N,): log-probs and `RowSums`; and exponentials."""
+
+    log_probs: Tensor
+    target_logit: Tensor
+    shift: Tensor
+    row_sum: Tensor
+    entropy: Tensor  # (0,) unless asked for
+    kept: Tensor  # (N, columns or more)
+
+
+class Grads(NamedTuple):
+    """A contiguous gradient for each wanted operand, an empty tensor for the others."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+    lora_x: Tensor
+    lora_b: Tensor
+
+    @classmethod
+    def empty(cls, head: Head, wanted: Wanted, dtype: torch.dtype | None = None) -> Grads:
+        """In the dtype of each operand, or all in one."""
+
+        def like(x: Tensor | None, want: bool) -> Tensor:
+            if not want or x is None:
+                return head.hidden.new_empty(0, dtype=dtype)
+            return torch.empty_like(x, memory_format=torch.contiguous_format, dtype=dtype)
+
+        return cls(*map(like, head, wanted))
+
+    def where(self, wanted: Wanted) -> HeadGrads:
+        """Those that are wanted."""
+        return HeadGrads(*[x if want else None for x, want in zip(self, wanted, strict=True)])
+
+
+def empty_kept(head: Head, rows: int, kept_columns: int) -> Tensor:
+    """Room for exponentials of so many rows and columns; none without columns."""
+    dtype = grad_product_dtype(head.hidden, head.weight)
+    rows = rows if kept_columns else 0
+    return head.hidden.new_empty(rows, kept_width(kept_columns), dtype=dtype)
+
+
+def _fwd_fake(
+    head: Head, rows: TargetRows, grad_mask: Tensor | None, options: HeadOptions
+) -> HiddenStats:
+    n = rows.targets.numel()
+    x = rows.targets.new_empty(n, dtype=stats_dtype(head.hidden, head.weight))
+    entropy = torch.empty_like(x) if options.softmax.return_entropy else x.new_empty(0)
+    log_probs, target_logit, shift, row_sum = (torch.empty_like(x) for _ in range(4))
+    kept = empty_kept(head, n, options.kept_columns)
+    return HiddenStats(log_probs, target_logit, shift, row_sum, entropy, kept)
+
+
+@operator(_fwd_fake)
+def hidden_fwd(
+    head: Head, rows: TargetRows, grad_mask: Tensor | None, options: HeadOptions
+) -> HiddenStats:
+    """Of the rows where mask is non-zero; exponentials of those where grad_mask is, too."""
+    kept = empty_kept(head, rows.targets.numel(), options.kept_columns)
+    log_probs, sums = forward(head, rows, grad_mask, options, Kept(kept, options.kept_columns))
+    return HiddenStats(log_probs, *sums, kept)
+
+
+@operator(lambda saved, upstream, options, wanted: Grads.empty(saved.head, wanted))
+def hidden_bwd(
+    saved: SavedHidden, upstream: Upstream, options: HeadOptions, wanted: Wanted
+) -> Grads:
+    """Gradients of the operands."""
+    grads = Grads.empty(saved.head, wanted)
+    _backward(saved, upstream, options, grads.where(wanted), add=Wanted())
+    return grads
+
+
+@operator(lambda main_grad, saved, upstream, options, wanted: Grads.empty(saved.head, wanted))
+def hidden_bwd_into(
+    main_grad: Changed,
+    saved: SavedHidden,
+    upstream: Upstream,
+    options: HeadOptions,
+    wanted: Wanted,
+) -> Grads:
+    """The same for the operands that `wanted` names, and d loss / d weight added to main_grad."""
+    grads = Grads.empty(saved.head, wanted)
+    out = grads.where(wanted)._replace(weight=main_grad)
+    _backward(saved, upstream, options, out, add=Wanted(weight=True))
+    return grads
+
+
+def _backward(
+    saved: SavedHidden, upstream: Upstream, options: HeadOptions, out: HeadGrads, add: Wanted
+) -> None:
+    head, rows, sums, kept = saved
+    dtype = sums.row_sum.dtype
+    g, h, scale = upstream.log_probs.reshape(-1).to(dtype), upstream.entropy, upstream.scale()
+    if scale is not None:
+        g = g * scale
+    if h is not None:
+        h = h.reshape(-1).to(dtype)
+    backward(head, rows, sums, g, h, options, Kept(kept, options.kept_columns), out, add=add)

@@ -1,0 +1,311 @@
+"""Log-probs from logits, and their gradient, in torch: on a CPU, and in float64 on any device.
+
+Rows are worked on in chunks that stay in cache. The derivation stands in `kernels/logits.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backend import compute_dtype
+from .checks import checked_targets
+from .softmax import LogOdds, Softmax, Upstream, sum_with_error, times_exp
+
+_CHUNK_ELEMENTS = 1 << 20  # 4 MiB of fp32
+
+
+class LogitStats(NamedTuple):
+    """What the forward makes of each row, all (N,); 0 where it is left out."""
+
+    log_probs: Tensor
+    row_max: Tensor  # of the others' logits, or of all, before the temperature
+    row_sum: Tensor  # of the others' exponentials, relative to it
+    entropy: Tensor  # (0,) unless asked for
+    target_logit: Tensor  # (0,) unless the vocabulary is shared
+
+
+class LogitPart(NamedTuple):
+    """What a part of the vocabulary contributes to each row, all (N,)."""
+
+    row_max: Tensor
+    row_sum: Tensor
+    target_logit: Tensor  # 0 where it is another part's
+    log_sum: Tensor | None  # of e * log2(e), where the entropy is asked for
+
+
+class SavedLogits(NamedTuple):
+    """What the backward reads: the logits, and what is known of their rows, all (N,).
+
+    Attributes:
+        row_max, row_sum: None where the forward has not read the logits.
+        entropy: None where nothing flows back through it.
+        target_logit: None where it is among the logits, as in a vocabulary that is not shared.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    mask: Tensor | None
+    row_max: Tensor | None
+    row_sum: Tensor | None
+    entropy: Tensor | None
+    target_logit: Tensor | None
+
+
+def torch_fwd(
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    softmax: Softmax,
+    out: LogitStats | LogitPart,
+) -> None:
+    """Fill `out`: rows where mask is non-zero, and 0 elsewhere."""
+    for x in out:
+        if x is not None:
+            x.zero_()
+    live = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask != 0
+    targets = _checked_or_local(targets, live, logits.shape[-1], softmax)
+    buffer = _buffer(logits)
+    for index, rows in _row_chunks(logits, live):
+        y = targets[index]
+        z = _load(rows, softmax.softcap, buffer)
+        row_max, x_target = z.amax(1), _target_logits(z, y)
+        log_e = _shift(z, row_max, softmax.temperature) if softmax.return_entropy else None
+        p, total = _softmax(z, row_max, softmax.temperature, buffer[: len(y)])
+        others = _others(p, y, buffer)
+        log_sum = None if log_e is None else _times_log(p, log_e).sum(1)
+        if isinstance(out, LogitPart):
+            if log_sum is not None:
+                log_sum = total * log_sum / math.log(2.0)
+            _put_part(out, index, LogitPart(row_max, others * total, x_target, log_sum))
+            continue
+        row_sum = others * total
+        odds = log_odds(row_max, row_sum, x_target, softmax)
+        log_prob = odds.log_p()
+        out.log_probs[index] = log_prob
+        out.row_max[index] = row_max
+        out.row_sum[index] = row_sum
+        if log_sum is not None:
+            out.entropy[index] = odds.entropy(log_prob, row_sum, log_sum / others)
+
+
+def _put_part(out: LogitPart, index: Tensor, part: LogitPart) -> None:
+    """A part may hold nothing but -inf."""
+    empty = part.row_max == -math.inf
+    out.row_max[index] = part.row_max.masked_fill(empty, 0.0)
+    out.row_sum[index] = part.row_sum.masked_fill(empty, 0.0)
+    out.target_logit[index] = part.target_logit
+    if out.log_sum is not None and part.log_sum is not None:
+        out.log_sum[index] = part.log_sum.masked_fill(empty, 0.0)
+
+
+class _Rows(NamedTuple):
+    """What the gradient of each row by its logits is made of, (R,) each; see `SavedLogits`."""
+
+    targets: Tensor
+    row_max: Tensor | None
+    row_sum: Tensor | None
+    entropy: Tensor | None
+    target_logit: Tensor | None
+    g: Tensor
+    h: Tensor | None
+
+    def take(self, index: Tensor) -> _Rows:
+        return _Rows(*[None if x is None else x[index] for x in self])  # type: ignore[arg-type]
+
+
+def torch_bwd(saved: SavedLogits, upstream: Upstream, softmax: Softmax, out: Tensor) -> None:
+    """Write d loss / d logits to `out` (..., V)."""
+    logits, targets = saved.logits, saved.targets
+    g, h = upstream.log_probs.to(compute_dtype(logits.dtype)), upstream.entropy
+    live = g != 0
+    if (scale := upstream.scale()) is not None:
+        g = g * scale
+        live &= g != 0
+    if h is not None:
+        live |= h != 0
+    if saved.mask is not None:
+        live &= saved.mask != 0
+    targets = _checked_or_local(targets, live, logits.shape[-1], softmax)
+    known = _Rows(targets, saved.row_max, saved.row_sum, saved.entropy, saved.target_logit, g, h)
+    out = out.view(-1, out.shape[-1])
+    buffer = _buffer(logits)
+    done = 0
+    for index, rows in _row_chunks(logits, live):
+        first, last = int(index[0]), int(index[-1]) + 1
+        out[done:first] = 0
+        done = last
+        chunk = out[first:last]
+        is_whole = len(chunk) == len(index)
+        to = chunk if is_whole and out.dtype == buffer.dtype else buffer[: len(index)]
+        z = _load(rows, softmax.softcap, buffer)
+        _chunk_grad(z, known.take(index), softmax, buffer, to)
+        if not is_whole:
+            chunk.zero_()
+            out.index_copy_(0, index, to.to(out.dtype))
+        elif to is not chunk:
+            chunk.copy_(to)
+    out[done:] = 0
+
+
+def _chunk_grad(z: Tensor, rows: _Rows, softmax: Softmax, buffer: Tensor, out: Tensor) -> None:
+    """Write d loss / d logits of loaded rows z to `out`.
+
+    z may stand in the buffer, or be the logits themselves; `out` may be the buffer's first rows.
+    """
+    softcap, temperature = softmax.softcap, softmax.temperature
+    derivative = None if softcap is None else 1.0 - (z / softcap).square()
+    e = _exponentials(z, rows, softmax, buffer, out)
+    q = e.odds.q()
+    coef = torch.where(e.row_sum == 0, 0.0, q * e.total / e.row_sum)
+    at_target = rows.g * q
+    if e.log is None or rows.entropy is None or rows.h is None:
+        torch.mul(e.p, (-rows.g * coef)[:, None], out=out)
+    else:
+        log_p, h = e.odds.log_p(), rows.h
+        at_target = at_target - h * times_exp(log_p, log_p + rows.entropy)
+        # -p_v * (g + h * (log p_v + entropy)), with log p_v = log_e_v + log q - log(row_sum)
+        log_coef = torch.where(coef > 0, e.odds.log_q() - e.row_sum.log(), 0.0)
+        factor = e.log.add_((log_coef + rows.entropy)[:, None])
+        factor = factor.mul_(h[:, None]).add_(rows.g[:, None])
+        torch.mul(_times_log(e.p, factor), -coef[:, None], out=out)
+    _put(out, rows.targets, at_target)
+    if temperature != 1.0:
+        out.div_(temperature)
+    if derivative is not None:
+        out.mul_(derivative)
+
+
+class _Exponentials(NamedTuple):
+    """e = exp((z - row_max) / temperature) = p * total of some rows, and what follows from them."""
+
+    p: Tensor  # (R, V)
+    total: Tensor
+    row_sum: Tensor
+    odds: LogOdds
+    log: Tensor | None  # (R, V) log(e), where the entropy has a gradient
+
+
+def _exponentials(
+    z: Tensor, rows: _Rows, softmax: Softmax, buffer: Tensor, out: Tensor
+) -> _Exponentials:
+    """Of loaded rows; p stands in `out`, or in the buffer where its sum has to be found."""
+    temperature = softmax.temperature
+    if rows.row_max is None or rows.row_sum is None:
+        row_max, x_target = z.amax(1), _target_logits(z, rows.targets)
+        p, total = _softmax(z, row_max, temperature, buffer[: len(z)])
+        row_sum = _others(p, rows.targets, buffer) * total
+        return _Exponentials(p, total, row_sum, log_odds(row_max, row_sum, x_target, softmax), None)
+    own_max = None
+    if rows.target_logit is None:
+        x_target = _target_logits(z, rows.targets)
+    else:  # a part, whose own maximum may be less than that of the row
+        x_target, own_max = rows.target_logit, z.amax(1)
+        empty = own_max == -math.inf
+        z = z.masked_fill(empty[:, None], 0.0) if empty.any() else z
+    log_e = None if rows.h is None else _shift(z, rows.row_max, temperature)
+    p, total = _softmax(z, rows.row_max, temperature, out)
+    if own_max is not None:
+        total = total * ((own_max - rows.row_max) / temperature).exp()
+    odds = log_odds(rows.row_max, rows.row_sum, x_target, softmax)
+    return _Exponentials(p, total, rows.row_sum, odds, log_e)
+
+
+def log_odds(row_max: Tensor, row_sum: Tensor, x_target: Tensor, softmax: Softmax) -> LogOdds:
+    """Of the others against the target."""
+    return sum_with_error((row_max - x_target) / softmax.temperature, row_sum.log())
+
+
+# Chunks
+
+
+def _row_chunks(logits: Tensor, live: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Chunks of live rows: their indices (R,), and the rows themselves (R, V).
+
+    Where logits are not contiguous, a chunk is a part of one sequence or several whole ones.
+    """
+    V = logits.shape[-1]
+    x = logits.unsqueeze(0) if logits.ndim == 2 else logits
+    if x.is_contiguous():
+        x = x.view(1, -1, V)
+    T = x.shape[1]
+    size = max(_CHUNK_ELEMENTS // V, 2)
+    sequences = max(size // T, 1)
+    for b in range(0, x.shape[0], sequences):
+        for t in range(0, T, size):
+            block = x[b : b + sequences, t : t + size]
+            first, count = b * T + t, block.shape[:2].numel()
+            index = live[first : first + count].nonzero().squeeze(1)
+            if len(index):
+                rows = block.flatten(0, 1)
+                yield index + first, rows if len(index) == count else rows.index_select(0, index)
+
+
+def _buffer(logits: Tensor) -> Tensor:
+    """Room for a chunk, of two rows or more. Rows beyond those of a chunk must not be NaN."""
+    V = logits.shape[-1]
+    size = max(min(_CHUNK_ELEMENTS // V, logits.numel() // V), 2)
+    return torch.zeros(size, V, dtype=compute_dtype(logits.dtype), device=logits.device)
+
+
+def _load(rows: Tensor, softcap: float | None, buffer: Tensor) -> Tensor:
+    """z: rows in the compute dtype, soft-capped; in the buffer unless they are that already."""
+    if softcap is None and rows.dtype == buffer.dtype:
+        return rows
+    z = buffer[: len(rows)].copy_(rows)
+    return z if softcap is None else z.div_(softcap).tanh_().mul_(softcap)
+
+
+def _shift(z: Tensor, row_max: Tensor, temperature: float) -> Tensor:
+    """(z - max) / temperature."""
+    return (z - row_max[:, None]).div_(temperature)
+
+
+def _softmax(z: Tensor, row_max: Tensor, temperature: float, out: Tensor) -> tuple[Tensor, Tensor]:
+    """p and total, such that p * total = e = exp((z - max) / temperature).
+
+    torch.softmax is the fastest exponential there is on a CPU. Its own normaliser is too coarse for
+    a large vocabulary, so it is taken out again: the largest e is 1.
+    """
+    # shifted before it is scaled: z / temperature would round large logits
+    x = z if temperature == 1.0 else _shift(z, row_max, temperature)
+    # in place when z stands in out: each element is read before it is written
+    p = torch.softmax(x, 1, out=out)
+    return p, 1.0 / p.amax(1)
+
+
+def _others(p: Tensor, y: Tensor, buffer: Tensor) -> Tensor:
+    """Sum of p without p_y, which becomes 0, for p in the first rows of the buffer.
+
+    A reduction over a single row may be split among threads, over several never: so that a row's
+    result does not depend on how many stand beside it, two are summed at least.
+    """
+    _put(p, y, torch.zeros_like(p[:, 0]))
+    return buffer[: max(len(p), 2)].sum(1)[: len(p)]
+
+
+def _put(x: Tensor, y: Tensor, value: Tensor) -> None:
+    """x[i, y[i]] = value[i], but for a negative y."""
+    at = y.clamp(min=0)[:, None]
+    x.scatter_(1, at, torch.where(y[:, None] < 0, x.gather(1, at), value[:, None]))
+
+
+def _target_logits(z: Tensor, y: Tensor) -> Tensor:
+    """z[i, y[i]]; 0 for a negative y."""
+    return torch.where(y < 0, 0.0, z.gather(1, y.clamp(min=0)[:, None]).squeeze(1))
+
+
+def _times_log(p: Tensor, log_e: Tensor) -> Tensor:
+    """p * log_e, 0 where p is 0; overwrites log_e."""
+    return log_e.mul_(p).masked_fill_(p == 0, 0.0)
+
+
+def _checked_or_local(targets: Tensor, live: Tensor, V: int, softmax: Softmax) -> Tensor:
+    """Targets of live rows; local ones have been checked by all ranks together."""
+    if softmax.vocab_group is not None:
+        return targets
+    return checked_targets(torch.where(live, targets, 0), V)

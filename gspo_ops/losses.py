@@ -1,0 +1,324 @@
+"""Policy losses from log-probs, from logits or from hidden states: the public functions.
+
+Each checks its arguments once, and makes a source of log-probs and a policy of them. The
+autograd.Functions stand in `autograd.py` and `chunks.py`, functions as objective in `custom.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .autograd import GivenLogProbs, LogProbs, Source, SourceLoss
+from .backend import compute_dtype
+from .checks import check_log_probs
+from .chunks import ChunkLoss, Chunks
+from .constants import STATS
+from .custom import TokenLoss, custom_loss, options_of
+from .head import (
+    HeadOptions,
+    LoRA,
+    Products,
+    check_head,
+    local_head,
+    make_head,
+    resolve_products,
+    stats_dtype,
+)
+from .hidden import HiddenSource, vocabulary_of_head
+from .layout import resolve_layout
+from .logits import LogitsSource, check_logits, vocabulary_of_logits
+from .objective import GSPO, Objective
+from .parallel import ProcessGroup, SharedChecks, vocab_part
+from .plan import PlanName, check_plan, choose_plan
+from .policy import Policy, make_policy
+from .policy_loss import agreed
+from .softmax import TargetRows, checked_softmax
+
+
+class PolicyLoss(NamedTuple):
+    """A loss and what it saw.
+
+    Attributes:
+        loss: 0-dim, differentiable.
+        stats: name to detached tensor on the input's device, 0-dim but for `log_ratio` (B,);
+            each is defined in the README.
+    """
+
+    loss: Tensor
+    stats: dict[str, Tensor]
+
+
+def policy_loss_from_log_probs(
+    log_probs: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    objective: Objective | TokenLoss = GSPO(),
+    ref_log_probs: Tensor | None = None,
+    rollout_weights: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    context_group: ProcessGroup | None = None,
+) -> PolicyLoss:
+    """Clipped policy-gradient loss of log-probs that are already there.
+
+        l_i  = (1 / |y_i|) * sum_t (log_prob_t - old_log_prob_t),     s_i = exp(l_i)
+        loss = -(1 / D) * sum_i min(s_i * A_i, clip(s_i, 1 - clip_low, 1 + clip_high) * A_i)
+
+    for GSPO; `Objective` says what changes for the others.
+
+    Args:
+        log_probs: (B, T) padded or (N,) packed, float32 or float64.
+        old_log_probs: same shape, of the policy that sampled; None means on-policy: every ratio is
+            exactly 1, and the gradient flows.
+        advantages: (B,), or per token unless the ratio is the sequence's. Packed, with N == B,
+            they are read as (B,), unless they are given as (1, N). An infinite one, like an
+            infinite weight, makes the loss NaN.
+        mask: padded (B, T) or packed (N,); non-zero where a token counts. Nothing at other places
+            is used, whatever it holds.
+        cu_seqlens: (B + 1,) int32 first rows of packed sequences, and N.
+        objective: an `Objective`, or a function of flat (N,) tensors (log_probs, old_log_probs,
+            advantages, sequence_ids) that returns loss terms (N,), which autograd differentiates,
+            alone or with a bool tensor (N,) that says which ones it clipped. They are averaged as
+            its attribute `aggregation` says, by default `"seq-mean-token-mean"`. It also gets, if
+            it has parameters of these names, `mask` (N,) bool, `lengths` (B,), of whole sequences
+            on all ranks, and `ref_log_probs` (N,).
+        ref_log_probs: same shape as log_probs, of the reference policy for the KL term.
+        rollout_weights: (B,) or per token: importance weights of the rollout engine, which multiply
+            the loss terms (not the KL term).
+        denominator: D, a positive number or 0-dim tensor; by default the number of non-empty
+            sequences (of tokens for `"token-mean"`, 1 for `"token-sum"`).
+        context_group: ranks over which the tokens of the sequences are spread, in any order: each
+            passes the same B sequences, with the tokens that it has, none at all included; packed,
+            what is per token or per sequence is per token as (1, N) and per sequence as (B,). Sums
+            per sequence are exchanged, never log-probs. Loss and statistics are the same on all;
+            the gradient is that of each rank's tokens, so gradients of parameters are to be added
+            up over the ranks.
+
+    Returns:
+        PolicyLoss(loss, stats).
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+
+    Source: arXiv 2507.18071.
+    """
+    with SharedChecks(log_probs, context_group=context_group):
+        check_log_probs("log_probs", log_probs)
+        layout = resolve_layout("log_probs", log_probs.shape, log_probs.device, mask, cu_seqlens)
+        policy = make_policy(
+            layout, log_probs.dtype, options_of(objective), old_log_probs, advantages,
+            ref_log_probs, rollout_weights, denominator, context_group,
+        )  # fmt: skip
+    policy, targets = agreed(policy)
+    flat = log_probs.reshape(-1).contiguous()
+    if not isinstance(objective, Objective):
+        return PolicyLoss(*custom_loss(objective, flat, policy, None))
+    out = SourceLoss.apply(GivenLogProbs(), TargetRows(targets, None), policy, flat)
+    return _result(policy, False, *out)
+
+
+def policy_loss_from_logits(
+    logits: Tensor,
+    targets: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    objective: Objective | TokenLoss = GSPO(),
+    ref_log_probs: Tensor | None = None,
+    rollout_weights: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    context_group: ProcessGroup | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    vocab_group: ProcessGroup | None = None,
+    return_entropy: bool = False,
+) -> PolicyLoss:
+    """Clipped policy-gradient loss straight from logits, without an N x V intermediate.
+
+    The same number as `policy_loss_from_log_probs(log_probs_from_logits(...), ...)`, as one
+    autograd node whose backward writes dlogits in one pass and leaves out every row with zero
+    gradient: masked, clipped, or with zero advantage.
+
+    With `old_log_probs=None`, and without reference, entropy and vocab_group, the gradient by the
+    log-probs is known beforehand: the forward does not read the logits at all, and the backward
+    only the rows with non-zero advantage (NaN in the logits, and a target out of range, then show
+    in the backward, not in the loss).
+
+    Args:
+        logits: (B, T, V) or (N, V), float16, bfloat16, float32 or float64; any strides, as long as
+            the vocabulary is contiguous.
+        targets: (B, T) or (N,) int32 or int64: the token that each row predicts (already shifted);
+            anything where the mask is zero.
+        temperature, softcap, vocab_group: of the logits, as in `log_probs_from_logits`.
+        return_entropy: adds `entropy`, the mean over valid tokens in nats, to the stats.
+        old_log_probs, advantages, mask, cu_seqlens, objective, ref_log_probs, rollout_weights,
+            denominator, context_group: as in `policy_loss_from_log_probs`.
+
+    Returns:
+        PolicyLoss(loss, stats).
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        IndexError: a target outside [0, V) at a valid position, on CPU. On GPU its log_prob is NaN.
+
+    Source: arXiv 2507.18071.
+    """
+    with SharedChecks(logits, targets, vocab_group=vocab_group, context_group=context_group):
+        logits = vocab_part("logits", logits, -1, vocab_group)
+        check_logits(logits, targets)
+        softmax = checked_softmax(temperature, softcap, vocab_group, return_entropy)
+        layout = resolve_layout("logits", targets.shape, logits.device, mask, cu_seqlens)
+        policy = make_policy(
+            layout, compute_dtype(logits.dtype), options_of(objective), old_log_probs, advantages,
+            ref_log_probs, rollout_weights, denominator, context_group,
+        )  # fmt: skip
+    policy, targets = agreed(policy, targets, vocabulary_of_logits(logits, softmax))
+    rows = TargetRows(targets, policy.sequences.mask)
+    return _loss(LogitsSource(softmax), rows, policy, objective, logits)
+
+
+def policy_loss_from_hidden(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    objective: Objective | TokenLoss = GSPO(),
+    ref_log_probs: Tensor | None = None,
+    rollout_weights: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    context_group: ProcessGroup | None = None,
+    bias: Tensor | None = None,
+    lora: LoRA | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    plan: PlanName = "auto",
+    memory_budget: int | None = None,
+    products: Products = "auto",
+    allow_sync: bool = False,
+    main_grad: Tensor | None = None,
+    vocab_group: ProcessGroup | None = None,
+    return_entropy: bool = False,
+) -> PolicyLoss:
+    """Clipped policy-gradient loss straight from hidden states and the output head.
+
+    The same number as `policy_loss_from_log_probs(log_probs_from_hidden(...), ...)`, as one
+    autograd node. Logits are never rounded below fp32 and never stand in memory as a whole. The
+    backward leaves out every row with zero gradient, masked, clipped, or with zero advantage; of
+    the last kind the forward computes no more than the statistics need, which is nothing when
+    `old_log_probs` is None and neither reference nor entropy is asked for.
+
+    Args:
+        hidden: (B, T, H) or (N, H), float16, bfloat16, float32 or float64.
+        weight: (V, H) of the head, of any of these dtypes.
+        targets: (B, T) or (N,) int32 or int64: the token that each row predicts (already shifted);
+            anything where the mask is zero.
+        bias, lora, temperature, softcap: of the head, as in `log_probs_from_hidden`.
+        plan: `"keep"` the exponentials of all logits from forward to backward; `"chunk"`: whole
+            sequences at a time, gradients made in the forward (packed on a GPU, the borders of the
+            sequences are read back, and with a vocab_group the chunks that suit all ranks, one host
+            synchronisation each; not with context_group);
+            `"recompute"` the logits in the backward; `"auto"` what costs the fewest FLOPs within
+            the budget and without synchronisation. `plan_from_hidden` tells what each costs.
+        memory_budget: bytes for exponentials and sums of gradients that are kept; by default 2.1
+            per logit, where eager PyTorch takes 8 to 14, between 64 MiB and 4 GiB.
+        products, allow_sync, main_grad, vocab_group: as in `log_probs_from_hidden`.
+        return_entropy: adds `entropy`, the mean over valid tokens in nats, to the stats.
+        old_log_probs, advantages, mask, cu_seqlens, objective, ref_log_probs, rollout_weights,
+            denominator, context_group: as in `policy_loss_from_log_probs`.
+
+    Returns:
+        PolicyLoss(loss, stats).
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        IndexError: a target outside [0, V) at a valid position, on CPU. On GPU its log_prob is NaN.
+
+    Source: arXiv 2507.18071.
+    """
+    with SharedChecks(
+        hidden, weight, targets, vocab_group=vocab_group, context_group=context_group
+    ):
+        hidden, weight, bias, lora = local_head(hidden, weight, bias, lora, vocab_group)
+        check_head(hidden, weight, targets, bias, lora, main_grad)
+        softmax = checked_softmax(temperature, softcap, vocab_group, return_entropy)
+        check_plan(plan, memory_budget, products, allow_sync, lora)
+        layout = resolve_layout("hidden", targets.shape, hidden.device, mask, cu_seqlens)
+        head = make_head(hidden, weight, bias, lora, mask)
+        policy = make_policy(
+            layout, stats_dtype(hidden, weight), options_of(objective), old_log_probs, advantages,
+            ref_log_probs, rollout_weights, denominator, context_group,
+        )  # fmt: skip
+        if plan == "chunk":
+            _check_chunks(objective, context_group)
+        # ranks have to choose the same without being told how large the others' parts are
+        is_alone = vocab_group is None and context_group is None
+        borders_are_known = cu_seqlens is None or not hidden.is_cuda
+        can_chunk = is_alone and isinstance(objective, Objective) and borders_are_known
+        choice = choose_plan(
+            hidden, weight, plan, memory_budget,
+            has_gradient=head.has_gradient(), can_chunk=can_chunk,
+        )  # fmt: skip
+        multiplier = resolve_products(products, hidden)
+        options = HeadOptions(softmax, multiplier, allow_sync, choice.kept_columns)
+    policy, targets = agreed(policy, targets, vocabulary_of_head(head, options, choice))
+    rows = TargetRows(targets, policy.sequences.mask)
+    if choice.name == "chunk":
+        chunks = Chunks(options, choice.chunk_rows, main_grad)
+        return _result(policy, return_entropy, *ChunkLoss.apply(chunks, rows, policy, *head))
+    source = HiddenSource(options, main_grad)
+    return _loss(source, rows, policy, objective, *head)
+
+
+def _check_chunks(objective: Objective | TokenLoss, context_group: ProcessGroup | None) -> None:
+    if context_group is not None:
+        raise ValueError(
+            "plan='chunk' needs whole sequences, which context_group spreads over ranks: plan "
+            "must be 'auto', 'keep' or 'recompute'"
+        )
+    if not isinstance(objective, Objective):
+        raise ValueError(
+            "plan='chunk' makes gradients in the forward, which no function as objective "
+            "tells: plan must be 'auto', 'keep' or 'recompute'"
+        )
+
+
+def _loss(
+    source: Source,
+    rows: TargetRows,
+    policy: Policy,
+    objective: Objective | TokenLoss,
+    *operands: Any,
+) -> PolicyLoss:
+    if isinstance(objective, Objective):
+        out = SourceLoss.apply(source, rows, policy, *operands)
+        return _result(policy, source.returns_entropy(), *out)
+    log_probs, entropy = LogProbs.apply(source, rows, False, *operands)
+    entropies = entropy if source.returns_entropy() else None
+    return PolicyLoss(*custom_loss(objective, log_probs.reshape(-1), policy, entropies))
+
+
+def _result(
+    policy: Policy,
+    return_entropy: bool,
+    loss: Tensor,
+    stats: Tensor,
+    log_ratio: Tensor,
+    entropy: Tensor,
+) -> PolicyLoss:
+    named = dict(zip(STATS, stats.unbind(), strict=True))
+    if policy.ref_log_probs is None:
+        del named["ref_kl"]
+    named["log_ratio"] = log_ratio
+    if return_entropy:
+        named["entropy"] = entropy
+    return PolicyLoss(loss, named)

@@ -1,0 +1,291 @@
+"""The two passes over tiles of logits: forward to log-probs, and backward to gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backend import device_guard, no_autocast, rounds_fp32
+from .head import Head, HeadGrads, HeadOptions, Wanted
+from .parallel import NOWHERE, summed
+from .rows import FlaggedRows, Rows, rows_where
+from .softmax import TargetRows, times_exp
+from .tiles import (
+    LN_2,
+    Kept,
+    Operands,
+    RowGrads,
+    RowSums,
+    Sums,
+    Tile,
+    Tiles,
+    Weighting,
+    finite_or_zero,
+    slices,
+    slices_of,
+)
+from .tiles_gpu import MatMulTiles, TritonTiles
+from .tiles_torch import TorchTiles
+
+
+def make_tiles(head: Head, targets: Tensor, rows: Rows, options: HeadOptions) -> Tiles:
+    """The implementation that multiplies as the options say."""
+    operands = Operands.of(head, targets, rows, options)
+    if options.products == "torch":
+        return TorchTiles(operands)
+    return MatMulTiles(operands) if options.products == "mm" else TritonTiles(operands)
+
+
+# Forward
+
+
+def forward(
+    head: Head,
+    rows: TargetRows,
+    grad_mask: Tensor | None,
+    options: HeadOptions,
+    kept: Kept,
+) -> tuple[Tensor, RowSums]:
+    """log_probs (N,) and RowSums of the rows where mask is non-zero.
+
+    `kept` receives the exponentials of those where grad_mask is non-zero, too.
+    """
+    targets, mask = _flat(rows)
+    softmax = options.softmax
+    with no_autocast(targets.device), device_guard(head.hidden):
+        worked_on = rows_where(mask, options)
+        tiles = make_tiles(head, targets, worked_on, options)
+        keep = None if grad_mask is None else worked_on.take(grad_mask.reshape(-1) != 0)
+        target_logit = _target_logits(tiles)
+        base = finite_or_zero(target_logit)
+        sums = Sums.empty(tiles.blocks.entries(tiles.of.V), base, softmax.return_entropy)
+        tiles.fold(base, kept, keep, sums)
+        row_sums = sums.reduced()
+        if softmax.vocab_group is not None and tiles.of.n:
+            row_sums = row_sums.over_vocabulary(softmax.vocab_group)
+        shift, row_sum, log = row_sums
+        found = RowSums(target_logit, shift, row_sum, row_sum.new_empty(0))
+        odds = found.log_odds(softmax.scale)
+        log_prob = odds.log_p()
+        if log is not None:
+            found = found._replace(entropy=odds.entropy(log_prob, row_sum, log / row_sum * LN_2))
+        if kept.columns:
+            tiles.rescale(kept, sums.shrink(shift))
+
+        def full(x: Tensor) -> Tensor:
+            if x.shape != row_sum.shape:
+                return x
+            out = x.new_empty(targets.shape)
+            worked_on.put(x, out)
+            return out
+
+        return full(log_prob), RowSums(*map(full, found))
+
+
+def _target_logits(tiles: Tiles) -> Tensor:
+    """(n,) after the soft cap; exchanged where the vocabulary is shared."""
+    z, targets, group = (
+        tiles.target_logits(),
+        tiles.of.targets,
+        tiles.of.options.softmax.vocab_group,
+    )
+    if group is None or not tiles.of.n:
+        return z
+    # one part has the target's logit, the others add 0
+    z = torch.where(targets >= 0, z, 0.0)
+    return summed(z.masked_fill_(targets == NOWHERE, math.nan), group)
+
+
+# Backward
+
+
+def backward(
+    head: Head,
+    rows: TargetRows,
+    sums: RowSums,
+    g: Tensor,
+    h: Tensor | None,
+    options: HeadOptions,
+    kept: Kept,
+    out: HeadGrads,
+    *,
+    add: Wanted,
+) -> None:
+    """Gradients for d loss / d log_prob = g and d loss / d entropy = h, (N,) each, into `out`.
+
+    `add` tells which of those of weight, bias and lora_b are added to what stands there.
+    """
+    targets, mask = _flat(rows)
+    live = g != 0 if h is None else (g != 0) | (h != 0)
+    if mask is not None:
+        live &= mask
+    with no_autocast(targets.device), device_guard(head.hidden):
+        row_grads = _row_grads(sums, g, h, options)
+        row_grads = row_grads._replace(
+            factor=torch.where(live, row_grads.factor, 0.0),
+            at_target=torch.where(live, row_grads.at_target, 0.0),
+        )
+        worked_on = rows_where(mask, options)
+        among = rows_where(worked_on.take(live), options)
+        live_rows = among.within(worked_on)
+        tiles = make_tiles(head, targets, live_rows, options)
+        _gradients(tiles, row_grads.take(live_rows), kept, among, out, add)
+
+
+def _flat(rows: TargetRows) -> tuple[Tensor, Tensor | None]:
+    mask = None if rows.mask is None else rows.mask.reshape(-1) != 0
+    return rows.targets.reshape(-1), mask
+
+
+def _row_grads(sums: RowSums, g: Tensor, h: Tensor | None, options: HeadOptions) -> RowGrads:
+    """d loss / d logits for d loss / d log_prob = g and d loss / d entropy = h."""
+    temperature, softcap = options.softmax.temperature, options.softmax.softcap
+    odds = sums.log_odds(options.softmax.scale)
+    q = odds.q()
+    rho = torch.where(sums.row_sum == 0, 0.0, q / sums.row_sum)
+    at_target = g * q / temperature
+    weighting = Weighting(sums.base(), sums.shift, None, None)
+    if h is None:
+        factor = -g * rho / temperature
+    else:
+        # -p_v * (g + h * (log p_v + entropy)), with log p_v = a_v * ln 2 + log q - log(row_sum)
+        log_p = odds.log_p()
+        log_rho = torch.where(sums.row_sum == 0, 0.0, odds.log_q() - sums.row_sum.log())
+        constant = rho * (g + h * (log_rho + sums.entropy))
+        factor = torch.full_like(g, -1.0 / temperature)
+        weighting = weighting._replace(constant=constant, slope=rho * h * LN_2)
+        at_target -= h * times_exp(log_p, log_p + sums.entropy) / temperature
+    if softcap is not None:
+        at_target *= 1.0 - (sums.target_logit / softcap).square()
+    return RowGrads(factor, at_target, weighting)
+
+
+class _OfRows(NamedTuple):
+    """A gradient of rows: `total` (n, ...), the sum of tiles times w (V, ...), becomes `out`."""
+
+    out: Tensor
+    total: Tensor
+    w: Tensor
+    dtype: torch.dtype  # of the product
+
+
+class _OfColumns(NamedTuple):
+    """A gradient of columns: `out` (V, ...) gets the sum of tiles, transposed, times x (n, ...)."""
+
+    out: Tensor
+    x: Tensor
+    dtype: torch.dtype  # of the product
+    add: bool
+
+
+def _gradients(
+    tiles: Tiles, row_grads: RowGrads, kept: Kept, among: Rows, out: HeadGrads, add: Wanted
+) -> None:
+    """The products, one range of columns after the other, then the targets' share."""
+    factor, at_target, _ = row_grads
+    of, group = tiles.of, tiles.of.options.softmax.vocab_group
+    of_rows = list(_of_rows(of, out))
+    of_columns = list(_of_columns(of, out, add, factor))
+    if of.n:
+        _add_tiles(tiles, row_grads, kept, among, of_rows, of_columns)
+        for columns in of_columns:
+            tiles.add_targets(columns.out, columns.x, at_target)
+    else:
+        for columns in of_columns:
+            if not columns.add:
+                columns.out.zero_()
+    for gradient in of_rows:
+        total = gradient.total.mul_(factor[:, None])
+        _add_targets_to_rows(total, gradient.w, at_target, tiles)
+        if group is not None:
+            summed(total, group)  # in fp32, then rounded once
+        if isinstance(of.rows, FlaggedRows):
+            total.masked_fill_((factor == 0)[:, None], 0.0)
+        of.rows.put(total, gradient.out.view(-1, total.shape[1]))
+
+
+def _of_rows(of: Operands, out: HeadGrads) -> Iterator[_OfRows]:
+    # the low-rank part is small enough for fp32
+    for to, w, dtype in (
+        (out.hidden, of.weight, of.grad_dtype),
+        (out.lora_x, of.lora_b, of.stats_dtype),
+    ):
+        if to is not None and w is not None:
+            total = of.x.new_zeros(of.n, w.shape[1], dtype=of.stats_dtype)
+            yield _OfRows(to, total, w, dtype)
+
+
+def _of_columns(of: Operands, out: HeadGrads, add: Wanted, factor: Tensor) -> Iterator[_OfColumns]:
+    ones = torch.ones_like(factor)[:, None]
+    for to, x, dtype, adds in (
+        (out.weight, of.x, of.grad_dtype, add.weight),
+        (out.bias, ones, of.stats_dtype, add.bias),
+        (out.lora_b, of.lora_x, of.stats_dtype, add.lora_b),
+    ):
+        if to is not None and x is not None:
+            yield _OfColumns(to.view(len(to), -1), x, dtype, adds)
+
+
+def _add_tiles(
+    tiles: Tiles,
+    row_grads: RowGrads,
+    kept: Kept,
+    among: Rows,
+    of_rows: list[_OfRows],
+    of_columns: list[_OfColumns],
+) -> None:
+    """The products of all tiles. What they are scaled with lives as long as this runs."""
+    of = tiles.of
+    scaled = [_scaled(x, row_grads.factor, dtype, tiles) for _, x, dtype, _ in of_columns]
+    dtypes = {x for _, _, w, dtype in of_rows for x in (w.dtype, dtype)}
+    dtypes |= {x for to, _, dtype, _ in of_columns for x in (to.dtype, dtype)}
+    # whether the products take and write what there is, without a copy
+    is_direct = among.index is None and dtypes <= {of.grad_dtype}
+    for c in _grad_columns(tiles, kept.columns, is_direct):
+        tile = _tile(tiles, c, row_grads.weighting, kept, among)
+        for _, total, w, dtype in of_rows:
+            tiles.add_to_rows(total, tile, w[c].to(dtype))
+        for (to, _, _, adds), x in zip(of_columns, scaled, strict=True):
+            tiles.add_to_columns(to[c], tile, x, add=adds)
+        del tile  # before the next one is made
+
+
+def _grad_columns(tiles: Tiles, kept_columns: int, is_direct: bool) -> list[slice]:
+    """Ranges of columns, each on one side of the last kept one."""
+    width = kept_width = tiles.blocks.grad_width(tiles.of.n)
+    if is_direct and tiles.takes_wide_products and not rounds_fp32(tiles.of.x.device):
+        kept_width = max(kept_columns, 1)
+    kept, others = slice(0, kept_columns), slice(kept_columns, tiles.of.V)
+    return [*slices_of(kept, kept_width), *slices_of(others, width)]
+
+
+def _tile(tiles: Tiles, c: slice, weighting: Weighting, kept: Kept, among: Rows) -> Tile:
+    """Kept or recomputed, in a buffer of its own."""
+    if c.stop <= kept.columns:
+        return tiles.kept_tile(kept.e[:, c], among)
+    out = tiles.of.x.new_empty(tiles.of.n, c.stop - c.start, dtype=tiles.of.grad_dtype)
+    tiles.weigh(c, weighting, out)
+    return Tile(out, None)
+
+
+def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype, tiles: Tiles) -> Tensor:
+    out = torch.empty_like(x, dtype=dtype)
+    for r in slices(len(x), tiles.blocks.rows):
+        out[r] = x[r] * factor[r, None]
+    if isinstance(tiles.of.rows, FlaggedRows):
+        # a dead row may hold NaN
+        out.masked_fill_((factor == 0)[:, None], 0.0)
+    return out
+
+
+def _add_targets_to_rows(out: Tensor, w: Tensor, at_target: Tensor, tiles: Tiles) -> None:
+    """out[i] += at_target[i] * w[y_i], where the target is among this rank's columns."""
+    y = tiles.of.targets
+    known = (y >= 0) & (y < tiles.of.V)
+    at_target, y = torch.where(known, at_target, 0.0), torch.where(known, y, 0)
+    for r in slices(len(out), tiles.blocks.rows):
+        out[r] += w.index_select(0, y[r]) * at_target[r, None]

@@ -1,0 +1,271 @@
+"""From log-probs to a loss in torch: on a CPU, in float64, and over a context_group.
+
+All is computed in float64: it is N numbers. The kernel that does the same on a GPU stands in
+`kernels/policy_loss.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .constants import ESS_RATIO_CAP, LOG_RATIO_CAP, STATS
+from .objective import KLEstimator
+from .parallel import gathered
+from .policy import LossAndGrad, Policy
+
+
+def torch_policy_loss(log_probs: Tensor | None, policy: Policy) -> LossAndGrad:
+    """Loss, statistics and g of (N,) log-probs."""
+    dtype = policy.advantages.dtype
+    tokens = _tokens(log_probs, policy)
+    terms = _loss_terms(log_probs, tokens, policy)
+    totals = _totals(tokens, terms, policy)
+    denominator = _denominator(policy, tokens.n)
+    stats = _stats(tokens, totals)
+    return LossAndGrad(
+        loss=_saturated(totals.loss / denominator, dtype).to(dtype),
+        stats=torch.stack([stats[name] for name in STATS]).to(dtype),
+        log_ratio=tokens.sequence_log_ratio.to(dtype),
+        g=terms.g.to(dtype),
+        inv_denominator=(1.0 / denominator).to(dtype),
+    )
+
+
+class _Tokens(NamedTuple):
+    """What is known of tokens (N,), and of sequences (B,) whose tokens may be on several ranks."""
+
+    valid: Tensor
+    ids: Tensor  # of their sequences
+    new_minus_old: Tensor
+    log_ratio: Tensor  # as the ratio level says
+    weights: Tensor
+    n: Tensor  # (B,) tokens that count
+    log_ratio_sum: Tensor  # (B,)
+    weight_sum: Tensor  # (B,)
+
+    @property
+    def sequence_log_ratio(self) -> Tensor:
+        return self.log_ratio_sum / self.n.clamp(min=1)
+
+
+def _tokens(log_probs: Tensor | None, policy: Policy) -> _Tokens:
+    sequences = policy.sequences
+    valid = checked_mask(policy)
+    ids = sequences.ids(valid.device)
+    new_minus_old = _difference(log_probs, policy.old_log_probs, valid)
+    weights = _rollout_weights(policy, ids, valid)
+    sums = torch.stack([sequences.sum(x) for x in (valid.double(), new_minus_old, weights)])
+    if policy.context_group is not None:
+        sums = gathered(sums, policy.context_group).sum(0)
+    n, log_ratio_sum, weight_sum = sums
+    log_ratio = new_minus_old
+    if policy.objective.ratio_level != "token":
+        log_ratio = (log_ratio_sum / n.clamp(min=1))[ids]
+    return _Tokens(valid, ids, new_minus_old, log_ratio, weights, n, log_ratio_sum, weight_sum)
+
+
+class _Terms(NamedTuple):
+    """Loss terms of tokens before they are divided by D, and what they are made of, (N,) each."""
+
+    loss: Tensor
+    g: Tensor
+    ratio: Tensor
+    is_low: Tensor
+    is_high: Tensor
+    ref_kl: Tensor
+
+
+def _loss_terms(log_probs: Tensor | None, tokens: _Tokens, policy: Policy) -> _Terms:
+    objective, valid, weights = policy.objective, tokens.valid, tokens.weights
+    dtype = policy.advantages.dtype
+    ratio = _capped_exp(tokens.log_ratio)
+    advantages = policy.advantages.double()
+    if not policy.advantage_per_token:
+        advantages = advantages[tokens.ids]
+    advantages = _nan_if_infinite(torch.where(valid, advantages, 0.0))
+
+    log_low, log_high = objective.log_clip_range()
+    is_high = (advantages > 0) & (tokens.log_ratio > log_high)
+    is_low = (advantages < 0) & (tokens.log_ratio < log_low)
+    is_clipped = is_high | is_low
+    low, high = 1 - objective.clip_low, 1 + objective.clip_high
+    bound = torch.full_like(ratio, low).masked_fill(is_high, high)
+    loss = -torch.where(is_clipped, bound, ratio) * advantages * weights
+    n = tokens.n.clamp(min=1)
+    if objective.ratio_level == "sequence":
+        # every token's rollout weight reaches every token through the sequence's one ratio
+        weights = (tokens.weight_sum / n)[tokens.ids]
+    g = torch.where(is_clipped, 0.0, -ratio * advantages * weights)
+    delta = _difference(log_probs, policy.ref_log_probs, valid)
+    ref_kl, ref_kl_grad = (_saturated(x, dtype) for x in _kl(objective.kl_estimator, delta))
+    loss = loss + objective.kl_coef * ref_kl
+    g = g + objective.kl_coef * ref_kl_grad
+    if objective.aggregation == "seq-mean-token-mean":
+        loss = loss / n[tokens.ids]
+        g = g / n[tokens.ids]
+    g = torch.where(valid, _saturated(g, dtype), 0.0)
+    return _Terms(_saturated(loss, dtype), g, ratio, is_low, is_high, ref_kl)
+
+
+class _Totals(NamedTuple):
+    """Sums over all tokens, on whatever rank."""
+
+    loss: Tensor
+    low: Tensor
+    high: Tensor
+    k3: Tensor
+    active: Tensor
+    ref_kl: Tensor
+    clipped: Tensor  # (B,)
+    ratios: Tensor  # as `_ratio_sums` has them
+    extremes: Tensor
+
+
+def _totals(tokens: _Tokens, terms: _Terms, policy: Policy) -> _Totals:
+    of_tokens = (
+        terms.loss, terms.is_low, terms.is_high, _k3(tokens.new_minus_old), terms.g != 0,
+        terms.ref_kl,
+    )  # fmt: skip
+    totals = torch.stack([torch.where(tokens.valid, x, 0.0).sum() for x in of_tokens])
+    clipped = policy.sequences.sum((terms.is_high | terms.is_low).double())
+    ratios, extremes = _ratio_sums(terms.ratio, tokens.valid)
+    if policy.context_group is not None:
+        parts = (totals, clipped, ratios, extremes)
+        everyone = gathered(torch.cat(parts), policy.context_group)
+        *sums, maxima = everyone.split([len(x) for x in parts], dim=1)
+        (totals, clipped, ratios), extremes = (x.sum(0) for x in sums), maxima.amax(0)
+    if policy.objective.ratio_level != "token":  # one per sequence, which every rank knows
+        ratios, extremes = _ratio_sums(_capped_exp(tokens.sequence_log_ratio), tokens.n > 0)
+    loss, low, high, k3, active, ref_kl = totals
+    return _Totals(loss, low, high, k3, active, ref_kl, clipped, ratios, extremes)
+
+
+def _ratio_sums(ratio: Tensor, some: Tensor) -> tuple[Tensor, Tensor]:
+    """Count and sums of ratios, of capped ones and of their squares; maxima of -ratio and ratio."""
+    capped = ratio.clamp(1 / ESS_RATIO_CAP, ESS_RATIO_CAP)
+    values = torch.ones_like(ratio), ratio, capped, capped.square()
+    sums = torch.stack([torch.where(some, x, 0.0).sum() for x in values])
+    extremes = torch.stack([-ratio, ratio]).masked_fill(~some, -math.inf)
+    return sums, torch.nn.functional.pad(extremes, (0, 1), value=-math.inf).amax(1)
+
+
+def _stats(tokens: _Tokens, totals: _Totals) -> dict[str, Tensor]:
+    count, ratio_sum, capped, squares = totals.ratios
+    minus_min, ratio_max = totals.extremes
+    n, sequences = tokens.n.sum().clamp(min=1), (tokens.n > 0).sum().clamp(min=1)
+
+    def or_1(x: Tensor) -> Tensor:
+        """1 for an empty batch, as for an on-policy one."""
+        return torch.where(count > 0, x, 1.0)
+
+    return {
+        "ratio_mean": or_1(ratio_sum / count.clamp(min=1)),
+        "ratio_min": or_1(-minus_min),
+        "ratio_max": or_1(ratio_max),
+        "clip_frac_sequences": (totals.clipped > 0).double().sum() / sequences,
+        "clip_frac_tokens": (totals.low + totals.high) / n,
+        "clip_frac_low": totals.low / n,
+        "clip_frac_high": totals.high / n,
+        "approx_kl": -tokens.log_ratio_sum.sum() / n,
+        "approx_kl_k3": totals.k3 / n,
+        "effective_sample_size": or_1(capped / squares * (capped / count.clamp(min=1))),
+        "active_token_frac": totals.active / n,
+        "ref_kl": totals.ref_kl / n,
+    }
+
+
+def _denominator(policy: Policy, n: Tensor) -> Tensor:
+    """D, from the lengths of the sequences unless it is given."""
+    D = policy.denominator
+    if D is None:
+        counts = {"token-mean": n.sum(), "token-sum": n.new_ones(())}
+        count = counts.get(policy.objective.aggregation, (n > 0).sum())
+        return count.clamp(min=1).double()
+    _check_denominator(D)
+    return torch.where(D > 0, D, math.nan).double()
+
+
+# Values, which are checked on a CPU: on a GPU that takes a synchronisation
+
+
+def check_values(policy: Policy) -> None:
+    """Refuse a mask, borders or a denominator that hold what they must not."""
+    checked_mask(policy)
+    if policy.denominator is not None:
+        _check_denominator(policy.denominator)
+
+
+def _check_denominator(D: Tensor) -> None:
+    if D.device.type == "cpu" and not D > 0:
+        raise ValueError(f"denominator must be > 0, got {D.item():g}")
+
+
+def checked_mask(policy: Policy) -> Tensor:
+    """(N,) bool."""
+    device = policy.advantages.device
+    rows, _, cu, mask = policy.sequences
+    if (
+        cu is not None
+        and device.type == "cpu"
+        and (int(cu[0]) != 0 or int(cu[-1]) != rows or bool((cu.diff() < 0).any()))
+    ):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to N={rows} without falling, got {cu.tolist()}"
+        )
+    if mask is None:
+        return torch.ones(rows, dtype=torch.bool, device=device)
+    valid = mask != 0
+    if device.type == "cpu" and bool((valid & (mask != 1)).any()):
+        raise ValueError(
+            "mask must hold 0 and 1 only; weights belong into advantages or rollout_weights"
+        )
+    return valid
+
+
+# Terms
+
+
+def _saturated(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest number of a dtype in place of what is larger."""
+    return x.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
+
+
+def _difference(new: Tensor | None, old: Tensor | None, valid: Tensor) -> Tensor:
+    if new is None or old is None:
+        return torch.zeros(valid.shape, dtype=torch.float64, device=valid.device)
+    return torch.where(valid, new.double() - old.double(), 0.0)
+
+
+def _capped_exp(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-LOG_RATIO_CAP, LOG_RATIO_CAP).exp()
+
+
+def _k3(x: Tensor) -> Tensor:
+    return torch.expm1(x.clamp(-LOG_RATIO_CAP, LOG_RATIO_CAP)) - x.clamp(max=LOG_RATIO_CAP)
+
+
+def _kl(estimator: KLEstimator, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """KL estimate and its derivative by the log-prob, from delta = log_prob - ref_log_prob."""
+    if estimator == "k1":
+        return delta, torch.ones_like(delta)
+    if estimator == "k2":
+        return 0.5 * delta.square(), delta
+    return _k3(-delta), -torch.expm1((-delta).clamp(-LOG_RATIO_CAP, LOG_RATIO_CAP))
+
+
+def _rollout_weights(policy: Policy, ids: Tensor, valid: Tensor) -> Tensor:
+    if policy.rollout_weights is None:
+        return valid.double()
+    weights = policy.rollout_weights.double()
+    if not policy.rollout_weight_per_token:
+        weights = weights[ids]
+    return _nan_if_infinite(torch.where(valid, weights, 0.0))
+
+
+def _nan_if_infinite(x: Tensor) -> Tensor:
+    """A factor of loss terms; an infinite one must not pass for one that has saturated."""
+    return x.masked_fill(x.isinf(), math.nan)

@@ -1,0 +1,121 @@
+"""Rows that are worked on: where they stand among all, and whether the host or the device knows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .head import HeadOptions
+
+
+class Rows(Protocol):
+    """Some of N rows.
+
+    Attributes:
+        index: (n,) where they stand; None for all rows, in place.
+    """
+
+    @property
+    def index(self) -> Tensor | None: ...
+
+    def take(self, x: Tensor) -> Tensor:
+        """x (N, ...) of these rows, (n, ...)."""
+
+    def put(self, x: Tensor, out: Tensor) -> None:
+        """x to the places of these rows in out, 0 to the others."""
+
+    def within(self, outer: Rows) -> Rows:
+        """These rows of `outer`'s, as rows of all."""
+
+
+@dataclass(frozen=True)
+class AllRows:
+    """Every row counts."""
+
+    @property
+    def index(self) -> None:
+        return None
+
+    def take(self, x: Tensor) -> Tensor:
+        return x
+
+    def put(self, x: Tensor, out: Tensor) -> None:
+        out.copy_(x)
+
+    def within(self, outer: Rows) -> Rows:
+        return outer
+
+
+@dataclass(frozen=True)
+class ListedRows:
+    """The host knows which ones count."""
+
+    index: Tensor
+
+    def take(self, x: Tensor) -> Tensor:
+        return x.index_select(0, self.index)
+
+    def put(self, x: Tensor, out: Tensor) -> None:
+        out.zero_().index_copy_(0, self.index, x.to(out.dtype))
+
+    def within(self, outer: Rows) -> Rows:
+        return self if outer.index is None else ListedRows(self.take(outer.index))
+
+
+@dataclass(frozen=True)
+class OrderedRows:
+    """All rows, those that count in front; only the device knows how many."""
+
+    index: Tensor
+    count: Tensor  # 0-dim int32
+
+    def take(self, x: Tensor) -> Tensor:
+        return x.index_select(0, self.index)
+
+    def put(self, x: Tensor, out: Tensor) -> None:
+        counts = torch.arange(len(x), device=x.device) < self.count
+        out.zero_().index_copy_(0, self.index, where_rows(counts, x).to(out.dtype))
+
+    def within(self, outer: Rows) -> Rows:
+        return self if outer.index is None else replace(self, index=self.take(outer.index))
+
+
+@dataclass(frozen=True)
+class FlaggedRows:
+    """All rows in place; only the device knows which ones count."""
+
+    live: Tensor  # (N,) bool
+
+    @property
+    def index(self) -> None:
+        return None
+
+    def take(self, x: Tensor) -> Tensor:
+        return x
+
+    def put(self, x: Tensor, out: Tensor) -> None:
+        out.copy_(where_rows(self.live, x))
+
+    def within(self, outer: Rows) -> Rows:
+        return self
+
+
+def rows_where(live: Tensor | None, options: HeadOptions) -> Rows:
+    """Those where live (N,) holds, as well as the host may know them; None for all."""
+    if live is None:
+        return AllRows()
+    if options.products == "triton":
+        order = torch.argsort(live.logical_not().byte(), stable=True)
+        return OrderedRows(order, live.sum(dtype=torch.int32))
+    if options.products == "torch" or options.allow_sync:
+        index = live.nonzero().squeeze(1)
+        return AllRows() if len(index) == len(live) else ListedRows(index)
+    return FlaggedRows(live)
+
+
+def where_rows(flags: Tensor, x: Tensor) -> Tensor:
+    """x (n, ...) in flagged rows, 0 in the others, whatever they hold."""
+    return torch.where(flags.view(-1, *[1] * (x.ndim - 1)), x, 0.0)

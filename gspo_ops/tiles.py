@@ -1,0 +1,267 @@
+"""Tiles of logits: what the two passes over them, in `passes.py`, ask of an implementation.
+
+There are three: one in `tiles_torch.py` and two in `tiles_gpu.py`. The derivation that all share
+stands in `kernels/hidden.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .backend import matmul_fp32
+from .head import Head, HeadOptions, grad_product_dtype, product_dtype, stats_dtype
+from .parallel import gathered
+from .rows import Rows
+from .softmax import LogOdds
+
+LN_2 = math.log(2.0)
+
+
+class Blocks(NamedTuple):
+    """Sizes of tiles, which never depend on the number of rows but for a gradient's columns."""
+
+    rows: int  # of a tile of logits
+    columns: int
+    sums: int  # columns of an entry of `Sums`
+    grad_elements: int  # of a tile for the products of the backward
+    grad_columns: int  # and its columns, at most
+
+    def entries(self, vocabulary: int) -> int:
+        """Of `Sums`."""
+        return -(-vocabulary // self.sums)
+
+    def grad_width(self, rows: int) -> int:
+        """Columns of a tile for the products of the backward."""
+        width = min(self.grad_elements // max(rows, 1), self.grad_columns)
+        return max(width // 128 * 128, 128)
+
+
+class Operands(NamedTuple):
+    """What the logits of the rows worked on are made of."""
+
+    x: Tensor  # (n, H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    lora_x: Tensor | None  # (n, r)
+    lora_b: Tensor | None  # (V, r)
+    targets: Tensor  # (n,)
+    rows: Rows
+    options: HeadOptions
+    dtype: torch.dtype  # of products that make logits
+    stats_dtype: torch.dtype  # of everything per row
+    grad_dtype: torch.dtype  # of exponentials and of products that make gradients
+
+    @classmethod
+    def of(cls, head: Head, targets: Tensor, rows: Rows, options: HeadOptions) -> Operands:
+        hidden, weight, bias, lora_x, lora_b = head
+        return cls(
+            x=rows.take(hidden.reshape(-1, hidden.shape[-1])),
+            weight=weight,
+            bias=bias,
+            lora_x=None if lora_x is None else rows.take(lora_x),
+            lora_b=lora_b,
+            targets=rows.take(targets),
+            rows=rows,
+            options=options,
+            dtype=product_dtype(hidden, weight),
+            stats_dtype=stats_dtype(hidden, weight),
+            grad_dtype=grad_product_dtype(hidden, weight),
+        )
+
+    @property
+    def n(self) -> int:
+        return len(self.targets)
+
+    @property
+    def V(self) -> int:
+        return self.weight.shape[0]
+
+
+class RowSums(NamedTuple):
+    """What the forward keeps of each row, all (N,); 0 in rows that are left out."""
+
+    target_logit: Tensor  # after the soft cap, before the temperature
+    shift: Tensor  # powers of two
+    row_sum: Tensor  # of the others' exp2((z - target_logit) * scale - shift)
+    entropy: Tensor  # (0,) unless asked for
+
+    def base(self) -> Tensor:
+        return finite_or_zero(self.target_logit)
+
+    def log_odds(self, scale: float) -> LogOdds:
+        """Against the target."""
+        moved = (self.base() - self.target_logit) * scale + self.shift
+        return LogOdds(moved * LN_2 + self.row_sum.log())
+
+
+class Sums(NamedTuple):
+    """Of the exponentials of each row in each tile of the vocabulary, all (J, n)."""
+
+    shift: Tensor
+    total: Tensor
+    log: Tensor | None  # sum of e * log2(e), for the entropy
+
+    @classmethod
+    def empty(cls, entries: int, base: Tensor, wants_log: bool) -> Sums:
+        shift = base.new_zeros(entries, len(base))
+        log = torch.zeros_like(shift) if wants_log else None
+        return cls(shift, torch.zeros_like(shift), log)
+
+    def at(self, entry: int, rows: slice) -> Sums:
+        """Those of some rows in one tile, (n,) each, as views."""
+        return Sums(*[x if x is None else x[entry, rows] for x in self])  # type: ignore[arg-type]
+
+    def reduced(self) -> Sums:
+        """Those of the rows, (n,) each."""
+        shift = self.shift.amax(0)
+        shrink = self.shrink(shift)
+        log = None
+        if self.log is not None:
+            log = _pairwise_sum(shrink * (self.log + self.total * (self.shift - shift)))
+        return Sums(shift, _pairwise_sum(shrink * self.total), log)
+
+    def shrink(self, shift: Tensor) -> Tensor:
+        """By how much each tile's exponentials shrink when they are shifted so much."""
+        return torch.exp2(self.shift - shift)
+
+    def over_vocabulary(self, group: str) -> Sums:
+        """Those of whole rows, (n,) each, from those of each part of the vocabulary."""
+        own = torch.stack([x for x in self if x is not None])
+        parts = gathered(own, group).unbind(1)
+        return Sums(parts[0], parts[1], None if self.log is None else parts[2]).reduced()
+
+
+class Weighting(NamedTuple):
+    """What a recomputed tile makes of logits z, all (n,): exp2(a) * (constant + slope * a).
+
+        a = (softcap(z) - base) * scale - shift
+
+    Attributes:
+        constant, slope: None for 1 and 0.
+    """
+
+    base: Tensor
+    shift: Tensor
+    constant: Tensor | None
+    slope: Tensor | None
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Weighting:
+        return Weighting(*[x if x is None else f(x) for x in self])  # type: ignore[arg-type]
+
+
+class RowGrads(NamedTuple):
+    """d loss / d logits of each row.
+
+    Attributes:
+        factor: (n,) times what `Weighting` says, for all tokens but the target.
+        at_target: (n,) for the target: by far the largest of its row, so never rounded.
+    """
+
+    factor: Tensor
+    at_target: Tensor
+    weighting: Weighting
+
+    def take(self, rows: Rows) -> RowGrads:
+        return RowGrads(
+            rows.take(self.factor), rows.take(self.at_target), self.weighting.map(rows.take)
+        )
+
+
+class Kept(NamedTuple):
+    """Exponentials kept from forward to backward, a row for each row worked on.
+
+    Attributes:
+        e: (N, `columns` or more), 0 at the targets. Whoever calls owns it; the forward fills it.
+        columns: how many tokens of the vocabulary they cover.
+    """
+
+    e: Tensor
+    columns: int
+
+
+class Tile(NamedTuple):
+    """Columns of what the factor of its row turns into d loss / d logits.
+
+    Attributes:
+        e: (n, columns), or more rows.
+        rows: (n,) which rows of `e` are meant, live ones first; None for the first n.
+    """
+
+    e: Tensor
+    rows: Tensor | None
+
+
+class Tiles(Protocol):
+    """An implementation, for the operands of some rows. All buffers it is given are the caller's.
+
+    Attributes:
+        takes_wide_products: whether one product over all kept columns beats several.
+    """
+
+    blocks: ClassVar[Blocks]
+    takes_wide_products: ClassVar[bool]
+    of: Operands
+
+    def target_logits(self) -> Tensor:
+        """(n,) after the soft cap, where the target is among this rank's columns."""
+
+    def fold(self, base: Tensor, kept: Kept, keep: Tensor | None, sums: Sums) -> None:
+        """Sums over each row's exponentials but for its target's, to `sums`.
+
+        `kept` receives the exponentials of rows where `keep` holds; None for all.
+        """
+
+    def rescale(self, kept: Kept, shrink: Tensor) -> None:
+        """Bring the tiles (J, n) of each row of `kept` to its one shift."""
+
+    def kept_tile(self, e: Tensor, among: Rows) -> Tile:
+        """Columns of kept exponentials, of live rows `among` those that are kept."""
+
+    def weigh(self, columns: slice, weighting: Weighting, out: Tensor) -> None:
+        """Recompute logits, and write to `out` what `weighting` makes of them."""
+
+    def add_to_rows(self, out: Tensor, tile: Tile, w: Tensor) -> None:
+        """out (n, ...) += tile @ w."""
+
+    def add_to_columns(self, out: Tensor, tile: Tile, x: Tensor, *, add: bool) -> None:
+        """out = tile^T @ x, or added to it."""
+
+    def add_targets(self, out: Tensor, x: Tensor, at_target: Tensor) -> None:
+        """out[v] += sum of at_target[i] * x[i] over the rows i with target v, in their order."""
+
+
+def slices(stop: int, step: int) -> list[slice]:
+    return slices_of(slice(0, stop), step)
+
+
+def slices_of(whole: slice, step: int) -> list[slice]:
+    return [slice(i, min(i + step, whole.stop)) for i in range(whole.start, whole.stop, step)]
+
+
+def places(columns: slice, rows: int, blocks: Blocks) -> list[tuple[slice, slice]]:
+    """Rows and columns of the tiles of logits."""
+    return [(r, c) for c in slices_of(columns, blocks.columns) for r in slices(rows, blocks.rows)]
+
+
+def add_rest(z: Tensor, of: Operands, r: slice, c: slice) -> Tensor:
+    """Add the low-rank part and the bias to a product z, in place."""
+    if of.lora_x is not None and of.lora_b is not None:
+        matmul_fp32(of.lora_x[r], of.lora_b[c].to(of.stats_dtype).mT, out=z, add=True)
+    return z if of.bias is None else z.add_(of.bias[c])
+
+
+def finite_or_zero(x: Tensor) -> Tensor:
+    return torch.where(x.abs() < math.inf, x, 0.0)
+
+
+def _pairwise_sum(x: Tensor) -> Tensor:
+    """x.sum(0), element by element in one order, whatever the number of columns."""
+    while len(x) > 1:
+        half = len(x) // 2
+        x = torch.cat([x[:half] + x[half : 2 * half], x[2 * half :]])
+    return x[0]

@@ -1,0 +1,338 @@
+"""Tiles of logits on a GPU: torch.mm with Triton epilogues, or Triton products.
+
+The kernels stand in `kernels/hidden.py`.
+"""
+
+from __future__ import annotations
+
+from operator import itemgetter
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .backend import loadable, matmul_fp32
+from .rows import FlaggedRows, OrderedRows, Rows
+from .tiles import Blocks, Kept, Operands, Sums, Tile, Weighting, add_rest, places
+
+BLOCKS = Blocks(rows=4096, columns=8192, sums=8192, grad_elements=1 << 26, grad_columns=8192)
+EPILOGUE = 1024  # columns of an epilogue's program
+
+
+class MatMulTiles:
+    """torch.mm with fp32 results, and Triton epilogues; see `Tiles`."""
+
+    blocks: ClassVar[Blocks] = BLOCKS
+    takes_wide_products: ClassVar[bool] = False
+
+    def __init__(self, operands: Operands) -> None:
+        self.of = _for_kernels(operands)
+        rows = operands.rows
+        self.live = loadable(rows.live) if isinstance(rows, FlaggedRows) else None
+
+    def target_logits(self) -> Tensor:
+        return _target_logits(self.of, self.live)
+
+    def fold(self, base: Tensor, kept: Kept, keep: Tensor | None, sums: Sums) -> None:
+        from .kernels.hidden import fold_kernel
+
+        for r, c in places(slice(0, self.of.V), self.of.n, self.blocks):
+            z, tile = self._logits(r, c), sums.at(c.start // self.blocks.sums, r)
+            e = kept.e[r, c.start : min(c.stop, kept.columns)] if c.start < kept.columns else None
+            fold_kernel[(len(z),)](
+                z_ptr=z,
+                targets_ptr=self.of.targets[r] - c.start,
+                base_ptr=base[r],
+                live_ptr=self._live(r),
+                e_ptr=e,
+                shift_ptr=tile.shift,
+                sum_ptr=tile.total,
+                log_sum_ptr=tile.log,
+                C=z.shape[1],
+                kept=0 if e is None else e.shape[1],
+                stride_en=0 if e is None else e.stride(0),
+                scale=self.of.options.softmax.scale,
+                softcap=self.of.options.softmax.softcap,
+                BLOCK=EPILOGUE,
+            )
+
+    def rescale(self, kept: Kept, shrink: Tensor) -> None:
+        _rescale(kept, shrink, self.of.n, self.blocks)
+
+    def kept_tile(self, e: Tensor, among: Rows) -> Tile:
+        return Tile(e[: self.of.n] if among.index is None else e.index_select(0, among.index), None)
+
+    def weigh(self, columns: slice, weighting: Weighting, out: Tensor) -> None:
+        for r, c in places(columns, self.of.n, self.blocks):
+            to = out[r, c.start - columns.start : c.stop - columns.start]
+            self.weigh_tile(self._logits(r, c), r, c, weighting.map(itemgetter(r)), to)
+
+    def weigh_tile(self, z: Tensor, r: slice, c: slice, weighting: Weighting, out: Tensor) -> None:
+        """A tile z of logits to what `Weighting` says."""
+        from .kernels.hidden import weigh_kernel
+
+        C = z.shape[1]
+        weigh_kernel[(len(z) * -(-C // EPILOGUE),)](
+            z_ptr=z,
+            targets_ptr=self.of.targets[r] - c.start,
+            base_ptr=weighting.base,
+            shift_ptr=weighting.shift,
+            constant_ptr=weighting.constant,
+            slope_ptr=weighting.slope,
+            live_ptr=self._live(r),
+            out_ptr=out,
+            C=C,
+            stride_on=out.stride(0),
+            scale=self.of.options.softmax.scale,
+            softcap=self.of.options.softmax.softcap,
+            BLOCK=EPILOGUE,
+        )
+
+    def add_to_rows(self, out: Tensor, tile: Tile, w: Tensor) -> None:
+        e = tile.e.to(w.dtype)
+        if out.dtype == w.dtype and len(e) == len(out):
+            matmul_fp32(e, w, out=out, add=True)
+        else:
+            out.add_(matmul_fp32(e, w)[: len(out)])
+
+    def add_to_columns(self, out: Tensor, tile: Tile, x: Tensor, *, add: bool) -> None:
+        matmul_fp32(tile.e.mT.to(x.dtype), x, out=out, add=add)
+
+    def add_targets(self, out: Tensor, x: Tensor, at_target: Tensor) -> None:
+        _add_targets(self.of.targets, out, x, at_target)
+
+    def _logits(self, r: slice, c: slice) -> Tensor:
+        """A tensor of its own."""
+        x, w = self.of.x[r].to(self.of.dtype), self.of.weight[c].to(self.of.dtype)
+        return add_rest(matmul_fp32(x, w.mT), self.of, r, c)
+
+    def _live(self, r: slice) -> Tensor | None:
+        return None if self.live is None else self.live[r]
+
+
+class TritonTiles:
+    """Products in Triton, which know on the device which rows are live; see `Tiles`."""
+
+    blocks: ClassVar[Blocks] = BLOCKS._replace(sums=128)  # columns of a program
+    takes_wide_products: ClassVar[bool] = False
+
+    def __init__(self, operands: Operands) -> None:
+        of = _for_kernels(operands)
+        self.of = of._replace(x=of.x.to(of.dtype), weight=of.weight.to(of.dtype))
+        if isinstance(operands.rows, OrderedRows):
+            self.count = operands.rows.count
+        else:
+            self.count = torch.full((), self.of.n, dtype=torch.int32, device=self.of.x.device)
+
+    def target_logits(self) -> Tensor:
+        return _target_logits(self.of, None)
+
+    def fold(self, base: Tensor, kept: Kept, keep: Tensor | None, sums: Sums) -> None:
+        from .kernels.hidden import hidden_fwd_kernel
+
+        of = self.of
+        if of.n:
+            hidden_fwd_kernel[programs(of.n, of.V, of.dtype)](
+                x_ptr=of.x,
+                weight_ptr=of.weight,
+                bias_ptr=of.bias,
+                targets_ptr=of.targets,
+                base_ptr=base,
+                keep_ptr=None if keep is None else loadable(keep),
+                count_ptr=self.count,
+                e_ptr=kept.e if kept.columns else None,
+                shift_ptr=sums.shift,
+                sum_ptr=sums.total,
+                log_sum_ptr=sums.log,
+                n=of.n,
+                C=of.V,
+                H=of.x.shape[1],
+                kept=kept.columns,
+                stride_xn=of.x.stride(0),
+                stride_wv=of.weight.stride(0),
+                stride_en=kept.e.stride(0),
+                scale=of.options.softmax.scale,
+                softcap=of.options.softmax.softcap,
+                **product_blocks("N", "V", "H", of.dtype),
+            )
+
+    def rescale(self, kept: Kept, shrink: Tensor) -> None:
+        _rescale(kept, shrink, self.of.n, self.blocks)
+
+    def kept_tile(self, e: Tensor, among: Rows) -> Tile:
+        return Tile(e, among.index)
+
+    def weigh(self, columns: slice, weighting: Weighting, out: Tensor) -> None:
+        from .kernels.hidden import hidden_weigh_kernel
+
+        of, C = self.of, columns.stop - columns.start
+        if of.n:
+            hidden_weigh_kernel[programs(of.n, C, of.dtype)](
+                x_ptr=of.x,
+                weight_ptr=of.weight[columns],
+                bias_ptr=None if of.bias is None else of.bias[columns],
+                targets_ptr=of.targets,
+                base_ptr=weighting.base,
+                shift_ptr=weighting.shift,
+                constant_ptr=weighting.constant,
+                slope_ptr=weighting.slope,
+                count_ptr=self.count,
+                out_ptr=out,
+                n=of.n,
+                C=C,
+                H=of.x.shape[1],
+                first_col=columns.start,
+                stride_xn=of.x.stride(0),
+                stride_wv=of.weight.stride(0),
+                stride_on=out.stride(0),
+                scale=of.options.softmax.scale,
+                softcap=of.options.softmax.softcap,
+                **product_blocks("N", "V", "H", of.dtype),
+            )
+
+    def add_to_rows(self, out: Tensor, tile: Tile, w: Tensor) -> None:
+        from .kernels.hidden import dhidden_kernel
+
+        if self.of.n:
+            dhidden_kernel[programs(self.of.n, w.shape[1], w.dtype)](
+                e_ptr=tile.e,
+                rows_ptr=tile.rows,
+                count_ptr=self.count,
+                weight_ptr=w,
+                out_ptr=out,
+                n=self.of.n,
+                C=w.shape[0],
+                H=w.shape[1],
+                stride_en=tile.e.stride(0),
+                stride_wv=w.stride(0),
+                stride_on=out.stride(0),
+                **product_blocks("N", "H", "V", w.dtype),
+            )
+
+    def add_to_columns(self, out: Tensor, tile: Tile, x: Tensor, *, add: bool) -> None:
+        from .kernels.hidden import dweight_kernel
+
+        x = x.to(tile.e.dtype)
+        dweight_kernel[programs(out.shape[0], out.shape[1], x.dtype)](
+            e_ptr=tile.e,
+            rows_ptr=tile.rows,
+            count_ptr=self.count,
+            x_ptr=x,
+            out_ptr=out,
+            C=out.shape[0],
+            H=out.shape[1],
+            stride_en=tile.e.stride(0),
+            stride_xn=x.stride(0),
+            stride_ov=out.stride(0),
+            ADD=add,
+            **product_blocks("V", "H", "N", x.dtype),
+        )
+
+    def add_targets(self, out: Tensor, x: Tensor, at_target: Tensor) -> None:
+        _add_targets(self.of.targets, out, x, at_target)
+
+
+# What both share
+
+
+def _for_kernels(operands: Operands) -> Operands:
+    """With contiguous rows. A target outside [0, V) gives NaN: to refuse it, one has to look."""
+    return operands._replace(
+        x=_with_contiguous_rows(operands.x),
+        weight=_with_contiguous_rows(operands.weight),
+        targets=operands.targets.contiguous(),
+    )
+
+
+def _with_contiguous_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _target_logits(of: Operands, live: Tensor | None) -> Tensor:
+    from .kernels.hidden import target_logits_kernel
+
+    out = of.x.new_empty(of.n, dtype=of.stats_dtype)
+    low_rank = None
+    if of.lora_x is not None and of.lora_b is not None:
+        rows = of.lora_b.index_select(0, of.targets.clamp(0, of.V - 1))
+        low_rank = (of.lora_x * rows).sum(1)
+    if of.n:
+        target_logits_kernel[(of.n,)](
+            hidden_ptr=of.x,
+            weight_ptr=of.weight,
+            bias_ptr=of.bias,
+            lora_ptr=low_rank,
+            targets_ptr=of.targets,
+            live_ptr=live,
+            target_logits_ptr=out,
+            H=of.x.shape[1],
+            V=of.V,
+            stride_hn=of.x.stride(0),
+            stride_wv=of.weight.stride(0),
+            softcap=of.options.softmax.softcap,
+            BLOCK_H=1024,
+        )
+    return out
+
+
+def _rescale(kept: Kept, shrink: Tensor, n: int, blocks: Blocks) -> None:
+    from .kernels.hidden import rescale_kernel
+
+    if n:
+        rescale_kernel[(n,)](
+            e_ptr=kept.e,
+            shrink_ptr=shrink.contiguous(),
+            n=n,
+            columns=kept.columns,
+            stride_en=kept.e.stride(0),
+            TILE=blocks.sums,
+            BLOCK=min(blocks.sums, EPILOGUE),
+        )
+
+
+def _add_targets(targets: Tensor, out: Tensor, x: Tensor, at_target: Tensor) -> None:
+    from .kernels.hidden import add_targets_kernel
+
+    y, order = targets.sort(stable=True)
+    width = x.shape[1]
+    block = min(1 << (width - 1).bit_length(), EPILOGUE // 2)
+    add_targets_kernel[(len(y) * -(-width // block),)](
+        x_ptr=x,
+        at_target_ptr=at_target,
+        targets_ptr=y,
+        order_ptr=order,
+        ends_ptr=torch.searchsorted(y, y, right=True),
+        out_ptr=out,
+        H=width,
+        V=len(out),
+        stride_xn=x.stride(0),
+        stride_ov=out.stride(0),
+        ROWS=8,
+        COLS=block,
+    )
+
+
+# Sizes of Triton products, which depend on the dtype alone
+
+
+def programs(rows: int, columns: int, dtype: torch.dtype) -> tuple[int]:
+    m, n = _block_shape(dtype)
+    return (-(-rows // m) * -(-columns // n),)
+
+
+def product_blocks(m: str, n: str, k: str, dtype: torch.dtype) -> dict[str, int]:
+    """Tile sizes of a product, by the letters of its dimensions."""
+    rows, columns = _block_shape(dtype)
+    return {
+        f"BLOCK_{m}": rows,
+        f"BLOCK_{n}": columns,
+        f"BLOCK_{k}": 128 // dtype.itemsize,
+        "GROUP": 8,
+        "num_warps": 8,
+        "num_stages": 2 if torch.version.hip else 3,
+    }
+
+
+def _block_shape(dtype: torch.dtype) -> tuple[int, int]:
+    # without tensor cores, fp32 sums of 128 x 128 spill
+    return (64 if dtype == torch.float32 else 128), 128

@@ -1,0 +1,210 @@
+"""Tiles of logits in torch: on a CPU, and in float64. Small ones stay in the cache of one core."""
+
+from __future__ import annotations
+
+import math
+import threading
+from operator import itemgetter
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .backend import matmul_fp32
+from .checks import checked_targets
+from .constants import SHIFT_LIMIT
+from .rows import Rows
+from .threads import for_each
+from .tiles import Blocks, Kept, Operands, Sums, Tile, Weighting, add_rest, places, slices
+
+BLOCKS = Blocks(rows=512, columns=1024, sums=1024, grad_elements=1 << 22, grad_columns=8192)
+_LEAST_ROWS = 16  # of products that make logits
+_LEAST_GRAD_ROWS = 4  # of those that make gradients of rows
+_VECTORS = 64  # a number of elements that fills those of every processor
+
+
+class TorchTiles:
+    """Tiles in torch; see `Tiles`."""
+
+    blocks: ClassVar[Blocks] = BLOCKS
+    takes_wide_products: ClassVar[bool] = True  # each product waits for a slower core
+
+    def __init__(self, operands: Operands) -> None:
+        targets = operands.targets
+        if operands.options.softmax.vocab_group is None:  # or all ranks have checked them together
+            targets = checked_targets(targets, operands.V, operands.rows.index)
+        self.of = operands._replace(targets=targets)
+        self._local = threading.local()
+
+    def target_logits(self) -> Tensor:
+        of, softcap = self.of, self.of.options.softmax.softcap
+        out = of.x.new_empty(of.n, dtype=of.stats_dtype)
+        y = of.targets.clamp(min=0)
+
+        def dot(r: slice) -> None:
+            w = of.weight.index_select(0, y[r]).to(of.dtype)
+            out[r] = _row_sum(of.x[r].to(of.dtype) * w)
+
+        for_each(dot, slices(of.n, self.blocks.rows), of.x)
+        if of.bias is not None:
+            out += of.bias[y]
+        if of.lora_x is not None and of.lora_b is not None:
+            out += (of.lora_x * of.lora_b[y]).sum(1)
+        return out if softcap is None else softcap * torch.tanh(out / softcap)
+
+    def fold(self, base: Tensor, kept: Kept, keep: Tensor | None, sums: Sums) -> None:
+        def fold_tile(place: tuple[slice, slice]) -> None:
+            r, c = place
+            z = self._logits(r, c)
+            is_kept = c.start < kept.columns
+            hit = self._hits(r, c)
+            derivative = self._exponents(z, base[r], None, want_derivative=is_kept)
+            z[hit] = -math.inf
+            _exponentials(z, sums.at(c.start // self.blocks.sums, r))
+            if is_kept:
+                if derivative is not None:
+                    z *= derivative
+                e = kept.e[r, c.start : min(c.stop, kept.columns)]
+                _keep(z[:, : e.shape[1]], e, None if keep is None else keep[r])
+
+        for_each(fold_tile, places(slice(0, self.of.V), self.of.n, self.blocks), self.of.x)
+
+    def rescale(self, kept: Kept, shrink: Tensor) -> None:
+        width = self.blocks.sums
+        for j, row in (shrink < 1).nonzero().tolist():
+            c = slice(j * width, min((j + 1) * width, kept.columns))
+            kept.e[row, c] *= shrink[j, row]
+
+    def kept_tile(self, e: Tensor, among: Rows) -> Tile:
+        return Tile(e[: self.of.n] if among.index is None else e.index_select(0, among.index), None)
+
+    def weigh(self, columns: slice, weighting: Weighting, out: Tensor) -> None:
+        def weigh_tile(place: tuple[slice, slice]) -> None:
+            r, c = place
+            to = out[r, c.start - columns.start : c.stop - columns.start]
+            self._weigh(self._logits(r, c), self._hits(r, c), weighting.map(itemgetter(r)), to)
+
+        for_each(weigh_tile, places(columns, self.of.n, self.blocks), self.of.x)
+
+    def add_to_rows(self, out: Tensor, tile: Tile, w: Tensor) -> None:
+        # fewer rows are summed one column after the other, with errors 10 times as large
+        least = _LEAST_GRAD_ROWS if w.shape[1] > 1 else 0
+        e = _with_rows(tile.e.to(w.dtype), least)
+        if out.dtype == w.dtype and len(e) == len(out):
+            matmul_fp32(e, w, out=out, add=True)
+        else:
+            product = torch.mm(e, w) if e.dtype == torch.bfloat16 else matmul_fp32(e, w)
+            out.add_(product[: len(out)])
+
+    def add_to_columns(self, out: Tensor, tile: Tile, x: Tensor, *, add: bool) -> None:
+        matmul_fp32(tile.e.mT.to(x.dtype), x, out=out, add=add)
+
+    def add_targets(self, out: Tensor, x: Tensor, at_target: Tensor) -> None:
+        y, order = self.of.targets.sort(stable=True)
+        order = order[y >= 0]  # the others' columns are another rank's
+        if len(order) == 0:
+            return
+        y, counts = y[y >= 0].unique_consecutive(return_counts=True)
+        for c in slices(x.shape[1], max(self.blocks.grad_elements // 4 // self.of.n, 1)):
+            shares = x[:, c].index_select(0, order) * at_target[order, None]
+            sums = torch.segment_reduce(shares, "sum", lengths=counts)
+            out[y, c] = sums.add_(out[y, c]).to(out.dtype)
+
+    # One tile of logits
+
+    def _logits(self, r: slice, c: slice) -> Tensor:
+        """In this thread's buffer, which its next tile overwrites.
+
+        The libraries behind torch.mm multiply a few rows in an order of their own. Padded, a row's
+        logits are the same in most batches; that they are in all, no library promises.
+        """
+        of = self.of
+        x, w = _with_rows(of.x[r].to(of.dtype), _LEAST_ROWS), of.weight[c].to(of.dtype)
+        out = self._buffer(x, len(x) * len(w)).view(len(x), -1)
+        return add_rest(matmul_fp32(x, w.mT, out=out)[: r.stop - r.start], of, r, c)
+
+    def _buffer(self, like: Tensor, size: int) -> Tensor:
+        """(size,) elements of this thread, and so many more that `_exp2` may run over the end."""
+        buffer = getattr(self._local, "buffer", None)
+        if buffer is None or buffer.numel() < size + _VECTORS:
+            self._local.buffer = buffer = like.new_empty(size + _VECTORS)
+        return buffer[:size]
+
+    def _hits(self, r: slice, c: slice) -> tuple[Tensor, Tensor]:
+        """Rows and columns of the targets that lie in a tile, counted from its first ones."""
+        y = self.of.targets[r]
+        rows = ((y >= c.start) & (y < c.stop)).nonzero().squeeze(1)
+        return rows, y[rows] - c.start
+
+    def _exponents(
+        self, z: Tensor, base: Tensor, shift: Tensor | None, *, want_derivative: bool
+    ) -> Tensor | None:
+        """z becomes (softcap(z) - base) * scale - shift; returns softcap's derivative."""
+        derivative = None
+        softmax = self.of.options.softmax
+        if softmax.softcap is not None:
+            z.div_(softmax.softcap).tanh_()
+            derivative = 1.0 - z.square() if want_derivative else None
+            z.mul_(softmax.softcap)
+        z.sub_(base[:, None]).mul_(softmax.scale)
+        if shift is not None and shift.any():
+            z.sub_(shift[:, None])
+        return derivative
+
+    def _weigh(
+        self, z: Tensor, hit: tuple[Tensor, Tensor], weighting: Weighting, out: Tensor
+    ) -> None:
+        """A tile z of logits, which is overwritten, to what `Weighting` says."""
+        base, shift, constant, slope = weighting
+        derivative = self._exponents(z, base, shift, want_derivative=True)
+        weight = None
+        if slope is not None and constant is not None:
+            weight = z * slope[:, None] + constant[:, None]
+        _exp2(z)
+        if weight is not None:
+            z.mul_(weight.masked_fill_(z == 0, 0.0))
+        z[hit] = 0.0
+        out.copy_(z if derivative is None else z.mul_(derivative))
+
+
+def _exponentials(z: Tensor, sums: Sums) -> None:
+    """Exponents z become exponentials; what they add up to goes to `sums`, (n,) each."""
+    top = z.amax(1)
+    sums.shift.copy_(torch.where(top > SHIFT_LIMIT, top, 0.0))
+    if sums.shift.any():
+        z -= sums.shift[:, None]
+    a = None if sums.log is None else z.clone()
+    _exp2(z)
+    sums.total.copy_(_row_sum(z))
+    if a is not None and sums.log is not None:
+        sums.log.copy_(_row_sum(a.mul_(z).masked_fill_(z == 0, 0.0)))
+
+
+def _exp2(z: Tensor) -> None:
+    """In place, for a tile in a thread's buffer.
+
+    torch rounds the last elements, which fill no vector, in another way: none of a tile's are among
+    them.
+    """
+    size = -(-z.numel() // _VECTORS) * _VECTORS
+    z.as_strided((size,), (1,)).exp2_()
+
+
+def _keep(z: Tensor, e: Tensor, keep: Tensor | None) -> None:
+    if keep is None or keep.all():
+        e.copy_(z)
+    else:
+        e[keep] = z[keep].to(e.dtype)
+
+
+def _with_rows(x: Tensor, least: int) -> Tensor:
+    """x, padded to so many rows if it has fewer."""
+    return torch.nn.functional.pad(x, (0, 0, 0, least - len(x))) if len(x) < least else x
+
+
+def _row_sum(x: Tensor) -> Tensor:
+    """x.sum(1), where a row's sum does not depend on how many stand beside it.
+
+    A single row is summed in another order than several.
+    """
+    return x.sum(1) if len(x) > 1 else x.repeat(2, 1).sum(1)[: len(x)]
