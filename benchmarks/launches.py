@@ -199,7 +199,7 @@ def make_tiles(
         hidden=empty(n, H, dtype=dtype),
         weight=empty(vocabulary, H, dtype=dtype),
         bias=empty(vocabulary, dtype=dtype) if bias else None,
-        lora_x=None,
+        lora_a=None,
         lora_b=None,
     )
     rows = FlaggedRows(empty(n, dtype=torch.bool)) if live else AllRows()
@@ -208,7 +208,9 @@ def make_tiles(
             operands,
             empty(n, dtype=torch.int64),
             rows,
-            HeadOptions(softmax(**options), products, allow_sync=False, kept_columns=0),
+            HeadOptions(
+                softmax(**options), products, allow_sync=False, lora_scale=1.0, kept_columns=0
+            ),
         )
 
 

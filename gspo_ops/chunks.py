@@ -123,11 +123,11 @@ class LossInChunks(NamedTuple):
     hidden: Tensor
     weight: Tensor
     bias: Tensor
-    lora_x: Tensor
+    lora_a: Tensor
     lora_b: Tensor
 
     def grads(self) -> Grads:
-        return Grads(self.hidden, self.weight, self.bias, self.lora_x, self.lora_b)
+        return Grads(self.hidden, self.weight, self.bias, self.lora_a, self.lora_b)
 
 
 def _chunks_fake(
@@ -176,7 +176,7 @@ def loss_in_chunks(
             options,
             kept,
             _rows_of(grads.where(wanted), rows),
-            add=Wanted(weight=i > 0, bias=i > 0, lora_b=i > 0),
+            add=Wanted(weight=i > 0, bias=i > 0, lora_a=i > 0, lora_b=i > 0),
         )
         entropy += sums.entropy.sum()
     whole = policy_loss_fwd(log_probs if needed.log_probs_are_read else None, policy)
@@ -202,11 +202,9 @@ T = TypeVar("T", Head, HeadGrads)
 
 def _rows_of(head: T, rows: slice) -> T:
     """The operands, or where their gradients go, for some rows."""
-    hidden, lora_x = head.hidden, head.lora_x
-    return head._replace(
-        hidden=None if hidden is None else hidden.reshape(-1, hidden.shape[-1])[rows],
-        lora_x=None if lora_x is None else lora_x[rows],
-    )
+    if head.hidden is None:
+        return head
+    return head._replace(hidden=head.hidden.reshape(-1, head.hidden.shape[-1])[rows])
 
 
 def _chunks(policy: Policy, chunk_rows: int) -> Iterator[tuple[slice, slice]]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from .backend import compute_dtype, has_bf16, matmul_fp32, no_autocast, use_triton
+from .backend import compute_dtype, has_bf16, use_triton
 from .checks import check_float, check_number, check_targets, check_tensor
-from .operators import operator
 from .parallel import ProcessGroup, replicated, vocab_part
 from .softmax import Softmax
 
@@ -33,13 +32,22 @@ class LoRA(NamedTuple):
 
 
 class Head(NamedTuple):
-    """The operands of logits = hidden @ weight^T + bias + lora_x @ lora_b^T."""
+    """The operands of logits.
+
+    logits = hidden @ weight^T + bias + lora_scale * (hidden @ lora_a^T) @ lora_b^T
+    """
 
     hidden: Tensor  # (..., H)
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
-    lora_x: Tensor | None  # (N, r) scale * hidden @ a^T
+    lora_a: Tensor | None  # (r, H)
     lora_b: Tensor | None  # (V, r)
+
+    @classmethod
+    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: LoRA | None) -> Head:
+        if lora is None:
+            return cls(hidden, weight, bias, None, None)
+        return cls(hidden, weight, bias, lora.a, lora.b)
 
     def has_gradient(self) -> bool:
         return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self)
@@ -51,7 +59,7 @@ class HeadGrads(NamedTuple):
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
-    lora_x: Tensor | None
+    lora_a: Tensor | None
     lora_b: Tensor | None
 
 
@@ -61,11 +69,11 @@ class Wanted(NamedTuple):
     hidden: bool = False
     weight: bool = False
     bias: bool = False
-    lora_x: bool = False
+    lora_a: bool = False
     lora_b: bool = False
 
     def but_weight(self) -> Wanted:
-        return Wanted(self.hidden, False, self.bias, self.lora_x, self.lora_b)
+        return Wanted(self.hidden, False, self.bias, self.lora_a, self.lora_b)
 
 
 class HeadOptions(NamedTuple):
@@ -74,12 +82,14 @@ class HeadOptions(NamedTuple):
     Attributes:
         products: who multiplies: `"torch"`, `"mm"` or `"triton"`.
         allow_sync: whether the host may look at which rows are live.
+        lora_scale: that the low-rank part is multiplied by.
         kept_columns: tokens whose exponentials are kept from forward to backward.
     """
 
     softmax: Softmax
     products: str
     allow_sync: bool
+    lora_scale: float
     kept_columns: int
 
 
@@ -140,51 +150,6 @@ def local_head(
         a, b, scale = lora
         lora = LoRA(replicated("lora.a", a), vocab_part("lora.b", b, 0, group), scale)
     return replicated("hidden", hidden), weight, bias, lora
-
-
-def make_head(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora: LoRA | None,
-    mask: Tensor | None,
-) -> Head:
-    """The operands; with LoRA, hidden @ a^T is a node of its own."""
-    if lora is None:
-        return Head(hidden, weight, bias, None, None)
-    clean = hidden if mask is None else torch.where((mask != 0).unsqueeze(-1), hidden, 0.0)
-    x = _ExactProduct.apply(clean.reshape(-1, hidden.shape[-1]), lora.a)
-    return Head(hidden, weight, bias, x.to(stats_dtype(hidden, weight)) * lora.scale, lora.b)
-
-
-class _ExactProduct(torch.autograd.Function):
-    """x @ a^T, forwards and backwards in fp32, whatever the process allows."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(x, a)
-        return exact_matmul(x, a.mT)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
-        x, a = ctx.saved_tensors
-        needs_x, needs_a = ctx.needs_input_grad
-        return (
-            exact_matmul(grad, a).to(x.dtype) if needs_x else None,
-            exact_matmul(grad.mT, x).to(a.dtype) if needs_a else None,
-        )
-
-
-def _product_fake(a: Tensor, b: Tensor) -> Tensor:
-    return a.new_empty(a.shape[0], b.shape[1], dtype=compute_dtype(a.dtype))
-
-
-@operator(_product_fake)
-def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in fp32 (float64 for float64), of dtypes that may differ."""
-    dtype = torch.promote_types(a.dtype, b.dtype)
-    with no_autocast(a.device):
-        return matmul_fp32(a.to(dtype), b.to(dtype)).to(compute_dtype(a.dtype))
 
 
 # Checks

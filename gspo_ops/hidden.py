@@ -48,7 +48,7 @@ def vocabulary_of_head(head: Head, options: HeadOptions, choice: Choice) -> Voca
             "allow_sync": int(options.allow_sync),
             "whether plan is 'chunk'": int(choice.name == "chunk"),
             "whether hidden requires grad": wants_grad(head.hidden),
-            "whether lora.a requires grad": wants_grad(head.lora_x),
+            "whether lora.a requires grad": wants_grad(head.lora_a),
         },
     )
 
@@ -143,7 +143,7 @@ class Grads(NamedTuple):
     hidden: Tensor
     weight: Tensor
     bias: Tensor
-    lora_x: Tensor
+    lora_a: Tensor
     lora_b: Tensor
 
     @classmethod

@@ -13,12 +13,12 @@ from torch import Tensor
 from .autograd import LogProbs
 from .constants import IGNORED
 from .head import (
+    Head,
     HeadOptions,
     LoRA,
     Products,
     check_head,
     local_head,
-    make_head,
     resolve_products,
 )
 from .hidden import HiddenSource, vocabulary_of_head
@@ -212,13 +212,14 @@ def log_probs_from_hidden(
                 "policy_loss_from_hidden; here plan must be 'auto', 'keep' or 'recompute'"
             )
         mask = targets != IGNORED
-        head = make_head(hidden, weight, bias, lora, mask)
+        head = Head.of(hidden, weight, bias, lora)
         choice = choose_plan(
             hidden, weight, "recompute" if return_entropy else plan, memory_budget,
             has_gradient=head.has_gradient(), can_chunk=False,
         )  # fmt: skip
         multiplier = resolve_products(products, hidden)
-        options = HeadOptions(softmax, multiplier, allow_sync, choice.kept_columns)
+        scale = 1.0 if lora is None else lora.scale
+        options = HeadOptions(softmax, multiplier, allow_sync, scale, choice.kept_columns)
     if softmax.vocab_group is not None:
         targets = agree_on_targets(targets, mask, vocabulary_of_head(head, options, choice))
     source = HiddenSource(options, main_grad)

@@ -17,12 +17,12 @@ from .chunks import ChunkLoss, Chunks
 from .constants import STATS
 from .custom import TokenLoss, custom_loss, options_of
 from .head import (
+    Head,
     HeadOptions,
     LoRA,
     Products,
     check_head,
     local_head,
-    make_head,
     resolve_products,
     stats_dtype,
 )
@@ -253,7 +253,7 @@ def policy_loss_from_hidden(
         softmax = checked_softmax(temperature, softcap, vocab_group, return_entropy)
         check_plan(plan, memory_budget, products, allow_sync, lora)
         layout = resolve_layout("hidden", targets.shape, hidden.device, mask, cu_seqlens)
-        head = make_head(hidden, weight, bias, lora, mask)
+        head = Head.of(hidden, weight, bias, lora)
         policy = make_policy(
             layout, stats_dtype(hidden, weight), options_of(objective), old_log_probs, advantages,
             ref_log_probs, rollout_weights, denominator, context_group,
@@ -269,7 +269,8 @@ def policy_loss_from_hidden(
             has_gradient=head.has_gradient(), can_chunk=can_chunk,
         )  # fmt: skip
         multiplier = resolve_products(products, hidden)
-        options = HeadOptions(softmax, multiplier, allow_sync, choice.kept_columns)
+        scale = 1.0 if lora is None else lora.scale
+        options = HeadOptions(softmax, multiplier, allow_sync, scale, choice.kept_columns)
     policy, targets = agreed(policy, targets, vocabulary_of_head(head, options, choice))
     rows = TargetRows(targets, policy.sequences.mask)
     if choice.name == "chunk":

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backend import device_guard, no_autocast, rounds_fp32
+from .backend import device_guard, matmul_fp32, no_autocast, rounds_fp32
 from .head import Head, HeadGrads, HeadOptions, Wanted
 from .parallel import NOWHERE, summed
-from .rows import FlaggedRows, Rows, rows_where
+from .rows import FlaggedRows, Rows, rows_where, where_rows
 from .softmax import TargetRows, times_exp
 from .tiles import (
     LN_2,
@@ -117,7 +117,7 @@ def backward(
 ) -> None:
     """Gradients for d loss / d log_prob = g and d loss / d entropy = h, (N,) each, into `out`.
 
-    `add` tells which of those of weight, bias and lora_b are added to what stands there.
+    `add` tells which of those of weight, bias, lora_a and lora_b are added to what stands there.
     """
     targets, mask = _flat(rows)
     live = g != 0 if h is None else (g != 0) | (h != 0)
@@ -165,12 +165,16 @@ def _row_grads(sums: RowSums, g: Tensor, h: Tensor | None, options: HeadOptions)
 
 
 class _OfRows(NamedTuple):
-    """A gradient of rows: `total` (n, ...), the sum of tiles times w (V, ...), becomes `out`."""
+    """A gradient of rows: `total` (n, ...), the sum of tiles times w (V, ...)."""
 
-    out: Tensor
     total: Tensor
     w: Tensor
     dtype: torch.dtype  # of the product
+
+    @classmethod
+    def of(cls, w: Tensor, dtype: torch.dtype, operands: Operands) -> _OfRows:
+        total = operands.x.new_zeros(operands.n, w.shape[1], dtype=operands.stats_dtype)
+        return cls(total, w, dtype)
 
 
 class _OfColumns(NamedTuple):
@@ -186,37 +190,59 @@ def _gradients(
     tiles: Tiles, row_grads: RowGrads, kept: Kept, among: Rows, out: HeadGrads, add: Wanted
 ) -> None:
     """The products, one range of columns after the other, then the targets' share."""
-    factor, at_target, _ = row_grads
-    of, group = tiles.of, tiles.of.options.softmax.vocab_group
-    of_rows = list(_of_rows(of, out))
-    of_columns = list(_of_columns(of, out, add, factor))
+    of = tiles.of
+    hidden = low_rank = None
+    if out.hidden is not None:
+        hidden = _OfRows.of(of.weight, of.grad_dtype, of)
+    if of.lora_b is not None and (out.hidden is not None or out.lora_a is not None):
+        low_rank = _OfRows.of(of.lora_b, of.stats_dtype, of)  # small enough for fp32
+    of_rows = [x for x in (hidden, low_rank) if x is not None]
+    of_columns = list(_of_columns(of, out, add, row_grads.factor))
     if of.n:
         _add_tiles(tiles, row_grads, kept, among, of_rows, of_columns)
         for columns in of_columns:
-            tiles.add_targets(columns.out, columns.x, at_target)
+            tiles.add_targets(columns.out, columns.x, row_grads.at_target)
     else:
         for columns in of_columns:
             if not columns.add:
                 columns.out.zero_()
     for gradient in of_rows:
-        total = gradient.total.mul_(factor[:, None])
-        _add_targets_to_rows(total, gradient.w, at_target, tiles)
-        if group is not None:
-            summed(total, group)  # in fp32, then rounded once
-        if isinstance(of.rows, FlaggedRows):
-            total.masked_fill_((factor == 0)[:, None], 0.0)
-        of.rows.put(total, gradient.out.view(-1, total.shape[1]))
+        _finish(gradient, row_grads, tiles)
+    if low_rank is not None:
+        _through_lora(tiles, low_rank.total, hidden, out.lora_a, add=add.lora_a)
+    if hidden is not None and out.hidden is not None:
+        of.rows.put(hidden.total, out.hidden.view(-1, hidden.total.shape[1]))
 
 
-def _of_rows(of: Operands, out: HeadGrads) -> Iterator[_OfRows]:
-    # the low-rank part is small enough for fp32
-    for to, w, dtype in (
-        (out.hidden, of.weight, of.grad_dtype),
-        (out.lora_x, of.lora_b, of.stats_dtype),
-    ):
-        if to is not None and w is not None:
-            total = of.x.new_zeros(of.n, w.shape[1], dtype=of.stats_dtype)
-            yield _OfRows(to, total, w, dtype)
+def _finish(gradient: _OfRows, row_grads: RowGrads, tiles: Tiles) -> None:
+    """Factors, the targets' share, and that of other ranks."""
+    factor, at_target, _ = row_grads
+    group = tiles.of.options.softmax.vocab_group
+    total = gradient.total.mul_(factor[:, None])
+    _add_targets_to_rows(total, gradient.w, at_target, tiles)
+    if group is not None:
+        summed(total, group)  # in fp32, then rounded once
+    if isinstance(tiles.of.rows, FlaggedRows):
+        total.masked_fill_((factor == 0)[:, None], 0.0)
+
+
+def _through_lora(
+    tiles: Tiles, low: Tensor, hidden: _OfRows | None, out: Tensor | None, *, add: bool
+) -> None:
+    """From d loss / d (x @ a^T) (n, r): its share in dhidden, which is rounded once, and da."""
+    of = tiles.of
+    assert of.lora_a is not None
+    low = low * of.options.lora_scale
+    if hidden is not None:
+        matmul_fp32(low, of.lora_a.to(low.dtype), out=hidden.total, add=True)
+    if out is not None:
+        total = low.new_zeros(of.lora_a.shape)
+        for r in slices(of.n, tiles.blocks.rows):  # a copy of all rows in fp32 would be large
+            x = of.x[r].to(low.dtype)
+            if isinstance(of.rows, FlaggedRows):
+                x = where_rows(of.rows.live[r], x)  # a dead row may hold NaN
+            matmul_fp32(low[r].mT, x, out=total, add=True)
+        out.copy_(out + total if add else total)
 
 
 def _of_columns(of: Operands, out: HeadGrads, add: Wanted, factor: Tensor) -> Iterator[_OfColumns]:
@@ -241,13 +267,13 @@ def _add_tiles(
     """The products of all tiles. What they are scaled with lives as long as this runs."""
     of = tiles.of
     scaled = [_scaled(x, row_grads.factor, dtype, tiles) for _, x, dtype, _ in of_columns]
-    dtypes = {x for _, _, w, dtype in of_rows for x in (w.dtype, dtype)}
+    dtypes = {x for _, w, dtype in of_rows for x in (w.dtype, dtype)}
     dtypes |= {x for to, _, dtype, _ in of_columns for x in (to.dtype, dtype)}
     # whether the products take and write what there is, without a copy
     is_direct = among.index is None and dtypes <= {of.grad_dtype}
     for c in _grad_columns(tiles, kept.columns, is_direct):
         tile = _tile(tiles, c, row_grads.weighting, kept, among)
-        for _, total, w, dtype in of_rows:
+        for total, w, dtype in of_rows:
             tiles.add_to_rows(total, tile, w[c].to(dtype))
         for (to, _, _, adds), x in zip(of_columns, scaled, strict=True):
             tiles.add_to_columns(to[c], tile, x, add=adds)

@@ -47,7 +47,8 @@ class Operands(NamedTuple):
     x: Tensor  # (n, H)
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
-    lora_x: Tensor | None  # (n, r)
+    lora_x: Tensor | None  # (n, r) scale * x @ a^T
+    lora_a: Tensor | None  # (r, H)
     lora_b: Tensor | None  # (V, r)
     targets: Tensor  # (n,)
     rows: Rows
@@ -58,12 +59,19 @@ class Operands(NamedTuple):
 
     @classmethod
     def of(cls, head: Head, targets: Tensor, rows: Rows, options: HeadOptions) -> Operands:
-        hidden, weight, bias, lora_x, lora_b = head
+        hidden, weight, bias, lora_a, lora_b = head
+        x = rows.take(hidden.reshape(-1, hidden.shape[-1]))
+        lora_x = None
+        if lora_a is not None:
+            dtype = torch.promote_types(hidden.dtype, lora_a.dtype)
+            lora_x = matmul_fp32(x.to(dtype), lora_a.mT.to(dtype)) * options.lora_scale
+            lora_x = lora_x.to(stats_dtype(hidden, weight))
         return cls(
-            x=rows.take(hidden.reshape(-1, hidden.shape[-1])),
+            x=x,
             weight=weight,
             bias=bias,
-            lora_x=None if lora_x is None else rows.take(lora_x),
+            lora_x=lora_x,
+            lora_a=lora_a,
             lora_b=lora_b,
             targets=rows.take(targets),
             rows=rows,

@@ -380,7 +380,10 @@ def on_rank_nowhere() -> None:
     products = "mm" if INTERPRETED else "torch"
     rows, softmax = TargetRows(local, None), Softmax(1.0, None, False, group)
     of_logits = logits_fwd(hidden @ weight.mT, rows, softmax)
-    head, options = Head(hidden, weight, None, None, None), HeadOptions(softmax, products, False, 0)
+    head, options = (
+        Head(hidden, weight, None, None, None),
+        HeadOptions(softmax, products, False, 1.0, 0),
+    )
     of_hidden = hidden_fwd(head, rows, None, options)
     for found in (of_logits.log_probs, of_hidden.log_probs):
         torch.testing.assert_close(found[:2], expected[:2])

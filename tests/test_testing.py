@@ -150,7 +150,7 @@ HEAD_CPU_PATH = {
     ),
     "only the last chunk's dweight": (
         "gspo_ops/chunks.py",
-        "add=Wanted(weight=i > 0, bias=i > 0, lora_b=i > 0)", "add=Wanted()",
+        "add=Wanted(weight=i > 0, bias=i > 0, lora_a=i > 0, lora_b=i > 0)", "add=Wanted()",
     ),
 }  # fmt: skip
 
