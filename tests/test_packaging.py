@@ -153,7 +153,8 @@ def test_sdist_builds_the_same_wheel(sdist, wheel, tmp_path):
 
 @pytest.mark.parametrize("interpret", [False, True], ids=["torch", "interpreter"])
 def test_installed_wheel_computes_a_loss(installed, tmp_path, interpret):
-    result = run(LOSS, cwd=tmp_path, first=installed, interpret=interpret)
+    patch = "from gspo_ops import testing; testing.patch_interpreter()" if interpret else ""
+    result = run(patch + LOSS, cwd=tmp_path, first=installed, interpret=interpret)
     assert Path(result["file"]).is_relative_to(installed)
     assert result["kernels"] == interpret
     assert result["grad"] > 0

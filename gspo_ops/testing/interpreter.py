@@ -14,7 +14,7 @@ def patch_interpreter() -> None:
 
     It truncates float32 to bfloat16, and leaves `tl.dot` to the BLAS that NumPy has, which may
     round a row by its place among the others. NumPy's warnings about NaN and infinity, which are
-    ordinary values here, are silenced.
+    ordinary values here, are silenced; Triton before 3.7 asks NumPy for what 2.4 no longer does.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -62,6 +62,8 @@ def _hasten_interpreter() -> None:
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     for_good = SimpleNamespace(restore=lambda: None)
     interpreter._patch_lang = lambda fn: for_good
+    # a scalar is an array of one element here, of which NumPy 2.4 makes no number
+    tl.tensor.__index__ = lambda self: int(self.handle.data.item())
 
     of_scalar = functools.cache(interpreter._get_np_dtype)
     pointer = np.dtype(np.uint64)
