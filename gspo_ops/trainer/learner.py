@@ -30,8 +30,8 @@ from .progress import Diverged
 from .ranks import Ranks, whole
 from .rollout import (
     LARGEST_DISTANCE,
-    Layout,
     Rollout,
+    RowLayout,
     autocast,
     own_log_probs,
     response_hidden,
@@ -128,7 +128,7 @@ class Learner:
         )  # fmt: skip
         self.scheduler = self._schedule(updates=0)
         self.bad_updates = 0
-        self.layout: Layout = "shared"
+        self.layout: RowLayout = "shared"
         self.compared = 0
 
     def prepare(self, rollout: Rollout, advantages: Tensor) -> tuple[Batch, dict[str, Tensor]]:

@@ -34,7 +34,7 @@ from ..integrations.heads import hidden_to, output_head
 from ..integrations.transformers import log_probs_from_model
 
 Autocast = Callable[[], AbstractContextManager]
-Layout = Literal["shared", "separate"]
+RowLayout = Literal["shared", "separate"]
 # Mean over tokens, in nats, from the model's own log-probs in fp32: a wrong mask is off by more,
 # rounding by less, and so is an expert that rounding has changed for a token.
 LARGEST_DISTANCE = 1e-3
@@ -245,7 +245,7 @@ def generate(
 
 
 def response_hidden(
-    model: PreTrainedModel, rollout: Rollout, autocast: Autocast, layout: Layout = "shared"
+    model: PreTrainedModel, rollout: Rollout, autocast: Autocast, layout: RowLayout = "shared"
 ) -> Tensor:
     """Last hidden states, from which the head predicts the response tokens.
 
