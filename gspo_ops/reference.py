@@ -6,13 +6,14 @@ against these functions in float64.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .constants import IGNORED, LOG_RATIO_CAP
+from .constants import ESS_RATIO_CAP, IGNORED, LOG_RATIO_CAP
 from .head import LoRA
 from .layout import Layout, resolve_layout
 from .objective import GSPO, Objective
@@ -142,7 +143,7 @@ def policy_loss_from_log_probs(
     old = log_probs.detach() if old_log_probs is None else old_log_probs
     loss_sum = log_probs.new_zeros(())
     tokens, sequences = 0, 0
-    seen = _Seen([], [], [], [], [], [], [])
+    seen = _Seen()
     for b, rows in enumerate(_sequences(layout)):
         n = len(rows)
         new_b, old_b = log_probs.reshape(-1)[rows], old.reshape(-1)[rows]
@@ -185,12 +186,17 @@ def policy_loss_from_log_probs(
     return loss_sum / denominator, seen.stats(log_probs)
 
 
+@dataclass
 class _Seen:
     """What the statistics are made of, sequence after sequence."""
 
-    def __init__(self, log_ratio, ratio, low, high, kl, k3, ref_kl) -> None:  # type: ignore[no-untyped-def]
-        self.log_ratio, self.ratio, self.low, self.high = log_ratio, ratio, low, high
-        self.kl, self.k3, self.ref_kl = kl, k3, ref_kl
+    log_ratio: list[Tensor] = field(default_factory=list)
+    ratio: list[Tensor] = field(default_factory=list)
+    low: list[Tensor] = field(default_factory=list)
+    high: list[Tensor] = field(default_factory=list)
+    kl: list[Tensor] = field(default_factory=list)
+    k3: list[Tensor] = field(default_factory=list)
+    ref_kl: list[Tensor] = field(default_factory=list)
 
     def stats(self, like: Tensor) -> dict[str, Tensor]:
         log_ratio = torch.stack(self.log_ratio) if self.log_ratio else like.new_zeros(0)
@@ -202,7 +208,7 @@ class _Seen:
             return dict.fromkeys(names, zero) | dict.fromkeys(ones, one) | {"log_ratio": log_ratio}
         ratio, low, high = torch.cat(self.ratio), torch.cat(self.low), torch.cat(self.high)
         in_sequence = [bool((a | b).any()) for a, b in zip(self.low, self.high, strict=True)]
-        w = ratio.clamp(1e-15, 1e15)
+        w = ratio.clamp(1 / ESS_RATIO_CAP, ESS_RATIO_CAP)
         stats = {
             "ratio_mean": ratio.mean(),
             "ratio_min": ratio.min(),
