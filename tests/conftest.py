@@ -26,6 +26,12 @@ if INTERPRETED:
     testing.patch_interpreter()
 
 
+@pytest.fixture(autouse=True)
+def same_numbers_in_every_run() -> None:
+    """A test that draws numbers without a seed of its own draws the same in whatever order."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def device() -> torch.device:
     """The GPU where there is one, so that the same tests run the compiled kernels."""
