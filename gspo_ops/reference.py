@@ -111,7 +111,7 @@ def policy_loss_from_logits(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`policy_loss_from_log_probs` of `log_probs_from_logits`."""
     if mask is not None:
-        targets = targets.masked_fill(mask == 0, -100)
+        targets = targets.masked_fill(mask == 0, IGNORED)
         # what stands at masked positions must not matter, NaN included
         logits = torch.where((mask == 0).unsqueeze(-1), 0.0, logits)
     log_probs = log_probs_from_logits(logits, targets, temperature=temperature, softcap=softcap)

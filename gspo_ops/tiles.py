@@ -13,8 +13,8 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .backend import matmul_fp32
-from .head import Head, HeadOptions, grad_product_dtype, product_dtype, stats_dtype
+from .backend import compute_dtype, matmul_fp32
+from .head import Head, HeadOptions, grad_product_dtype, product_dtype
 from .parallel import gathered
 from .rows import Rows
 from .softmax import LogOdds
@@ -61,11 +61,12 @@ class Operands(NamedTuple):
     def of(cls, head: Head, targets: Tensor, rows: Rows, options: HeadOptions) -> Operands:
         hidden, weight, bias, lora_a, lora_b = head
         x = rows.take(hidden.reshape(-1, hidden.shape[-1]))
+        dtype = product_dtype(hidden, weight)
         lora_x = None
         if lora_a is not None:
-            dtype = torch.promote_types(hidden.dtype, lora_a.dtype)
-            lora_x = matmul_fp32(x.to(dtype), lora_a.mT.to(dtype)) * options.lora_scale
-            lora_x = lora_x.to(stats_dtype(hidden, weight))
+            common = torch.promote_types(hidden.dtype, lora_a.dtype)
+            lora_x = matmul_fp32(x.to(common), lora_a.mT.to(common)) * options.lora_scale
+            lora_x = lora_x.to(compute_dtype(dtype))
         return cls(
             x=x,
             weight=weight,
@@ -76,8 +77,8 @@ class Operands(NamedTuple):
             targets=rows.take(targets),
             rows=rows,
             options=options,
-            dtype=product_dtype(hidden, weight),
-            stats_dtype=stats_dtype(hidden, weight),
+            dtype=dtype,
+            stats_dtype=compute_dtype(dtype),
             grad_dtype=grad_product_dtype(hidden, weight),
         )
 
@@ -122,7 +123,8 @@ class Sums(NamedTuple):
 
     def at(self, entry: int, rows: slice) -> Sums:
         """Those of some rows in one tile, (n,) each, as views."""
-        return Sums(*[x if x is None else x[entry, rows] for x in self])  # type: ignore[arg-type]
+        log = None if self.log is None else self.log[entry, rows]
+        return Sums(self.shift[entry, rows], self.total[entry, rows], log)
 
     def reduced(self) -> Sums:
         """Those of the rows, (n,) each."""
@@ -159,7 +161,9 @@ class Weighting(NamedTuple):
     slope: Tensor | None
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Weighting:
-        return Weighting(*[x if x is None else f(x) for x in self])  # type: ignore[arg-type]
+        constant = None if self.constant is None else f(self.constant)
+        slope = None if self.slope is None else f(self.slope)
+        return Weighting(f(self.base), f(self.shift), constant, slope)
 
 
 class RowGrads(NamedTuple):

@@ -65,9 +65,9 @@ class MatMulTiles:
     def weigh(self, columns: slice, weighting: Weighting, out: Tensor) -> None:
         for r, c in places(columns, self.of.n, self.blocks):
             to = out[r, c.start - columns.start : c.stop - columns.start]
-            self.weigh_tile(self._logits(r, c), r, c, weighting.map(itemgetter(r)), to)
+            self._weigh(self._logits(r, c), r, c, weighting.map(itemgetter(r)), to)
 
-    def weigh_tile(self, z: Tensor, r: slice, c: slice, weighting: Weighting, out: Tensor) -> None:
+    def _weigh(self, z: Tensor, r: slice, c: slice, weighting: Weighting, out: Tensor) -> None:
         """A tile z of logits to what `Weighting` says."""
         from .kernels.hidden import weigh_kernel
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import GRPO, GSPO, GSPOToken, Objective, reference
+from ..constants import IGNORED
 from .bounds import BOUNDS
 from .errors import worst
 
@@ -159,7 +160,7 @@ def make_case(
     is_real = targets is not None
     if targets is None:
         targets = sample(logits, generator)
-    targets = targets.masked_fill(padding, -100)
+    targets = targets.masked_fill(padding, IGNORED)
     clean = logits.masked_fill(padding.unsqueeze(-1), 0.0).double()
     log_probs = reference.log_probs_from_logits(clean, targets).cpu()
     allowed = _allowed(head, targets, log_probs) if head is not None and is_real else None
