@@ -66,6 +66,7 @@ class Compiled(NamedTuple):
     has_f64: bool
     matrix_instructions: int  # of the kind that the target is fast with
     narrow_products: list[list[str]]  # of integers: `read_narrow_products`
+    reductions: set[tuple[str, str]]
 
 
 @contextmanager
@@ -103,6 +104,7 @@ def read_binary(binary: Any, target: str) -> Compiled:
     return Compiled(
         registers, shown, binary.metadata.shared, loops, has_f64, matrix_instructions,
         read_narrow_products(binary.asm["ttir"]),
+        reductions(binary.asm["ttgir"]),
     )  # fmt: skip
 
 
@@ -113,6 +115,19 @@ def read_narrow_products(ttir: str) -> list[list[str]]:
         r"arith\.muli (%\S+), (%\S+?)(?: \{.*\})? : (?:i32|tensor<[\dx]+xi32>)(?: |$)", re.M
     )
     return [[x for x in factors if x not in constants] for factors in product.findall(ttir)]
+
+
+def reductions(ttgir: str) -> set[tuple[str, str]]:
+    """Axis and operands of each reduction, with their layouts: what the order of additions is."""
+    layouts = dict(re.findall(r"^(#\w+) = (#?.*)$", ttgir, re.M))
+    found = re.findall(
+        r'"tt\.reduce"\([^)]*\) <\{axis = (\d+) : i32[^}]*\}> .*?\}\) : \(([^)]*)\)', ttgir, re.S
+    )
+
+    def spelt_out(operands: str) -> str:
+        return re.sub(r"#\w+", lambda name: layouts.get(name.group(), name.group()), operands)
+
+    return {(axis, spelt_out(spelt_out(operands))) for axis, operands in found}
 
 
 def measure(

@@ -215,7 +215,8 @@ def make_tiles(
 
 
 def make_kept(tiles: Tiles, columns: int = HEAD_V) -> Kept:
-    return Kept(empty(tiles.of.n, HEAD_V + 64, dtype=tiles.of.grad_dtype), columns)
+    n, width = (tiles.of.n, HEAD_V + 64) if columns else (0, 0)
+    return Kept(empty(n, width, dtype=tiles.of.grad_dtype), columns)
 
 
 def launch_fold(
@@ -287,6 +288,9 @@ EPILOGUES = {
     name: (launch, options | {"dtype": BF16} | (FIRST_TILE if launch is FOLD else SECOND_TILE))
     for name, launch, options in (
         ("fold", FOLD, {}),
+        ("fold no kept", FOLD, {"kept": False}),
+        ("fold live", FOLD, {"live": True}),
+        ("fold entropy", FOLD, {"entropy": True}),
         ("fold entropy softcap no kept", FOLD, {"entropy": True, "softcap": 30.0, "kept": False}),
         ("fold softcap live", FOLD, {"softcap": 30.0, "live": True}),
         ("weigh", WEIGH, {}),
@@ -302,6 +306,7 @@ EPILOGUES = {
 }
 PRODUCT_COMBINATIONS = {
     "hidden fwd no kept": (FOLD, {"dtype": BF16, "kept": False, "has_keep": False}),
+    "hidden fwd entropy": (FOLD, {"dtype": BF16, "entropy": True}),
     "hidden fwd fp16 bias softcap entropy": (
         FOLD,
         {"dtype": FP16, "bias": True, "softcap": 30.0, "entropy": True},

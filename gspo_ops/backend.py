@@ -8,10 +8,12 @@ import os
 import torch
 from torch import Tensor
 
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton asks once, too
+
 
 def use_triton(x: Tensor) -> bool:
     """Triton for GPU tensors, and for CPU tensors in its interpreter; float64 is left to torch."""
-    return x.dtype != torch.float64 and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+    return x.dtype != torch.float64 and (x.is_cuda or IS_INTERPRETED)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -65,7 +65,7 @@ class ChunkLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        head, grads, inv_denominator = _read_saved(iter(ctx.saved_tensors))
+        head, grads, inv_denominator = _read_saved(ctx.saved_tensors)
         wanted = Wanted(*ctx.needs_input_grad[3:])
         if ctx.main_grad is not None and wanted.weight:
             refuse_graph()

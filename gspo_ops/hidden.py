@@ -30,20 +30,24 @@ from .tiles import Kept, RowSums
 def vocabulary_of_head(head: Head, options: HeadOptions, choice: Choice) -> Vocabulary:
     """What ranks that share it must have in common, to exchange the same."""
 
+    group, returns_entropy = options.softmax.vocab_group, int(options.softmax.return_entropy)
+    columns, checks_range = head.weight.shape[0], options.products == "torch"
+    if group is None:
+        return Vocabulary.of(None, columns, checks_range, {"return_entropy": returns_entropy})
+
     def wants_grad(x: Tensor | None) -> int:
         return int(torch.is_grad_enabled() and x is not None and x.requires_grad)
 
-    softmax = options.softmax
     return Vocabulary.of(
-        softmax.vocab_group,
-        columns=head.weight.shape[0],
-        checks_range=options.products == "torch",
-        facts={
+        group,
+        columns,
+        checks_range,
+        {
             "the number of rows of hidden": math.prod(head.hidden.shape[:-1]),
             "the last dimension of hidden": head.hidden.shape[-1],
             "the rank of lora": 0 if head.lora_b is None else head.lora_b.shape[1],
             "the precision of log-probs, in bytes,": stats_dtype(head.hidden, head.weight).itemsize,
-            "return_entropy": int(softmax.return_entropy),
+            "return_entropy": returns_entropy,
             "products": ("torch", "mm", "triton").index(options.products),
             "allow_sync": int(options.allow_sync),
             "whether plan is 'chunk'": int(choice.name == "chunk"),
@@ -91,7 +95,7 @@ class HiddenSource(NamedTuple):
     def backward(
         self, saved: tuple[Any, ...], upstream: Upstream, wanted: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
-        given = _read_saved(iter(saved)), upstream, self.options
+        given = _read_saved(saved), upstream, self.options
         want = Wanted(*wanted)
         if self.main_grad is None or not want.weight:
             grads = hidden_bwd(*given, want)

@@ -89,17 +89,12 @@ class LogitsSource(NamedTuple):
 
 
 def _fwd_fake(logits: Tensor, rows: TargetRows, softmax: Softmax) -> LogitStats:
-    def per_row(wanted: bool = True) -> Tensor:
-        count = rows.targets.numel() if wanted else 0
-        return rows.targets.new_empty(count, dtype=compute_dtype(logits.dtype))
-
-    return LogitStats(
-        log_probs=per_row(),
-        row_max=per_row(),
-        row_sum=per_row(),
-        entropy=per_row(softmax.return_entropy),
-        target_logit=per_row(softmax.vocab_group is not None),
-    )
+    n, dtype = rows.targets.numel(), compute_dtype(logits.dtype)
+    log_probs, row_max, row_sum = (rows.targets.new_empty(n, dtype=dtype) for _ in range(3))
+    entropy = rows.targets.new_empty(n if softmax.return_entropy else 0, dtype=dtype)
+    is_shared = softmax.vocab_group is not None
+    target_logit = rows.targets.new_empty(n if is_shared else 0, dtype=dtype)
+    return LogitStats(log_probs, row_max, row_sum, entropy, target_logit)
 
 
 @operator(_fwd_fake)
@@ -164,11 +159,15 @@ def logits_bwd(saved: SavedLogits, upstream: Upstream, softmax: Softmax) -> Tens
     out = _bwd_fake(saved, upstream, softmax)
     if out.numel():
         backward = triton_bwd if use_triton(saved.logits) else torch_bwd
-        saved = saved._replace(
-            targets=saved.targets.reshape(-1).contiguous(),
-            mask=None if saved.mask is None else loadable(saved.mask.reshape(-1)),
-            entropy=None if upstream.entropy is None else saved.entropy,
-            target_logit=None if softmax.vocab_group is None else saved.target_logit,
+        logits, targets, mask, row_max, row_sum, entropy, target_logit = saved
+        saved = SavedLogits(
+            logits,
+            targets.reshape(-1).contiguous(),
+            None if mask is None else loadable(mask.reshape(-1)),
+            row_max,
+            row_sum,
+            None if upstream.entropy is None else entropy,
+            None if softmax.vocab_group is None else target_logit,
         )
         backward(saved, upstream.flat(), softmax, out)
     return out

@@ -130,7 +130,10 @@ def torch_bwd(saved: SavedLogits, upstream: Upstream, softmax: Softmax, out: Ten
         live |= h != 0
     if saved.mask is not None:
         live &= saved.mask != 0
-    targets = _checked_or_local(targets, live, logits.shape[-1], softmax)
+    if saved.row_max is None:  # or the forward has checked them
+        targets = _checked_or_local(targets, live, logits.shape[-1], softmax)
+    else:
+        targets = torch.where(live, targets, 0).long()
     known = _Rows(targets, saved.row_max, saved.row_sum, saved.entropy, saved.target_logit, g, h)
     out = out.view(-1, out.shape[-1])
     buffer = _buffer(logits)

@@ -7,7 +7,7 @@ It has no derivative of its own, and says so when asked, so that double backward
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import UnionType
 from typing import (
     Annotated,
@@ -46,13 +46,13 @@ def operator(fake: Callable[..., Any]) -> Callable[[F], F]:
         fields = [field for name, hint in hints.items() for field in _fields(name, hint)]
         schema = ", ".join(f"{kind} {name}" for name, kind in fields)
         floats = [i for i, (_, kind) in enumerate(fields) if kind.startswith("float")]
-        names, readers = tuple(hints), [reader(hint) for hint in hints.values()]
+        names, readers = tuple(hints), _readers(hints.values())
         is_record = _is_record(record)
+        depths = [_depth(hint) for hint in hints.values()]
 
         def of_fields(function: Callable[..., Any]) -> Callable[..., Any]:
             def call(*given: Any) -> Any:
-                values = iter(given)
-                out = function(*[read(values) for read in readers])
+                out = function(*[read(given) for read in readers])
                 return tuple(out) if is_record else out
 
             return call
@@ -70,7 +70,14 @@ def operator(fake: Callable[..., Any]) -> Callable[[F], F]:
             )
 
         def call(*arguments: Any, **named: Any) -> Any:
-            given = flat([*arguments, *[named[name] for name in names[len(arguments) :]]])
+            if named:
+                arguments = (*arguments, *[named[name] for name in names[len(arguments) :]])
+            given: list[Any] = []
+            for x, depth in zip(arguments, depths, strict=True):
+                if depth == 0:
+                    given.append(x)
+                else:
+                    given.extend(x if depth == 1 else flat(x))
             if (
                 variable is not None
                 and torch.compiler.is_compiling()
@@ -122,12 +129,32 @@ def _kind(hint: Any) -> str:
     return "str" if get_origin(hint) is Literal else _KINDS[hint]
 
 
-def reader(hint: Any) -> Callable[[Iterator[Any]], Any]:
-    """A function that makes a value of this type of the next fields of `flat`."""
+def _depth(hint: Any) -> int:
+    """0 for a value, 1 for a record of values, more for records of records."""
     if not _is_record(hint):
-        return next
-    readers = [reader(x) for x in get_type_hints(hint, include_extras=True).values()]
+        return 0
+    return 1 + max(map(_depth, get_type_hints(hint, include_extras=True).values()))
+
+
+def reader(hint: Any, start: int = 0) -> Callable[[Sequence[Any]], Any]:
+    """A function that makes a value of this type of what `flat` has made, from place `start` on."""
+    if not _is_record(hint):
+        return lambda fields: fields[start]
+    kinds = list(get_type_hints(hint, include_extras=True).values())
+    if _depth(hint) == 1:
+        stop = start + len(kinds)
+        return lambda fields: hint(*fields[start:stop])
+    readers = _readers(kinds, start)
     return lambda fields: hint(*[read(fields) for read in readers])
+
+
+def _readers(hints: Iterable[Any], start: int = 0) -> list[Callable[[Sequence[Any]], Any]]:
+    """For values of these types, one after the other."""
+    readers = []
+    for hint in hints:
+        readers.append(reader(hint, start))
+        start += sum(1 for _ in _fields("", hint))
+    return readers
 
 
 def flat(record: Iterable[Any]) -> list[Any]:

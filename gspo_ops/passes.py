@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .backend import device_guard, matmul_fp32, no_autocast, rounds_fp32
+from .checks import checked_targets
 from .head import Head, HeadGrads, HeadOptions, Wanted
 from .parallel import NOWHERE, summed
 from .rows import FlaggedRows, Rows, rows_where, where_rows
@@ -59,6 +60,9 @@ def forward(
     with no_autocast(targets.device), device_guard(head.hidden):
         worked_on = rows_where(mask, options)
         tiles = make_tiles(head, targets, worked_on, options)
+        if options.products == "torch" and softmax.vocab_group is None:
+            # on a GPU one would have to look; ranks have checked them together
+            checked_targets(tiles.of.targets, tiles.of.V, worked_on.index)
         keep = None if grad_mask is None else worked_on.take(grad_mask.reshape(-1) != 0)
         target_logit = _target_logits(tiles)
         base = finite_or_zero(target_logit)

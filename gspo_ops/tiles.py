@@ -195,6 +195,10 @@ class Kept(NamedTuple):
     e: Tensor
     columns: int
 
+    def stride(self) -> int:
+        """Of rows; one of no columns has 0, since Triton makes a constant of a stride of 1."""
+        return self.e.stride(0) if self.columns else 0
+
 
 class Tile(NamedTuple):
     """Columns of what the factor of its row turns into d loss / d logits.

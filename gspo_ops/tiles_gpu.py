@@ -38,7 +38,8 @@ class MatMulTiles:
 
         for r, c in places(slice(0, self.of.V), self.of.n, self.blocks):
             z, tile = self._logits(r, c), sums.at(c.start // self.blocks.sums, r)
-            e = kept.e[r, c.start : min(c.stop, kept.columns)] if c.start < kept.columns else None
+            # also where nothing is kept: another layout would add in another order
+            e = kept.e[r, c.start : min(c.stop, kept.columns)]
             fold_kernel[(len(z),)](
                 z_ptr=z,
                 targets_ptr=self.of.targets[r] - c.start,
@@ -49,8 +50,8 @@ class MatMulTiles:
                 sum_ptr=tile.total,
                 log_sum_ptr=tile.log,
                 C=z.shape[1],
-                kept=0 if e is None else e.shape[1],
-                stride_en=0 if e is None else e.stride(0),
+                kept=e.shape[1],
+                stride_en=kept.stride(),
                 scale=self.of.options.softmax.scale,
                 softcap=self.of.options.softmax.softcap,
                 BLOCK=EPILOGUE,
@@ -140,7 +141,7 @@ class TritonTiles:
                 base_ptr=base,
                 keep_ptr=None if keep is None else loadable(keep),
                 count_ptr=self.count,
-                e_ptr=kept.e if kept.columns else None,
+                e_ptr=kept.e,
                 shift_ptr=sums.shift,
                 sum_ptr=sums.total,
                 log_sum_ptr=sums.log,
@@ -150,7 +151,7 @@ class TritonTiles:
                 kept=kept.columns,
                 stride_xn=of.x.stride(0),
                 stride_wv=of.weight.stride(0),
-                stride_en=kept.e.stride(0),
+                stride_en=kept.stride(),
                 scale=of.options.softmax.scale,
                 softcap=of.options.softmax.softcap,
                 **product_blocks("N", "V", "H", of.dtype),
@@ -284,7 +285,7 @@ def _rescale(kept: Kept, shrink: Tensor, n: int, blocks: Blocks) -> None:
             shrink_ptr=shrink.contiguous(),
             n=n,
             columns=kept.columns,
-            stride_en=kept.e.stride(0),
+            stride_en=kept.stride(),
             TILE=blocks.sums,
             BLOCK=min(blocks.sums, EPILOGUE),
         )

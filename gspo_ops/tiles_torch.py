@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .backend import matmul_fp32
-from .checks import checked_targets
 from .constants import SHIFT_LIMIT
 from .rows import Rows
 from .threads import for_each
@@ -30,10 +29,7 @@ class TorchTiles:
     takes_wide_products: ClassVar[bool] = True  # each product waits for a slower core
 
     def __init__(self, operands: Operands) -> None:
-        targets = operands.targets
-        if operands.options.softmax.vocab_group is None:  # or all ranks have checked them together
-            targets = checked_targets(targets, operands.V, operands.rows.index)
-        self.of = operands._replace(targets=targets)
+        self.of = operands._replace(targets=operands.targets.long())
         self._local = threading.local()
 
     def target_logits(self) -> Tensor:

@@ -90,7 +90,7 @@ def fold_kernel(
     # inputs: a tile of logits [n, C], contiguous; [n] targets (counted from the tile's
     # first column), base; live or None
     z_ptr, targets_ptr, base_ptr, live_ptr,
-    # outputs: exponentials [n, kept] or None; sums [n]; log_sum is None unless asked for
+    # outputs: exponentials [n, kept]; sums [n]; log_sum is None unless asked for
     e_ptr, shift_ptr, sum_ptr, log_sum_ptr,
     # shapes and strides
     C, kept, stride_en,
@@ -130,18 +130,17 @@ def fold_kernel(
             sums += e
             if log_sum_ptr is not None:
                 log_sums += tl.where(e > 0, e * a, 0.0)
-            if e_ptr is not None:
-                out = (e * derivative).to(e_ptr.dtype.element_ty)
-                tl.store(e_ptr + row * stride_en + at, out, mask=at < kept)
+            # also where nothing is kept: another layout would add in another order
+            out = (e * derivative).to(e_ptr.dtype.element_ty)
+            tl.store(e_ptr + row * stride_en + at, out, mask=at < kept)
         total = tl.sum(tl.sum(sums, axis=1), axis=0)
         if log_sum_ptr is not None:
             log_total = tl.sum(tl.sum(log_sums, axis=1), axis=0)
     else:
-        if e_ptr is not None:
-            zeros = tl.zeros([1, BLOCK], e_ptr.dtype.element_ty)
-            for start in range(0, kept, BLOCK):
-                at = start + cols
-                tl.store(e_ptr + row * stride_en + at, zeros, mask=at < kept)
+        zeros = tl.zeros([1, BLOCK], e_ptr.dtype.element_ty)
+        for start in range(0, kept, BLOCK):
+            at = start + cols
+            tl.store(e_ptr + row * stride_en + at, zeros, mask=at < kept)
     tl.store(shift_ptr + row, shift)
     tl.store(sum_ptr + row, total)
     if log_sum_ptr is not None:
@@ -261,7 +260,7 @@ def logits_tile(
 def hidden_fwd_kernel(
     # inputs: x [n, H], weight [C, H], bias [C] or None; targets, base [n]; keep [n] or None
     x_ptr, weight_ptr, bias_ptr, targets_ptr, base_ptr, keep_ptr, count_ptr,
-    # outputs: exponentials [n, kept] or None; sums [J, n]; log_sum is None unless asked for
+    # outputs: exponentials [n, kept]; sums [J, n]; log_sum is None unless asked for
     e_ptr, shift_ptr, sum_ptr, log_sum_ptr,
     # shapes and strides
     n, C, H, kept, stride_xn, stride_wv, stride_en,
@@ -297,13 +296,12 @@ def hidden_fwd_kernel(
         if log_sum_ptr is not None:
             log_sum = tl.sum(tl.where(e > 0, e * a, 0.0), axis=1)
             tl.store(log_sum_ptr + out, log_sum, mask=inside)
-        if e_ptr is not None:
-            wanted = inside
-            if keep_ptr is not None:
-                wanted = inside & (tl.load(keep_ptr + rows, mask=inside, other=0) != 0)
-            at = e_ptr + rows.to(tl.int64)[:, None] * stride_en + cols[None, :]
-            e = (e * derivative).to(e_ptr.dtype.element_ty)
-            tl.store(at, e, mask=wanted[:, None] & (cols < kept)[None, :])
+        wanted = inside
+        if keep_ptr is not None:
+            wanted = inside & (tl.load(keep_ptr + rows, mask=inside, other=0) != 0)
+        at = e_ptr + rows.to(tl.int64)[:, None] * stride_en + cols[None, :]
+        e = (e * derivative).to(e_ptr.dtype.element_ty)
+        tl.store(at, e, mask=wanted[:, None] & (cols < kept)[None, :])
 
 
 @triton.jit

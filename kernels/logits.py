@@ -106,7 +106,8 @@ def load_target(x_ptr, target, softcap):
 @triton.jit
 def log_odds(row_max, row_sum, x_target, temperature):
     """d with its rounding error, and w = exp(-|d|), which gives the rest without cancellation."""
-    d, error = two_sum((row_max - x_target) / temperature, tl.log(row_sum))
+    # rounded to the nearest: `/` is off by 2 ulp on a GPU, which are large where d is
+    d, error = two_sum(tl.math.div_rn(row_max - x_target, temperature), tl.log(row_sum))
     return d, error, tl.exp(-tl.abs(d))
 
 

@@ -174,3 +174,23 @@ def test_predictions():
     assert rows["gspo_ops from logits", 0.5]["bytes"] == 5 * logits
     assert rows["gspo_ops from hidden, keep or chunk", 0.5]["flops"] == 4 * unit
     assert rows["gspo_ops from hidden, recompute", 1]["ms"] == pytest.approx(51.6, abs=0.1)
+
+
+# Variants whose log-probs must be the same to the bit: those of a training forward, of a call under
+# no_grad, of a masked batch
+SAME_BITS = {
+    "logits": ("fwd bf16", "fwd no mask", "fwd bf16 entropy"),
+    "epilogue": ("fold", "fold no kept", "fold live", "fold entropy"),
+    "product bf16": ("hidden fwd bf16", "hidden fwd no kept", "hidden fwd entropy"),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kernel", SAME_BITS)
+def test_additions_have_one_order(kernel, target):
+    """The layout that a compiler picks is the order of additions; what is stored may change it."""
+    first, *others = SAME_BITS[kernel]
+    expected = compile_variant(first, target).reductions
+    assert expected
+    for other in others:
+        assert compile_variant(other, target).reductions == expected, f"{other} is not as {first}"
