@@ -8,6 +8,7 @@ It has no derivative of its own, and says so when asked, so that double backward
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from types import UnionType
 from typing import (
     Annotated,
@@ -97,6 +98,11 @@ def operator(fake: Callable[..., Any]) -> Callable[[F], F]:
 # Records
 
 
+@cache
+def _hints(record: Any) -> dict[str, Any]:
+    return get_type_hints(record, include_extras=True)
+
+
 def _is_record(hint: Any) -> bool:
     return isinstance(hint, type) and issubclass(hint, tuple) and hasattr(hint, "_fields")
 
@@ -116,7 +122,7 @@ _KINDS: dict[Any, str] = {
 def _fields(name: str, hint: Any) -> Iterator[tuple[str, str]]:
     """Names and kinds of what a schema has for an argument, or a result, of this type."""
     if _is_record(hint):
-        for field, kind in get_type_hints(hint, include_extras=True).items():
+        for field, kind in _hints(hint).items():
             yield from _fields(f"{name}_{field}", kind)
     elif hint is not type(None):
         yield name, _kind(hint)
@@ -133,14 +139,14 @@ def _depth(hint: Any) -> int:
     """0 for a value, 1 for a record of values, more for records of records."""
     if not _is_record(hint):
         return 0
-    return 1 + max(map(_depth, get_type_hints(hint, include_extras=True).values()))
+    return 1 + max(map(_depth, _hints(hint).values()))
 
 
 def reader(hint: Any, start: int = 0) -> Callable[[Sequence[Any]], Any]:
     """A function that makes a value of this type of what `flat` has made, from place `start` on."""
     if not _is_record(hint):
         return lambda fields: fields[start]
-    kinds = list(get_type_hints(hint, include_extras=True).values())
+    kinds = list(_hints(hint).values())
     if _depth(hint) == 1:
         stop = start + len(kinds)
         return lambda fields: hint(*fields[start:stop])
