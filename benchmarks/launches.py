@@ -19,6 +19,7 @@ from gspo_ops.policy_loss import triton_policy_loss
 from gspo_ops.rows import AllRows, FlaggedRows
 from gspo_ops.softmax import Softmax, Upstream
 from gspo_ops.tiles import Kept, Sums, Tile, Tiles, Weighting
+from gspo_ops.tiles_gpu import BLOCKS
 
 # more than 2 GiB of logits: below that, AMD's compiler assumes 32-bit offsets
 B, T, V = 8, 4096, 49152
@@ -182,8 +183,8 @@ COMBINATIONS = {
 N, H, HEAD_V, COLUMNS = 8192, 4096, 151936, slice(8192, 16384)
 
 
-FIRST_TILE = {"products": "mm", "n": 4096, "vocabulary": 8192}
-SECOND_TILE = FIRST_TILE | {"vocabulary": 16384}
+# one tile of logits, and one launch
+TILE = {"products": "mm", "n": BLOCKS.rows, "vocabulary": BLOCKS.columns}
 
 
 def make_tiles(
@@ -227,7 +228,7 @@ def launch_fold(
     entropy = tiles.of.options.softmax.return_entropy
     sums = Sums.empty(tiles.blocks.entries(tiles.of.V), empty(n), entropy)
     keep = empty(n, dtype=torch.bool) if has_keep else None
-    tiles.fold(empty(n), make_kept(tiles, HEAD_V if kept else 0), keep, sums)
+    tiles.fold(empty(n), make_kept(tiles, HEAD_V if kept else 0), keep, sums, empty(n))
 
 
 def launch_weigh(dtype: torch.dtype, slope: bool = False, **options: Any) -> None:
@@ -235,7 +236,8 @@ def launch_weigh(dtype: torch.dtype, slope: bool = False, **options: Any) -> Non
     n = tiles.of.n
     constant, slopes = (empty(n), empty(n)) if slope else (None, None)
     weighting = Weighting(empty(n), empty(n), constant, slopes)
-    tiles.weigh(COLUMNS, weighting, empty(n, 8192, dtype=tiles.of.grad_dtype))
+    columns = slice(tiles.of.V - BLOCKS.columns, tiles.of.V)
+    tiles.weigh(columns, weighting, empty(n, BLOCKS.columns, dtype=tiles.of.grad_dtype))
 
 
 def live_tile(tiles: Tiles, listed: bool) -> Tile:
@@ -243,9 +245,10 @@ def live_tile(tiles: Tiles, listed: bool) -> Tile:
     return Tile(e, empty(N, dtype=torch.int64) if listed else None)
 
 
-def launch_dhidden(dtype: torch.dtype, listed: bool = True) -> None:
+def launch_dhidden(dtype: torch.dtype, add: bool = False, listed: bool = True) -> None:
     tiles = make_tiles(dtype)
-    tiles.add_to_rows(empty(N, H), live_tile(tiles, listed), tiles.of.weight[COLUMNS])
+    tile = live_tile(tiles, listed)
+    tiles.add_to_rows(empty(N, H), tile, tiles.of.weight[COLUMNS], add=add)
 
 
 def launch_dweight(dtype: torch.dtype, add: bool = False, listed: bool = True) -> None:
@@ -253,6 +256,12 @@ def launch_dweight(dtype: torch.dtype, add: bool = False, listed: bool = True) -
     out = empty(8192, H, dtype=FP32 if add else dtype)
     x = empty(N, H, dtype=tiles.of.grad_dtype)
     tiles.add_to_columns(out, live_tile(tiles, listed), x, add=add)
+
+
+def launch_column_sums(products: str, add: bool = False) -> None:
+    tiles = make_tiles(BF16, products)
+    tile = live_tile(tiles, listed=products == "triton")
+    tiles.add_to_columns(empty(8192, 1, dtype=BF16), tile, empty(N, 1), add=add)
 
 
 def launch_rescale(products: str) -> None:
@@ -272,6 +281,7 @@ def launch_target_logits(**options: Any) -> None:
 DHIDDEN, DWEIGHT = launch_dhidden, launch_dweight
 FOLD, WEIGH = launch_fold, launch_weigh
 RESCALE, TARGET, ADD_TARGETS = launch_rescale, launch_target_logits, launch_add_targets
+COLUMN_SUMS = launch_column_sums
 # shown for every target
 PRODUCTS = {
     f"{name} {label}": (pair, options | {"dtype": dtype})
@@ -280,12 +290,13 @@ PRODUCTS = {
         ("hidden fwd", FOLD, {}),
         ("hidden recompute", WEIGH, {}),
         ("dhidden", DHIDDEN, {}),
+        ("dhidden add", DHIDDEN, {"add": True}),
         ("dweight", DWEIGHT, {}),
         ("dweight add", DWEIGHT, {"add": True}),
     )
 }
 EPILOGUES = {
-    name: (launch, options | {"dtype": BF16} | (FIRST_TILE if launch is FOLD else SECOND_TILE))
+    name: (launch, options | {"dtype": BF16} | TILE)
     for name, launch, options in (
         ("fold", FOLD, {}),
         ("fold no kept", FOLD, {"kept": False}),
@@ -299,6 +310,8 @@ EPILOGUES = {
 } | {
     "rescale mm": (RESCALE, {"products": "mm"}),
     "rescale triton": (RESCALE, {"products": "triton"}),
+    "column sums mm": (COLUMN_SUMS, {"products": "mm"}),
+    "column sums triton add": (COLUMN_SUMS, {"products": "triton", "add": True}),
     "add targets": (ADD_TARGETS, {"dtype": BF16}),
     "add targets fp32": (ADD_TARGETS, {"dtype": FP32}),
     "target": (TARGET, {}),

@@ -76,18 +76,27 @@ def matmul_fp32(a: Tensor, b: Tensor, *, out: Tensor | None = None, add: bool = 
 
     The product goes to `out`, of any dtype, or is added to it.
     """
-    dtype = compute_dtype(a.dtype)
-    is_rounded = dtype == torch.float32 and rounds_fp32(a.device)
-    is_narrow = a.dtype.itemsize == 2
-    # on a GPU, sums that end in 16 bits may be made in them
-    is_direct = not a.is_cuda if is_narrow else not is_rounded
-    if out is not None and out.dtype == a.dtype and is_direct:
+    if a.dtype.itemsize == 2:
+        return _matmul_narrow(a, b, out, add)
+    is_rounded = a.dtype == torch.float32 and rounds_fp32(a.device)
+    if out is not None and out.dtype == a.dtype and not is_rounded:
         return out.addmm_(a, b, beta=int(add))
-    if is_narrow and _has_fp32_products(a):
-        product = torch.mm(a, b, out_dtype=torch.float32)
-    else:
-        exact = torch.float64 if is_rounded else dtype  # which nobody rounds
-        product = torch.mm(a.to(exact), b.to(exact)).to(dtype)
+    exact = torch.float64 if is_rounded else a.dtype  # which nobody rounds
+    return _put(torch.mm(a.to(exact), b.to(exact)).to(a.dtype), out, add)
+
+
+def _matmul_narrow(a: Tensor, b: Tensor, out: Tensor | None, add: bool) -> Tensor:
+    # on a GPU, sums that end in 16 bits may be made in them
+    if out is not None and out.dtype == a.dtype and not a.is_cuda:
+        return out.addmm_(a, b, beta=int(add))
+    if not _has_fp32_products(a):
+        return matmul_fp32(a.float(), b.float(), out=out, add=add)
+    if out is not None and out.dtype == torch.float32 and not add:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return _put(torch.mm(a, b, out_dtype=torch.float32), out, add)
+
+
+def _put(product: Tensor, out: Tensor | None, add: bool) -> Tensor:
     if out is None:
         return product
     return out.add_(product) if add else out.copy_(product)

@@ -134,6 +134,7 @@ class HiddenStats(NamedTuple):
     """What the forward makes of each row, all (N,): log-probs and `RowSums`; and exponentials."""
 
     log_probs: Tensor
+    base: Tensor
     target_logit: Tensor
     shift: Tensor
     row_sum: Tensor
@@ -179,9 +180,9 @@ def _fwd_fake(
     n = rows.targets.numel()
     x = rows.targets.new_empty(n, dtype=stats_dtype(head.hidden, head.weight))
     entropy = torch.empty_like(x) if options.softmax.return_entropy else x.new_empty(0)
-    log_probs, target_logit, shift, row_sum = (torch.empty_like(x) for _ in range(4))
+    log_probs, base, target_logit, shift, row_sum = (torch.empty_like(x) for _ in range(5))
     kept = empty_kept(head, n, options.kept_columns)
-    return HiddenStats(log_probs, target_logit, shift, row_sum, entropy, kept)
+    return HiddenStats(log_probs, base, target_logit, shift, row_sum, entropy, kept)
 
 
 @operator(_fwd_fake)

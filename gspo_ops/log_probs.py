@@ -187,7 +187,7 @@ def log_probs_from_hidden(
             stays as it is.
         vocab_group: ranks that share the vocabulary: each passes the same hidden states and
             targets, and its own rows of weight, bias and lora.b, any number of them, in the order
-            of the ranks, or a DTensor with Shard(0). Exchanged are 3 numbers per row (4 with the
+            of the ranks, or a DTensor with Shard(0). Exchanged are 4 numbers per row (5 with the
             entropy) in the forward, and dhidden in the backward, in float32. The results are the
             same on all ranks, dweight is that of each rank's rows.
         return_entropy: also return the entropy in nats, differentiable (the backward then always

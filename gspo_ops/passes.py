@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .backend import device_guard, matmul_fp32, no_autocast, rounds_fp32
+from .backend import device_guard, matmul_fp32, no_autocast
 from .checks import checked_targets
 from .head import Head, HeadGrads, HeadOptions, Wanted
 from .parallel import NOWHERE, summed
@@ -19,6 +18,7 @@ from .tiles import (
     LN_2,
     Kept,
     Operands,
+    Product,
     RowGrads,
     RowSums,
     Sums,
@@ -64,15 +64,20 @@ def forward(
             # on a GPU one would have to look; ranks have checked them together
             checked_targets(tiles.of.targets, tiles.of.V, worked_on.index)
         keep = None if grad_mask is None else worked_on.take(grad_mask.reshape(-1) != 0)
-        target_logit = _target_logits(tiles)
-        base = finite_or_zero(target_logit)
+        target_logit = tiles.target_logits()
+        group = softmax.vocab_group if tiles.of.n else None
+        if group is None:
+            base = finite_or_zero(target_logit)
+        else:
+            base = finite_or_zero(summed(_of_part(target_logit, tiles), group))
         sums = Sums.empty(tiles.blocks.entries(tiles.of.V), base, softmax.return_entropy)
-        tiles.fold(base, kept, keep, sums)
+        tiles.fold(base, kept, keep, sums, target_logit)
         row_sums = sums.reduced()
-        if softmax.vocab_group is not None and tiles.of.n:
-            row_sums = row_sums.over_vocabulary(softmax.vocab_group)
+        if group is not None:
+            part = _of_part(target_logit, tiles)
+            row_sums, target_logit = row_sums.over_vocabulary(part, group)
         shift, row_sum, log = row_sums
-        found = RowSums(target_logit, shift, row_sum, row_sum.new_empty(0))
+        found = RowSums(base, target_logit, shift, row_sum, row_sum.new_empty(0))
         odds = found.log_odds(softmax.scale)
         log_prob = odds.log_p()
         if log is not None:
@@ -90,18 +95,11 @@ def forward(
         return full(log_prob), RowSums(*map(full, found))
 
 
-def _target_logits(tiles: Tiles) -> Tensor:
-    """(n,) after the soft cap; exchanged where the vocabulary is shared."""
-    z, targets, group = (
-        tiles.target_logits(),
-        tiles.of.targets,
-        tiles.of.options.softmax.vocab_group,
-    )
-    if group is None or not tiles.of.n:
-        return z
-    # one part has the target's logit, the others add 0
-    z = torch.where(targets >= 0, z, 0.0)
-    return summed(z.masked_fill_(targets == NOWHERE, math.nan), group)
+def _of_part(target_logit: Tensor, tiles: Tiles) -> Tensor:
+    """(n,) of a part of the vocabulary: one has the target's logit, the others add 0."""
+    targets = tiles.of.targets
+    z = torch.where(targets >= 0, target_logit, 0.0)
+    return z.masked_fill_(targets == NOWHERE, math.nan)
 
 
 # Backward
@@ -152,7 +150,7 @@ def _row_grads(sums: RowSums, g: Tensor, h: Tensor | None, options: HeadOptions)
     q = odds.q()
     rho = torch.where(sums.row_sum == 0, 0.0, q / sums.row_sum)
     at_target = g * q / temperature
-    weighting = Weighting(sums.base(), sums.shift, None, None)
+    weighting = Weighting(sums.base, sums.shift, None, None)
     if h is None:
         factor = -g * rho / temperature
     else:
@@ -168,28 +166,6 @@ def _row_grads(sums: RowSums, g: Tensor, h: Tensor | None, options: HeadOptions)
     return RowGrads(factor, at_target, weighting)
 
 
-class _OfRows(NamedTuple):
-    """A gradient of rows: `total` (n, ...), the sum of tiles times w (V, ...)."""
-
-    total: Tensor
-    w: Tensor
-    dtype: torch.dtype  # of the product
-
-    @classmethod
-    def of(cls, w: Tensor, dtype: torch.dtype, operands: Operands) -> _OfRows:
-        total = operands.x.new_zeros(operands.n, w.shape[1], dtype=operands.stats_dtype)
-        return cls(total, w, dtype)
-
-
-class _OfColumns(NamedTuple):
-    """A gradient of columns: `out` (V, ...) gets the sum of tiles, transposed, times x (n, ...)."""
-
-    out: Tensor
-    x: Tensor
-    dtype: torch.dtype  # of the product
-    add: bool
-
-
 def _gradients(
     tiles: Tiles, row_grads: RowGrads, kept: Kept, among: Rows, out: HeadGrads, add: Wanted
 ) -> None:
@@ -197,15 +173,15 @@ def _gradients(
     of = tiles.of
     hidden = low_rank = None
     if out.hidden is not None:
-        hidden = _OfRows.of(of.weight, of.grad_dtype, of)
+        hidden = _of_rows(of.weight, of.grad_dtype, of)
     if of.lora_b is not None and (out.hidden is not None or out.lora_a is not None):
-        low_rank = _OfRows.of(of.lora_b, of.stats_dtype, of)  # small enough for fp32
+        low_rank = _of_rows(of.lora_b, of.stats_dtype, of)  # small enough for fp32
     of_rows = [x for x in (hidden, low_rank) if x is not None]
     of_columns = list(_of_columns(of, out, add, row_grads.factor))
     if of.n:
         _add_tiles(tiles, row_grads, kept, among, of_rows, of_columns)
         for columns in of_columns:
-            tiles.add_targets(columns.out, columns.x, row_grads.at_target)
+            tiles.add_targets(columns.out, columns.factor, row_grads.at_target)
     else:
         for columns in of_columns:
             if not columns.add:
@@ -213,17 +189,22 @@ def _gradients(
     for gradient in of_rows:
         _finish(gradient, row_grads, tiles)
     if low_rank is not None:
-        _through_lora(tiles, low_rank.total, hidden, out.lora_a, add=add.lora_a)
+        _through_lora(tiles, low_rank.out, hidden, out.lora_a, add=add.lora_a)
     if hidden is not None and out.hidden is not None:
-        of.rows.put(hidden.total, out.hidden.view(-1, hidden.total.shape[1]))
+        of.rows.put(hidden.out, out.hidden.view(-1, hidden.out.shape[1]))
 
 
-def _finish(gradient: _OfRows, row_grads: RowGrads, tiles: Tiles) -> None:
+def _of_rows(w: Tensor, dtype: torch.dtype, of: Operands) -> Product:
+    total = of.x.new_empty(of.n, w.shape[1], dtype=of.stats_dtype)
+    return Product(total, w, dtype, add=False)
+
+
+def _finish(gradient: Product, row_grads: RowGrads, tiles: Tiles) -> None:
     """Factors, the targets' share, and that of other ranks."""
     factor, at_target, _ = row_grads
     group = tiles.of.options.softmax.vocab_group
-    total = gradient.total.mul_(factor[:, None])
-    _add_targets_to_rows(total, gradient.w, at_target, tiles)
+    total = gradient.out.mul_(factor[:, None])
+    _add_targets_to_rows(total, gradient.factor, at_target, tiles)
     if group is not None:
         summed(total, group)  # in fp32, then rounded once
     if isinstance(tiles.of.rows, FlaggedRows):
@@ -231,14 +212,14 @@ def _finish(gradient: _OfRows, row_grads: RowGrads, tiles: Tiles) -> None:
 
 
 def _through_lora(
-    tiles: Tiles, low: Tensor, hidden: _OfRows | None, out: Tensor | None, *, add: bool
+    tiles: Tiles, low: Tensor, hidden: Product | None, out: Tensor | None, *, add: bool
 ) -> None:
     """From d loss / d (x @ a^T) (n, r): its share in dhidden, which is rounded once, and da."""
     of = tiles.of
     assert of.lora_a is not None
     low = low * of.options.lora_scale
     if hidden is not None:
-        matmul_fp32(low, of.lora_a.to(low.dtype), out=hidden.total, add=True)
+        matmul_fp32(low, of.lora_a.to(low.dtype), out=hidden.out, add=True)
     if out is not None:
         total = low.new_zeros(of.lora_a.shape)
         for r in slices(of.n, tiles.blocks.rows):  # a copy of all rows in fp32 would be large
@@ -249,7 +230,7 @@ def _through_lora(
         out.copy_(out + total if add else total)
 
 
-def _of_columns(of: Operands, out: HeadGrads, add: Wanted, factor: Tensor) -> Iterator[_OfColumns]:
+def _of_columns(of: Operands, out: HeadGrads, add: Wanted, factor: Tensor) -> Iterator[Product]:
     ones = torch.ones_like(factor)[:, None]
     for to, x, dtype, adds in (
         (out.weight, of.x, of.grad_dtype, add.weight),
@@ -257,7 +238,7 @@ def _of_columns(of: Operands, out: HeadGrads, add: Wanted, factor: Tensor) -> It
         (out.lora_b, of.lora_x, of.stats_dtype, add.lora_b),
     ):
         if to is not None and x is not None:
-            yield _OfColumns(to.view(len(to), -1), x, dtype, adds)
+            yield Product(to.view(len(to), -1), x, dtype, adds)
 
 
 def _add_tiles(
@@ -265,31 +246,26 @@ def _add_tiles(
     row_grads: RowGrads,
     kept: Kept,
     among: Rows,
-    of_rows: list[_OfRows],
-    of_columns: list[_OfColumns],
+    of_rows: list[Product],
+    of_columns: list[Product],
 ) -> None:
     """The products of all tiles. What they are scaled with lives as long as this runs."""
-    of = tiles.of
-    scaled = [_scaled(x, row_grads.factor, dtype, tiles) for _, x, dtype, _ in of_columns]
-    dtypes = {x for _, w, dtype in of_rows for x in (w.dtype, dtype)}
-    dtypes |= {x for to, _, dtype, _ in of_columns for x in (to.dtype, dtype)}
-    # whether the products take and write what there is, without a copy
-    is_direct = among.index is None and dtypes <= {of.grad_dtype}
-    for c in _grad_columns(tiles, kept.columns, is_direct):
+    scaled = [_scaled(product, row_grads.factor, tiles) for product in of_columns]
+    is_whole = tiles.takes_whole(among, of_rows, of_columns)
+    for c in _grad_columns(tiles, kept.columns, is_whole):
         tile = _tile(tiles, c, row_grads.weighting, kept, among)
-        for total, w, dtype in of_rows:
-            tiles.add_to_rows(total, tile, w[c].to(dtype))
-        for (to, _, _, adds), x in zip(of_columns, scaled, strict=True):
+        for total, w, dtype, _ in of_rows:
+            tiles.add_to_rows(total, tile, w[c].to(dtype), add=c.start > 0)
+        for to, x, _, adds in scaled:
             tiles.add_to_columns(to[c], tile, x, add=adds)
         del tile  # before the next one is made
 
 
-def _grad_columns(tiles: Tiles, kept_columns: int, is_direct: bool) -> list[slice]:
+def _grad_columns(tiles: Tiles, kept_columns: int, is_whole: bool) -> list[slice]:
     """Ranges of columns, each on one side of the last kept one."""
-    width = kept_width = tiles.blocks.grad_width(tiles.of.n)
-    if is_direct and tiles.takes_wide_products and not rounds_fp32(tiles.of.x.device):
-        kept_width = max(kept_columns, 1)
+    width = tiles.blocks.grad_width(tiles.of.n)
     kept, others = slice(0, kept_columns), slice(kept_columns, tiles.of.V)
+    kept_width = max(kept_columns, 1) if is_whole else width
     return [*slices_of(kept, kept_width), *slices_of(others, width)]
 
 
@@ -302,14 +278,16 @@ def _tile(tiles: Tiles, c: slice, weighting: Weighting, kept: Kept, among: Rows)
     return Tile(out, None)
 
 
-def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype, tiles: Tiles) -> Tensor:
-    out = torch.empty_like(x, dtype=dtype)
+def _scaled(product: Product, factor: Tensor, tiles: Tiles) -> Product:
+    """Times the factor of each row."""
+    x = product.factor
+    out = torch.empty_like(x, dtype=product.dtype)
     for r in slices(len(x), tiles.blocks.rows):
         out[r] = x[r] * factor[r, None]
     if isinstance(tiles.of.rows, FlaggedRows):
         # a dead row may hold NaN
         out.masked_fill_((factor == 0)[:, None], 0.0)
-    return out
+    return product._replace(factor=out)
 
 
 def _add_targets_to_rows(out: Tensor, w: Tensor, at_target: Tensor, tiles: Tiles) -> None:

@@ -21,6 +21,7 @@ from .head import (
     stats_dtype,
 )
 from .tiles_gpu import BLOCKS as GPU_BLOCKS
+from .tiles_gpu import product_columns
 from .tiles_torch import BLOCKS as TORCH_BLOCKS
 
 PlanName = Literal["auto", "keep", "chunk", "recompute"]
@@ -250,9 +251,9 @@ def _work_bytes(hidden: Tensor, weight: Tensor, choice: Choice) -> tuple[int, in
     dtype, grad_dtype = product_dtype(hidden, weight), grad_product_dtype(hidden, weight)
     size, stats_size = grad_dtype.itemsize, stats_dtype(hidden, weight).itemsize
     tile_rows = min(blocks.rows, rows)
-    tile = tile_rows * blocks.columns * stats_size
+    tile = tile_rows * blocks.width(rows) * stats_size
     if dtype != hidden.dtype or dtype != weight.dtype:
-        tile += (tile_rows + blocks.columns) * H * dtype.itemsize  # copies of operands
+        tile += (tile_rows + blocks.width(rows)) * H * dtype.itemsize  # copies of operands
     if not use_triton(hidden):
         tile *= torch.get_num_threads()  # each has its own
     # sums of each tile, and what it takes to add them up
@@ -265,9 +266,9 @@ def _work_bytes(hidden: Tensor, weight: Tensor, choice: Choice) -> tuple[int, in
     if hidden.requires_grad and weight.dtype != grad_dtype:
         backward += min(width, V) * H * size  # a copy of these columns' weight
     if weight.requires_grad and size < stats_size:
-        columns = min(width, V)
         if use_triton(hidden):
-            backward += columns * H * stats_size  # a product that is not rounded yet
+            # a product that is not rounded yet
+            backward += min(product_columns(H), V) * H * stats_size
         elif choice.name == "chunk":  # and, on a CPU, what it is made of in fp32
-            backward += (columns * (H + rows) + rows * H) * stats_size
+            backward += (min(width, V) * (H + rows) + rows * H) * stats_size
     return forward, backward

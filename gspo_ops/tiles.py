@@ -7,7 +7,7 @@ stands in `kernels/hidden.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
@@ -23,10 +23,11 @@ LN_2 = math.log(2.0)
 
 
 class Blocks(NamedTuple):
-    """Sizes of tiles, which never depend on the number of rows but for a gradient's columns."""
+    """Sizes of tiles; how many columns are added up at a time never depends on the rows."""
 
-    rows: int  # of a tile of logits
-    columns: int
+    rows: int  # of a tile of logits, at most
+    columns: int  # at least; a multiple of `sums`
+    elements: int  # that tiles of fewer rows are widened to
     sums: int  # columns of an entry of `Sums`
     grad_elements: int  # of a tile for the products of the backward
     grad_columns: int  # and its columns, at most
@@ -34,6 +35,11 @@ class Blocks(NamedTuple):
     def entries(self, vocabulary: int) -> int:
         """Of `Sums`."""
         return -(-vocabulary // self.sums)
+
+    def width(self, rows: int) -> int:
+        """Columns of a tile of logits, of so many rows in all."""
+        fit = self.elements // max(min(rows, self.rows), 1) // self.columns
+        return max(fit, 1) * self.columns
 
     def grad_width(self, rows: int) -> int:
         """Columns of a tile for the products of the backward."""
@@ -94,17 +100,15 @@ class Operands(NamedTuple):
 class RowSums(NamedTuple):
     """What the forward keeps of each row, all (N,); 0 in rows that are left out."""
 
-    target_logit: Tensor  # after the soft cap, before the temperature
+    base: Tensor  # the target's logit as a dot product gives it, if that is finite
+    target_logit: Tensor  # rounded like the others; after the soft cap, before the temperature
     shift: Tensor  # powers of two
-    row_sum: Tensor  # of the others' exp2((z - target_logit) * scale - shift)
+    row_sum: Tensor  # of the others' exp2((z - base) * scale - shift)
     entropy: Tensor  # (0,) unless asked for
-
-    def base(self) -> Tensor:
-        return finite_or_zero(self.target_logit)
 
     def log_odds(self, scale: float) -> LogOdds:
         """Against the target."""
-        moved = (self.base() - self.target_logit) * scale + self.shift
+        moved = (self.base - self.target_logit) * scale + self.shift
         return LogOdds(moved * LN_2 + self.row_sum.log())
 
 
@@ -139,11 +143,15 @@ class Sums(NamedTuple):
         """By how much each tile's exponentials shrink when they are shifted so much."""
         return torch.exp2(self.shift - shift)
 
-    def over_vocabulary(self, group: str) -> Sums:
-        """Those of whole rows, (n,) each, from those of each part of the vocabulary."""
-        own = torch.stack([x for x in self if x is not None])
-        parts = gathered(own, group).unbind(1)
-        return Sums(parts[0], parts[1], None if self.log is None else parts[2]).reduced()
+    def over_vocabulary(self, target_logit: Tensor, group: str) -> tuple[Sums, Tensor]:
+        """Those of whole rows, (n,) each, from those of each part of the vocabulary.
+
+        And the target's logit, which one part has and the others have as 0.
+        """
+        own = torch.stack([target_logit, *[x for x in self if x is not None]])
+        target_logits, *parts = gathered(own, group).unbind(1)
+        log = None if self.log is None else parts[2]
+        return Sums(parts[0], parts[1], log).reduced(), target_logits.sum(0)
 
 
 class Weighting(NamedTuple):
@@ -212,24 +220,35 @@ class Tile(NamedTuple):
     rows: Tensor | None
 
 
-class Tiles(Protocol):
-    """An implementation, for the operands of some rows. All buffers it is given are the caller's.
+class Product(NamedTuple):
+    """A gradient that is a sum over tiles.
 
-    Attributes:
-        takes_wide_products: whether one product over all kept columns beats several.
+    Of rows, `out` (n, ...) gets the tiles times `factor` (V, ...); of columns, `out` (V, ...) gets
+    the tiles, transposed, times `factor` (n, ...).
     """
 
+    out: Tensor
+    factor: Tensor
+    dtype: torch.dtype  # of the product
+    add: bool
+
+
+class Tiles(Protocol):
+    """An implementation, for the operands of some rows. The caller owns all buffers."""
+
     blocks: ClassVar[Blocks]
-    takes_wide_products: ClassVar[bool]
     of: Operands
 
     def target_logits(self) -> Tensor:
         """(n,) after the soft cap, where the target is among this rank's columns."""
 
-    def fold(self, base: Tensor, kept: Kept, keep: Tensor | None, sums: Sums) -> None:
+    def fold(
+        self, base: Tensor, kept: Kept, keep: Tensor | None, sums: Sums, target_logit: Tensor
+    ) -> None:
         """Sums over each row's exponentials but for its target's, to `sums`.
 
-        `kept` receives the exponentials of rows where `keep` holds; None for all.
+        `kept` receives the exponentials of rows where `keep` holds, None for all; `target_logit`
+        (n,) the target's logit, where products of tiles round it in another way.
         """
 
     def rescale(self, kept: Kept, shrink: Tensor) -> None:
@@ -241,8 +260,13 @@ class Tiles(Protocol):
     def weigh(self, columns: slice, weighting: Weighting, out: Tensor) -> None:
         """Recompute logits, and write to `out` what `weighting` makes of them."""
 
-    def add_to_rows(self, out: Tensor, tile: Tile, w: Tensor) -> None:
-        """out (n, ...) += tile @ w."""
+    def takes_whole(
+        self, among: Rows, of_rows: Sequence[Product], of_columns: Sequence[Product]
+    ) -> bool:
+        """Whether these need no large copies, so that all kept columns are multiplied at once."""
+
+    def add_to_rows(self, out: Tensor, tile: Tile, w: Tensor, *, add: bool) -> None:
+        """out (n, ...) = tile @ w, or added to it."""
 
     def add_to_columns(self, out: Tensor, tile: Tile, x: Tensor, *, add: bool) -> None:
         """out = tile^T @ x, or added to it."""
@@ -261,7 +285,8 @@ def slices_of(whole: slice, step: int) -> list[slice]:
 
 def places(columns: slice, rows: int, blocks: Blocks) -> list[tuple[slice, slice]]:
     """Rows and columns of the tiles of logits."""
-    return [(r, c) for c in slices_of(columns, blocks.columns) for r in slices(rows, blocks.rows)]
+    width = blocks.width(rows)
+    return [(r, c) for c in slices_of(columns, width) for r in slices(rows, blocks.rows)]
 
 
 def add_rest(z: Tensor, of: Operands, r: slice, c: slice) -> Tensor:

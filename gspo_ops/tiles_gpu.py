@@ -5,7 +5,7 @@ The kernels stand in `kernels/hidden.py`.
 
 from __future__ import annotations
 
-from operator import itemgetter
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -13,17 +13,42 @@ from torch import Tensor
 
 from .backend import loadable, matmul_fp32
 from .rows import FlaggedRows, OrderedRows, Rows
-from .tiles import Blocks, Kept, Operands, Sums, Tile, Weighting, add_rest, places
+from .tiles import (
+    Blocks,
+    Kept,
+    Operands,
+    Product,
+    Sums,
+    Tile,
+    Weighting,
+    add_rest,
+    places,
+    slices,
+)
 
-BLOCKS = Blocks(rows=4096, columns=8192, sums=8192, grad_elements=1 << 26, grad_columns=8192)
-EPILOGUE = 1024  # columns of an epilogue's program
+SUMS = 4096  # columns of a program that folds, which holds them in registers
+# an L2 cache holds a tile of logits in fp32, or a part of a product: 32 MiB
+_CACHED = 1 << 23
+BLOCKS = Blocks(
+    rows=2048,
+    columns=SUMS,
+    elements=_CACHED,
+    sums=SUMS,
+    grad_elements=1 << 26,
+    grad_columns=8192,
+)
+EPILOGUE = 1024  # columns of the other epilogues' programs
+
+
+def product_columns(width: int) -> int:
+    """Columns of a gradient of so many elements each, whose product is made at a time."""
+    return max(_CACHED // width // 128 * 128, 128)
 
 
 class MatMulTiles:
     """torch.mm with fp32 results, and Triton epilogues; see `Tiles`."""
 
     blocks: ClassVar[Blocks] = BLOCKS
-    takes_wide_products: ClassVar[bool] = False
 
     def __init__(self, operands: Operands) -> None:
         self.of = _for_kernels(operands)
@@ -33,28 +58,32 @@ class MatMulTiles:
     def target_logits(self) -> Tensor:
         return _target_logits(self.of, self.live)
 
-    def fold(self, base: Tensor, kept: Kept, keep: Tensor | None, sums: Sums) -> None:
+    def fold(
+        self, base: Tensor, kept: Kept, keep: Tensor | None, sums: Sums, target_logit: Tensor
+    ) -> None:
         from .kernels.hidden import fold_kernel
 
-        for r, c in places(slice(0, self.of.V), self.of.n, self.blocks):
-            z, tile = self._logits(r, c), sums.at(c.start // self.blocks.sums, r)
-            # also where nothing is kept: another layout would add in another order
-            e = kept.e[r, c.start : min(c.stop, kept.columns)]
-            fold_kernel[(len(z),)](
+        n = self.of.n
+        for r, c, z in self._logits(slice(0, self.of.V)):
+            fold_kernel[(len(z) * -(-z.shape[1] // SUMS),)](
                 z_ptr=z,
-                targets_ptr=self.of.targets[r] - c.start,
-                base_ptr=base[r],
-                live_ptr=self._live(r),
-                e_ptr=e,
-                shift_ptr=tile.shift,
-                sum_ptr=tile.total,
-                log_sum_ptr=tile.log,
+                targets_ptr=self.of.targets,
+                base_ptr=base,
+                live_ptr=self.live,
+                e_ptr=kept.e,
+                shift_ptr=sums.shift,
+                sum_ptr=sums.total,
+                log_sum_ptr=sums.log,
+                target_logit_ptr=target_logit,
                 C=z.shape[1],
-                kept=e.shape[1],
+                N=n,
+                kept=kept.columns,
                 stride_en=kept.stride(),
+                first_row=r.start,
+                first_col=c.start,
                 scale=self.of.options.softmax.scale,
                 softcap=self.of.options.softmax.softcap,
-                BLOCK=EPILOGUE,
+                BLOCK=SUMS,
             )
 
     def rescale(self, kept: Kept, shrink: Tensor) -> None:
@@ -64,58 +93,63 @@ class MatMulTiles:
         return Tile(e[: self.of.n] if among.index is None else e.index_select(0, among.index), None)
 
     def weigh(self, columns: slice, weighting: Weighting, out: Tensor) -> None:
-        for r, c in places(columns, self.of.n, self.blocks):
-            to = out[r, c.start - columns.start : c.stop - columns.start]
-            self._weigh(self._logits(r, c), r, c, weighting.map(itemgetter(r)), to)
-
-    def _weigh(self, z: Tensor, r: slice, c: slice, weighting: Weighting, out: Tensor) -> None:
-        """A tile z of logits to what `Weighting` says."""
         from .kernels.hidden import weigh_kernel
 
-        C = z.shape[1]
-        weigh_kernel[(len(z) * -(-C // EPILOGUE),)](
-            z_ptr=z,
-            targets_ptr=self.of.targets[r] - c.start,
-            base_ptr=weighting.base,
-            shift_ptr=weighting.shift,
-            constant_ptr=weighting.constant,
-            slope_ptr=weighting.slope,
-            live_ptr=self._live(r),
-            out_ptr=out,
-            C=C,
-            stride_on=out.stride(0),
-            scale=self.of.options.softmax.scale,
-            softcap=self.of.options.softmax.softcap,
-            BLOCK=EPILOGUE,
-        )
+        for r, c, z in self._logits(columns):
+            weigh_kernel[(len(z) * -(-z.shape[1] // EPILOGUE),)](
+                z_ptr=z,
+                targets_ptr=self.of.targets,
+                base_ptr=weighting.base,
+                shift_ptr=weighting.shift,
+                constant_ptr=weighting.constant,
+                slope_ptr=weighting.slope,
+                live_ptr=self.live,
+                out_ptr=out,
+                C=z.shape[1],
+                stride_on=out.stride(0),
+                first_row=r.start,
+                first_col=c.start,
+                first_out=columns.start,
+                scale=self.of.options.softmax.scale,
+                softcap=self.of.options.softmax.softcap,
+                BLOCK=EPILOGUE,
+            )
 
-    def add_to_rows(self, out: Tensor, tile: Tile, w: Tensor) -> None:
-        e = tile.e.to(w.dtype)
-        if out.dtype == w.dtype and len(e) == len(out):
-            matmul_fp32(e, w, out=out, add=True)
-        else:
-            out.add_(matmul_fp32(e, w)[: len(out)])
+    def takes_whole(
+        self, among: Rows, of_rows: Sequence[Product], of_columns: Sequence[Product]
+    ) -> bool:
+        return among.index is None and _are_direct(of_rows, of_columns, self.of.grad_dtype)
+
+    def add_to_rows(self, out: Tensor, tile: Tile, w: Tensor, *, add: bool) -> None:
+        matmul_fp32(tile.e.to(w.dtype), w, out=out, add=add)
 
     def add_to_columns(self, out: Tensor, tile: Tile, x: Tensor, *, add: bool) -> None:
-        matmul_fp32(tile.e.mT.to(x.dtype), x, out=out, add=add)
+        width = x.shape[1]
+        if width == 1:
+            _add_column_sums(out, tile, x, None, add=add)
+            return
+        for c in slices(len(out), product_columns(width)):
+            matmul_fp32(tile.e[:, c].mT.to(x.dtype), x, out=out[c], add=add)
 
     def add_targets(self, out: Tensor, x: Tensor, at_target: Tensor) -> None:
         _add_targets(self.of.targets, out, x, at_target)
 
-    def _logits(self, r: slice, c: slice) -> Tensor:
-        """A tensor of its own."""
-        x, w = self.of.x[r].to(self.of.dtype), self.of.weight[c].to(self.of.dtype)
-        return add_rest(matmul_fp32(x, w.mT), self.of, r, c)
-
-    def _live(self, r: slice) -> Tensor | None:
-        return None if self.live is None else self.live[r]
+    def _logits(self, columns: slice) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Rows, columns and logits of each tile, in a buffer that the next one overwrites."""
+        of, blocks = self.of, self.blocks
+        rows = min(of.n, blocks.rows)
+        width = min(blocks.width(of.n), columns.stop - columns.start)
+        buffer = of.x.new_empty(rows * width, dtype=of.stats_dtype)
+        for r, c in places(columns, of.n, blocks):
+            x, w = of.x[r].to(of.dtype), of.weight[c].to(of.dtype)
+            z = buffer[: len(x) * len(w)].view(len(x), len(w))
+            yield r, c, add_rest(matmul_fp32(x, w.mT, out=z), of, r, c)
 
 
 class TritonTiles:
     """Products in Triton, which know on the device which rows are live; see `Tiles`."""
 
     blocks: ClassVar[Blocks] = BLOCKS._replace(sums=128)  # columns of a program
-    takes_wide_products: ClassVar[bool] = False
 
     def __init__(self, operands: Operands) -> None:
         of = _for_kernels(operands)
@@ -128,7 +162,9 @@ class TritonTiles:
     def target_logits(self) -> Tensor:
         return _target_logits(self.of, None)
 
-    def fold(self, base: Tensor, kept: Kept, keep: Tensor | None, sums: Sums) -> None:
+    def fold(
+        self, base: Tensor, kept: Kept, keep: Tensor | None, sums: Sums, target_logit: Tensor
+    ) -> None:
         from .kernels.hidden import hidden_fwd_kernel
 
         of = self.of
@@ -145,6 +181,7 @@ class TritonTiles:
                 shift_ptr=sums.shift,
                 sum_ptr=sums.total,
                 log_sum_ptr=sums.log,
+                target_logit_ptr=target_logit,
                 n=of.n,
                 C=of.V,
                 H=of.x.shape[1],
@@ -191,7 +228,12 @@ class TritonTiles:
                 **product_blocks("N", "V", "H", of.dtype),
             )
 
-    def add_to_rows(self, out: Tensor, tile: Tile, w: Tensor) -> None:
+    def takes_whole(
+        self, among: Rows, of_rows: Sequence[Product], of_columns: Sequence[Product]
+    ) -> bool:
+        return _are_direct(of_rows, of_columns, self.of.grad_dtype)
+
+    def add_to_rows(self, out: Tensor, tile: Tile, w: Tensor, *, add: bool) -> None:
         from .kernels.hidden import dhidden_kernel
 
         if self.of.n:
@@ -207,13 +249,16 @@ class TritonTiles:
                 stride_en=tile.e.stride(0),
                 stride_wv=w.stride(0),
                 stride_on=out.stride(0),
+                ADD=add,
                 **product_blocks("N", "H", "V", w.dtype),
             )
 
     def add_to_columns(self, out: Tensor, tile: Tile, x: Tensor, *, add: bool) -> None:
         from .kernels.hidden import dweight_kernel
 
-        x = x.to(tile.e.dtype)
+        if x.shape[1] == 1:
+            _add_column_sums(out, tile, x, self.count, add=add)
+            return
         dweight_kernel[programs(out.shape[0], out.shape[1], x.dtype)](
             e_ptr=tile.e,
             rows_ptr=tile.rows,
@@ -234,6 +279,15 @@ class TritonTiles:
 
 
 # What both share
+
+
+def _are_direct(
+    of_rows: Sequence[Product], of_columns: Sequence[Product], dtype: torch.dtype
+) -> bool:
+    """Whether no operand has to be copied to the dtype of the exponentials."""
+    operands = {x for product in of_rows for x in (product.factor.dtype, product.dtype)}
+    operands |= {product.dtype for product in of_columns if product.factor.shape[1] > 1}
+    return operands <= {dtype}
 
 
 def _for_kernels(operands: Operands) -> Operands:
@@ -289,6 +343,29 @@ def _rescale(kept: Kept, shrink: Tensor, n: int, blocks: Blocks) -> None:
             TILE=blocks.sums,
             BLOCK=min(blocks.sums, EPILOGUE),
         )
+
+
+def _add_column_sums(
+    out: Tensor, tile: Tile, factor: Tensor, count: Tensor | None, *, add: bool
+) -> None:
+    """out (C, 1) = the sum of the tile's rows, each times its factor (n, 1), or added to it."""
+    from .kernels.hidden import column_sums_kernel
+
+    columns = 128
+    column_sums_kernel[(-(-len(out) // columns),)](
+        e_ptr=tile.e,
+        rows_ptr=tile.rows,
+        count_ptr=count,
+        factor_ptr=factor,
+        out_ptr=out,
+        n=len(factor),
+        C=len(out),
+        stride_en=tile.e.stride(0),
+        stride_o=out.stride(0),
+        ADD=add,
+        ROWS=32,
+        COLS=columns,
+    )
 
 
 def _add_targets(targets: Tensor, out: Tensor, x: Tensor, at_target: Tensor) -> None:

@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Sequence
 from operator import itemgetter
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .backend import matmul_fp32
+from .backend import matmul_fp32, rounds_fp32
 from .constants import SHIFT_LIMIT
 from .rows import Rows
 from .threads import for_each
-from .tiles import Blocks, Kept, Operands, Sums, Tile, Weighting, add_rest, places, slices
+from .tiles import (
+    Blocks,
+    Kept,
+    Operands,
+    Product,
+    Sums,
+    Tile,
+    Weighting,
+    add_rest,
+    places,
+    slices,
+)
 
-BLOCKS = Blocks(rows=512, columns=1024, sums=1024, grad_elements=1 << 22, grad_columns=8192)
+BLOCKS = Blocks(
+    rows=512, columns=1024, elements=0, sums=1024, grad_elements=1 << 22, grad_columns=8192
+)
 _LEAST_ROWS = 16  # of products that make logits
 _LEAST_GRAD_ROWS = 4  # of those that make gradients of rows
 _VECTORS = 64  # a number of elements that fills those of every processor
@@ -26,7 +40,6 @@ class TorchTiles:
     """Tiles in torch; see `Tiles`."""
 
     blocks: ClassVar[Blocks] = BLOCKS
-    takes_wide_products: ClassVar[bool] = True  # each product waits for a slower core
 
     def __init__(self, operands: Operands) -> None:
         self.of = operands._replace(targets=operands.targets.long())
@@ -48,7 +61,9 @@ class TorchTiles:
             out += (of.lora_x * of.lora_b[y]).sum(1)
         return out if softcap is None else softcap * torch.tanh(out / softcap)
 
-    def fold(self, base: Tensor, kept: Kept, keep: Tensor | None, sums: Sums) -> None:
+    def fold(
+        self, base: Tensor, kept: Kept, keep: Tensor | None, sums: Sums, target_logit: Tensor
+    ) -> None:
         def fold_tile(place: tuple[slice, slice]) -> None:
             r, c = place
             z = self._logits(r, c)
@@ -82,15 +97,25 @@ class TorchTiles:
 
         for_each(weigh_tile, places(columns, self.of.n, self.blocks), self.of.x)
 
-    def add_to_rows(self, out: Tensor, tile: Tile, w: Tensor) -> None:
+    def takes_whole(
+        self, among: Rows, of_rows: Sequence[Product], of_columns: Sequence[Product]
+    ) -> bool:
+        # each product waits for a slower core
+        dtypes = {x for product in of_rows for x in (product.factor.dtype, product.dtype)}
+        dtypes |= {x for product in of_columns for x in (product.out.dtype, product.dtype)}
+        is_direct = among.index is None and dtypes <= {self.of.grad_dtype}
+        return is_direct and not rounds_fp32(self.of.x.device)
+
+    def add_to_rows(self, out: Tensor, tile: Tile, w: Tensor, *, add: bool) -> None:
         # fewer rows are summed one column after the other, with errors 10 times as large
         least = _LEAST_GRAD_ROWS if w.shape[1] > 1 else 0
         e = _with_rows(tile.e.to(w.dtype), least)
         if out.dtype == w.dtype and len(e) == len(out):
-            matmul_fp32(e, w, out=out, add=True)
+            matmul_fp32(e, w, out=out, add=add)
         else:
             product = torch.mm(e, w) if e.dtype == torch.bfloat16 else matmul_fp32(e, w)
-            out.add_(product[: len(out)])
+            product = product[: len(out)]
+            out.copy_(out + product if add else product)
 
     def add_to_columns(self, out: Tensor, tile: Tile, x: Tensor, *, add: bool) -> None:
         matmul_fp32(tile.e.mT.to(x.dtype), x, out=out, add=add)

@@ -8,6 +8,10 @@ the exponentials of the others, and no maximum has to be found first:
     P_v = 2^a_v  (P_y = 0),   S = sum_v P_v,   d = shift * ln 2 + log S   (log-odds against y)
     log_prob = -softplus(d),   q = 1 - p_y = sigmoid(d),   p_v = P_v * q / S
 
+Tensor cores cut off what they add, so that all logits of a product are a little too near zero. In
+the end z_y is therefore what the product made of it, like the others: d += (base - z_y) * scale *
+ln 2, where base is the z_y of the dot product, which the exponentials stay relative to.
+
 A tile in which a_v exceeds SHIFT_LIMIT, as a target less likely than e^-44 makes it, has a shift of
 its own; tiles whose shift turns out to differ from the row's are corrected at the end. The gradient
 of a row by its logits is one factor times P, and a number at the target:
@@ -28,14 +32,27 @@ from .common import SHIFT_LIMIT, tanh
 
 
 @triton.jit
-def exponents(z, base, shift, scale, softcap):
-    """a = (softcap(z) - base) * scale - shift, and softcap's derivative (1.0 without)."""
+def capped(z, softcap):
+    """softcap(z), and its derivative (1.0 without)."""
     derivative = 1.0
     if softcap is not None:
         u = tanh(z * (1.0 / softcap))
         z = softcap * u
         derivative = 1.0 - u * u
-    return (z - base[:, None]) * scale - shift[:, None], derivative
+    return z, derivative
+
+
+@triton.jit
+def exponentials(a, AXIS: tl.constexpr, LOG: tl.constexpr):
+    """Of exponents a: a shift, e = 2^(a - shift), its sum, and that of e * log2(e) or 0."""
+    top = tl.max(a, axis=AXIS, keep_dims=True)
+    shift = tl.where(top > SHIFT_LIMIT, top, 0.0)
+    a -= shift
+    e = tl.exp2(a)
+    log_total = tl.zeros_like(top)
+    if LOG:
+        log_total = tl.sum(tl.where(e > 0, e * a, 0.0), axis=AXIS, keep_dims=True)
+    return shift, e, tl.sum(e, axis=AXIS, keep_dims=True), log_total
 
 
 @triton.jit
@@ -87,75 +104,63 @@ def target_logits_kernel(
 
 @triton.jit
 def fold_kernel(
-    # inputs: a tile of logits [n, C], contiguous; [n] targets (counted from the tile's
-    # first column), base; live or None
+    # inputs: a tile of logits [n, C], contiguous, from row first_row and column first_col on;
+    # [N] targets, base; live or None
     z_ptr, targets_ptr, base_ptr, live_ptr,
-    # outputs: exponentials [n, kept]; sums [n]; log_sum is None unless asked for
-    e_ptr, shift_ptr, sum_ptr, log_sum_ptr,
+    # outputs: exponentials [N, kept]; [J, N] sums, log_sum is None unless asked for; [N] the
+    # target's logit
+    e_ptr, shift_ptr, sum_ptr, log_sum_ptr, target_logit_ptr,
     # shapes and strides
-    C, kept, stride_en,
+    C, N, kept, stride_en, first_row, first_col,
     # options
     scale, softcap,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per row: its largest exponent, then its exponentials and their sum."""
-    row = tl.program_id(0).to(tl.int64)
+    """One program per row and block of columns, which it reads once."""
+    blocks = tl.cdiv(C, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    z_ptr += row * C
+    row += first_row
+    at = block * BLOCK + tl.arange(0, BLOCK)  # in the tile
+    inside = at < C
     live = True
     if live_ptr is not None:
         live = tl.load(live_ptr + row) != 0
-    cols = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
-    y = tl.load(targets_ptr + row)
-    base = tl.load(base_ptr + row + tl.zeros([1], tl.int32))
-    zero = tl.zeros([1], tl.float32)
-    shift = 0.0
-    total = 0.0
-    log_total = 0.0
+    one = tl.zeros([1], tl.int32)
+    shift = tl.zeros([1], tl.float32)
+    total = tl.zeros([1], tl.float32)
+    log_total = tl.zeros([1], tl.float32)
+    e = tl.zeros([BLOCK], e_ptr.dtype.element_ty)
     if live:
-        z_ptr += row * C
-        top = tl.full([1, BLOCK], float("-inf"), tl.float32)
-        for start in range(0, C, BLOCK):
-            at = start + cols
-            z = tl.load(z_ptr + at, mask=at < C, other=float("-inf"))
-            a, _ = exponents(z, base, zero, scale, softcap)
-            top = tl.maximum(top, tl.where((at < C) & (at != y), a, float("-inf")))
-        largest = tl.max(tl.max(top, axis=1), axis=0)
-        shift = tl.where(largest > SHIFT_LIMIT, largest, 0.0)
-        sums = tl.zeros([1, BLOCK], tl.float32)
-        log_sums = tl.zeros([1, BLOCK], tl.float32)
-        for start in range(0, C, BLOCK):
-            at = start + cols
-            z = tl.load(z_ptr + at, mask=at < C, other=float("-inf"))
-            a, derivative = exponents(z, base, zero + shift, scale, softcap)
-            e = tl.where((at < C) & (at != y), tl.exp2(a), 0.0)
-            sums += e
-            if log_sum_ptr is not None:
-                log_sums += tl.where(e > 0, e * a, 0.0)
-            # also where nothing is kept: another layout would add in another order
-            out = (e * derivative).to(e_ptr.dtype.element_ty)
-            tl.store(e_ptr + row * stride_en + at, out, mask=at < kept)
-        total = tl.sum(tl.sum(sums, axis=1), axis=0)
-        if log_sum_ptr is not None:
-            log_total = tl.sum(tl.sum(log_sums, axis=1), axis=0)
-    else:
-        zeros = tl.zeros([1, BLOCK], e_ptr.dtype.element_ty)
-        for start in range(0, kept, BLOCK):
-            at = start + cols
-            tl.store(e_ptr + row * stride_en + at, zeros, mask=at < kept)
-    tl.store(shift_ptr + row, shift)
-    tl.store(sum_ptr + row, total)
+        y = tl.load(targets_ptr + row) - first_col
+        y = tl.where((y >= 0) & (y < C), y, -1).to(tl.int32)
+        base = tl.load(base_ptr + row)
+        z, derivative = capped(tl.load(z_ptr + at, mask=inside, other=0.0), softcap)
+        if (y >= block * BLOCK) & (y < block * BLOCK + BLOCK):
+            z_y, _ = capped(tl.load(z_ptr + y), softcap)
+            tl.store(target_logit_ptr + row, z_y)
+        a = tl.where(inside & (at != y), (z - base) * scale, float("-inf"))
+        shift, e, total, log_total = exponentials(a, 0, log_sum_ptr is not None)
+        e = (e * derivative).to(e_ptr.dtype.element_ty)
+    out = (first_col // BLOCK + block).to(tl.int64) * N + row + one
+    tl.store(shift_ptr + out, shift)
+    tl.store(sum_ptr + out, total)
     if log_sum_ptr is not None:
-        tl.store(log_sum_ptr + row, log_total)
+        tl.store(log_sum_ptr + out, log_total)
+    # also where nothing is kept: another layout would add in another order
+    tl.store(e_ptr + row * stride_en + first_col + at, e, mask=inside & (first_col + at < kept))
 
 
 @triton.jit
 def weigh_kernel(
-    # inputs: a tile of logits [n, C], contiguous; the rest [n], targets counted from the tile's
-    # first column; constant, slope, live may be None
+    # inputs: a tile of logits [n, C], contiguous, from row first_row and column first_col on; the
+    # rest [N]; constant, slope, live may be None
     z_ptr, targets_ptr, base_ptr, shift_ptr, constant_ptr, slope_ptr, live_ptr,
-    # output [n, C]
+    # output [N, ...], whose first column is the vocabulary's first_out
     out_ptr,
     # shapes and strides
-    C, stride_on,
+    C, stride_on, first_row, first_col, first_out,
     # options
     scale, softcap,
     BLOCK: tl.constexpr,
@@ -163,25 +168,29 @@ def weigh_kernel(
     """One program per row and block of columns: logits to what the row's factor multiplies."""
     blocks = tl.cdiv(C, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
-    cols = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)  # [BLOCK], in the tile
+    z_ptr += row * C
+    row += first_row
     here = row + tl.zeros([1], tl.int32)
     live = True
     if live_ptr is not None:
         live = tl.load(live_ptr + row) != 0
     out = tl.zeros([1, BLOCK], out_ptr.dtype.element_ty)
     if live:
-        z = tl.load(z_ptr + row * C + cols, mask=cols < C, other=0.0)[None, :]
+        z = tl.load(z_ptr + at, mask=at < C, other=0.0)[None, :]
         base, shift = tl.load(base_ptr + here), tl.load(shift_ptr + here)
-        a, derivative = exponents(z, base, shift, scale, softcap)
+        z, derivative = capped(z, softcap)
+        a = (z - base[:, None]) * scale - shift[:, None]
         constant = None
         slope = None
         if constant_ptr is not None:
             constant = tl.load(constant_ptr + here)
             slope = tl.load(slope_ptr + here)
-        y = tl.load(targets_ptr + here)
-        out = weighed(a, y, cols, derivative, constant, slope)
+        y = tl.load(targets_ptr + here) - first_col
+        out = weighed(a, y, at, derivative, constant, slope)
         out = out.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * stride_on + cols[None, :], out, mask=(cols < C)[None, :])
+    to = out_ptr + row * stride_on + (first_col - first_out) + at[None, :]
+    tl.store(to, out, mask=(at < C)[None, :])
 
 
 @triton.jit
@@ -257,11 +266,21 @@ def logits_tile(
 
 
 @triton.jit
+def store_target_logits(target_logit_ptr, z, rows, cols, y):
+    """Those of a tile z; few tiles have any."""
+    has_target = (y >= tl.min(cols, axis=0)) & (y <= tl.max(cols, axis=0))
+    if tl.max(has_target.to(tl.int32), axis=0) > 0:
+        z_y = tl.sum(tl.where(cols[None, :] == y[:, None], z, 0.0), axis=1)
+        tl.store(target_logit_ptr + rows, z_y, mask=has_target)
+
+
+@triton.jit
 def hidden_fwd_kernel(
     # inputs: x [n, H], weight [C, H], bias [C] or None; targets, base [n]; keep [n] or None
     x_ptr, weight_ptr, bias_ptr, targets_ptr, base_ptr, keep_ptr, count_ptr,
-    # outputs: exponentials [n, kept]; sums [J, n]; log_sum is None unless asked for
-    e_ptr, shift_ptr, sum_ptr, log_sum_ptr,
+    # outputs: exponentials [n, kept]; [J, n] sums, log_sum is None unless asked for; [n] the
+    # target's logit
+    e_ptr, shift_ptr, sum_ptr, log_sum_ptr, target_logit_ptr,
     # shapes and strides
     n, C, H, kept, stride_xn, stride_wv, stride_en,
     # options
@@ -283,19 +302,18 @@ def hidden_fwd_kernel(
         )  # fmt: skip
         inside = rows < n
         y = tl.load(targets_ptr + rows, mask=inside, other=-1)
+        y = tl.where((y >= 0) & (y < C), y, -1).to(tl.int32)
         base = tl.load(base_ptr + rows, mask=inside, other=0.0)
-        a, derivative = exponents(z, base, tl.zeros([BLOCK_N], tl.float32), scale, softcap)
+        z, derivative = capped(z, softcap)
+        store_target_logits(target_logit_ptr, z, rows, cols, y)
+        a = (z - base[:, None]) * scale
         a = tl.where((cols < C)[None, :] & (cols[None, :] != y[:, None]), a, float("-inf"))
-        top = tl.max(a, axis=1)
-        shift = tl.where(top > SHIFT_LIMIT, top, 0.0)
-        a -= shift[:, None]
-        e = tl.exp2(a)
-        out = tile_v.to(tl.int64) * n + rows
-        tl.store(shift_ptr + out, shift, mask=inside)
-        tl.store(sum_ptr + out, tl.sum(e, axis=1), mask=inside)
+        shift, e, total, log_total = exponentials(a, 1, log_sum_ptr is not None)
+        out = (tile_v.to(tl.int64) * n + rows)[:, None]
+        tl.store(shift_ptr + out, shift, mask=inside[:, None])
+        tl.store(sum_ptr + out, total, mask=inside[:, None])
         if log_sum_ptr is not None:
-            log_sum = tl.sum(tl.where(e > 0, e * a, 0.0), axis=1)
-            tl.store(log_sum_ptr + out, log_sum, mask=inside)
+            tl.store(log_sum_ptr + out, log_total, mask=inside[:, None])
         wanted = inside
         if keep_ptr is not None:
             wanted = inside & (tl.load(keep_ptr + rows, mask=inside, other=0) != 0)
@@ -336,7 +354,8 @@ def hidden_weigh_kernel(
         if constant_ptr is not None:
             constant = tl.load(constant_ptr + rows, mask=inside, other=0.0)
             slope = tl.load(slope_ptr + rows, mask=inside, other=0.0)
-        a, derivative = exponents(z, base, shift, scale, softcap)
+        z, derivative = capped(z, softcap)
+        a = (z - base[:, None]) * scale - shift[:, None]
         out = weighed(a, y, cols, derivative, constant, slope)
         at = out_ptr + rows.to(tl.int64)[:, None] * stride_on + cols[None, :]
         out = out.to(out_ptr.dtype.element_ty)
@@ -347,13 +366,14 @@ def hidden_weigh_kernel(
 def dhidden_kernel(
     # inputs: e [*, C] with the places of its live rows [n] or None; weight [C, H]
     e_ptr, rows_ptr, count_ptr, weight_ptr,
-    # output [n, H] in fp32, added to
+    # output [n, H] in fp32
     out_ptr,
     # shapes and strides
     n, C, H, stride_en, stride_wv, stride_on,
+    ADD: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out[i] += e[rows[i]] weight."""
+    """out[i] = (or +=) e[rows[i]] weight."""
     tile_n, tile_h = swizzled(tl.program_id(0), tl.cdiv(n, BLOCK_N), tl.cdiv(H, BLOCK_H), GROUP)
     count = tl.load(count_ptr)
     if tile_n * BLOCK_N < count:
@@ -368,7 +388,9 @@ def dhidden_kernel(
         )  # fmt: skip
         at = out_ptr + rows.to(tl.int64)[:, None] * stride_on + cols[None, :]
         inside = (rows < count)[:, None] & (cols < H)[None, :]
-        tl.store(at, acc + tl.load(at, mask=inside, other=0.0), mask=inside)
+        if ADD:
+            acc += tl.load(at, mask=inside, other=0.0)
+        tl.store(at, acc, mask=inside)
 
 
 @triton.jit
@@ -408,6 +430,40 @@ def dweight_kernel(
         )  # fmt: skip
         acc = tl.dot(e, x, acc, input_precision="ieee")
     tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=in_out)
+
+
+@triton.jit
+def column_sums_kernel(
+    # inputs: e [*, C] with the places of its live rows [n] or None; factor [n]
+    e_ptr, rows_ptr, count_ptr, factor_ptr,
+    # output [C]
+    out_ptr,
+    # shapes and strides
+    n, C, stride_en, stride_o,
+    ADD: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """out = (or +=) sum over live rows i of factor[i] * e[rows[i]], in fp32."""
+    v = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    count = n
+    if count_ptr is not None:
+        count = tl.load(count_ptr)
+    acc = tl.zeros([ROWS, COLS], tl.float32)
+    for start in range(0, count, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        factor = tl.load(factor_ptr + rows, mask=rows < count, other=0.0)
+        places = rows
+        if rows_ptr is not None:
+            places = tl.load(rows_ptr + rows, mask=rows < count, other=0)
+        at = e_ptr + places.to(tl.int64)[:, None] * stride_en + v[None, :]
+        # what no row has kept may be NaN
+        e = tl.load(at, mask=(factor != 0)[:, None] & (v < C)[None, :], other=0.0)
+        acc += factor[:, None] * e.to(tl.float32)
+    total = tl.sum(acc, axis=0)
+    out_ptr += v.to(tl.int64) * stride_o
+    if ADD:
+        total += tl.load(out_ptr, mask=v < C, other=0.0).to(tl.float32)
+    tl.store(out_ptr, total.to(out_ptr.dtype.element_ty), mask=v < C)
 
 
 @triton.jit

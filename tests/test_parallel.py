@@ -958,7 +958,7 @@ def on_rank_bytes() -> tuple[int, int]:
         policy_loss_from_log_probs, leaf(log_probs), log_probs, torch.ones(B), context_group=group
     )
     assert of_context == [agreement, 8 * 3 * B, 8 * (B + 6 + 4 + 2)]
-    # of a vocabulary: 3 numbers per row, and dhidden
+    # of a vocabulary: 3 numbers per row of logits; 4 of hidden states, and dhidden
     batch, hidden, weight = a_batch()
     batch |= {"mask": None, "old_log_probs": None}  # so that all rows have a gradient
     weight, N = any_part_of(weight, 0, 1), batch["targets"].numel()
@@ -969,7 +969,7 @@ def on_rank_bytes() -> tuple[int, int]:
     for plan, extra in (("keep", []), ("recompute", []), ("chunk", [8])):
         assert bytes_of(
             policy_loss_from_hidden, leaf(hidden), weight, **batch, vocab_group=group, plan=plan
-        ) == [agreement, *extra, 4 * N, 4 * 2 * N, 4 * N * H]
+        ) == [agreement, *extra, 4 * N, 4 * 3 * N, 4 * N * H]
     return (size - 1) * sum(of_context), (size - 1) * log_probs.nbytes
 
 
