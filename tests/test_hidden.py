@@ -532,6 +532,31 @@ def test_triton_products_don_t_depend_on_the_batch(device):
         assert torch.equal(log_probs(torch.tensor([row], device=device)), together[row : row + 1])
 
 
+@kernels
+@all_products
+@pytest.mark.skipif(not ON_TRITON, reason="is about kernels; on a CPU dbias is a product in fp32")
+@pytest.mark.parametrize("rows", [1, 40])
+def test_factors_of_dbias_are_not_rounded(device, rows, products):
+    """Exponentials have 16 bits, so that dbias is off by each one's rounding, and no more."""
+    inputs = make(rows, 64, 300, device, bias=True)
+    inputs = inputs.map(Tensor.bfloat16)._replace(bias=inputs.bias)
+    targets, upstream = sample(inputs), torch.randn(rows, device=device)
+    bias = inputs.bias.clone().requires_grad_()
+    of_rows = log_probs_from_hidden(
+        inputs.hidden, inputs.weight, targets, bias=bias, products=products
+    )
+    of_rows.backward(upstream)
+    z = inputs.map(Tensor.double).call(reference.logits_from_hidden)
+    at_y = torch.arange(rows, device=device), targets
+    e = (z - z[at_y][:, None]).exp()
+    q = 1 - z.softmax(-1)[at_y]
+    e[at_y] = 0
+    factor = -upstream * q / e.sum(1)
+    expected = (factor[:, None] * e.bfloat16().double()).sum(0)
+    expected.index_add_(0, targets, upstream * q)
+    assert relative(bias.grad, expected) < 2e-5
+
+
 @compiled_only
 @pytest.mark.parametrize("count", [1, 2, 3, 15])
 def test_gradients_of_few_rows_are_as_accurate_as_those_of_many(count):
