@@ -16,9 +16,9 @@ from gspo_ops.logits_cpu import LogitPart, LogitStats, SavedLogits
 from gspo_ops.passes import make_tiles as make_implementation
 from gspo_ops.policy import ObjectiveOptions, make_policy
 from gspo_ops.policy_loss import triton_policy_loss
-from gspo_ops.rows import AllRows, FlaggedRows
+from gspo_ops.rows import AllRows, FlaggedRows, OrderedRows
 from gspo_ops.softmax import Softmax, Upstream
-from gspo_ops.tiles import Kept, Sums, Tile, Tiles, Weighting
+from gspo_ops.tiles import Kept, RowGrads, RowSums, Sums, Tile, Tiles, Weighting
 from gspo_ops.tiles_gpu import BLOCKS
 
 # more than 2 GiB of logits: below that, AMD's compiler assumes 32-bit offsets
@@ -220,15 +220,19 @@ def make_kept(tiles: Tiles, columns: int = HEAD_V) -> Kept:
     return Kept(empty(n, width, dtype=tiles.of.grad_dtype), columns)
 
 
+def make_sums(tiles: Tiles) -> Sums:
+    entropy = tiles.of.options.softmax.return_entropy
+    return Sums.empty(tiles.blocks.entries(tiles.of.V), empty(tiles.of.n), entropy)
+
+
 def launch_fold(
     dtype: torch.dtype, kept: bool = True, has_keep: bool = True, **options: Any
 ) -> None:
     tiles = make_tiles(dtype, **options)
     n = tiles.of.n
-    entropy = tiles.of.options.softmax.return_entropy
-    sums = Sums.empty(tiles.blocks.entries(tiles.of.V), empty(n), entropy)
     keep = empty(n, dtype=torch.bool) if has_keep else None
-    tiles.fold(empty(n), make_kept(tiles, HEAD_V if kept else 0), keep, sums, empty(n))
+    kept_e = make_kept(tiles, HEAD_V if kept else 0)
+    tiles.fold(empty(n), kept_e, keep, make_sums(tiles), empty(n))
 
 
 def launch_weigh(dtype: torch.dtype, slope: bool = False, **options: Any) -> None:
@@ -266,7 +270,27 @@ def launch_column_sums(products: str, add: bool = False) -> None:
 
 def launch_rescale(products: str) -> None:
     tiles = make_tiles(BF16, products)
-    tiles.rescale(make_kept(tiles), empty(tiles.blocks.entries(HEAD_V), N))
+    tiles.rescale(make_kept(tiles), make_sums(tiles), empty(N))
+
+
+def launch_finish(entropy: bool = False) -> None:
+    tiles = make_tiles(BF16, "triton", entropy=entropy)
+    tiles.finish(make_sums(tiles), empty(N), empty(N))
+
+
+def launch_row_grads(slope: bool = False, listed: bool = False, **options: Any) -> None:
+    tiles = make_tiles(BF16, "triton", **options)
+    if listed:
+        order = OrderedRows(empty(N, dtype=torch.int64), empty(dtype=torch.int32))
+        tiles.of = tiles.of._replace(rows=order)
+    sums, h = RowSums(*[empty(N) for _ in RowSums._fields]), empty(N) if slope else None
+    tiles.row_grads(sums, empty(N), h, empty(N, dtype=torch.bool))
+
+
+def launch_scale_rows() -> None:
+    tiles = make_tiles(BF16, "mm")
+    grads = RowGrads(empty(N), empty(N), Weighting(empty(N), empty(N), None, None))
+    tiles.scale_rows(empty(N, H), tiles.of.weight, grads)
 
 
 def launch_add_targets(dtype: torch.dtype) -> None:
@@ -310,6 +334,14 @@ EPILOGUES = {
 } | {
     "rescale mm": (RESCALE, {"products": "mm"}),
     "rescale triton": (RESCALE, {"products": "triton"}),
+    "row sums": (launch_finish, {}),
+    "row sums entropy": (launch_finish, {"entropy": True}),
+    "row grads": (launch_row_grads, {}),
+    "row grads entropy softcap listed": (
+        launch_row_grads,
+        {"slope": True, "softcap": 30.0, "listed": True},
+    ),
+    "scale rows": (launch_scale_rows, {}),
     "column sums mm": (COLUMN_SUMS, {"products": "mm"}),
     "column sums triton add": (COLUMN_SUMS, {"products": "triton", "add": True}),
     "add targets": (ADD_TARGETS, {"dtype": BF16}),

@@ -13,9 +13,8 @@ from .checks import checked_targets
 from .head import Head, HeadGrads, HeadOptions, Wanted
 from .parallel import NOWHERE, summed
 from .rows import FlaggedRows, Rows, rows_where, where_rows
-from .softmax import TargetRows, times_exp
+from .softmax import TargetRows
 from .tiles import (
-    LN_2,
     Kept,
     Operands,
     Product,
@@ -72,21 +71,16 @@ def forward(
             base = finite_or_zero(summed(_of_part(target_logit, tiles), group))
         sums = Sums.empty(tiles.blocks.entries(tiles.of.V), base, softmax.return_entropy)
         tiles.fold(base, kept, keep, sums, target_logit)
-        row_sums = sums.reduced()
+        whole = sums
         if group is not None:
             part = _of_part(target_logit, tiles)
-            row_sums, target_logit = row_sums.over_vocabulary(part, group)
-        shift, row_sum, log = row_sums
-        found = RowSums(base, target_logit, shift, row_sum, row_sum.new_empty(0))
-        odds = found.log_odds(softmax.scale)
-        log_prob = odds.log_p()
-        if log is not None:
-            found = found._replace(entropy=odds.entropy(log_prob, row_sum, log / row_sum * LN_2))
+            whole, target_logit = sums.over_vocabulary(part, group)
+        log_prob, found = tiles.finish(whole, base, target_logit)
         if kept.columns:
-            tiles.rescale(kept, sums.shrink(shift))
+            tiles.rescale(kept, sums, found.shift)
 
         def full(x: Tensor) -> Tensor:
-            if x.shape != row_sum.shape:
+            if x.shape != log_prob.shape:
                 return x
             out = x.new_empty(targets.shape)
             worked_on.put(x, out)
@@ -126,44 +120,17 @@ def backward(
     if mask is not None:
         live &= mask
     with no_autocast(targets.device), device_guard(head.hidden):
-        row_grads = _row_grads(sums, g, h, options)
-        row_grads = row_grads._replace(
-            factor=torch.where(live, row_grads.factor, 0.0),
-            at_target=torch.where(live, row_grads.at_target, 0.0),
-        )
         worked_on = rows_where(mask, options)
         among = rows_where(worked_on.take(live), options)
         live_rows = among.within(worked_on)
         tiles = make_tiles(head, targets, live_rows, options)
-        _gradients(tiles, row_grads.take(live_rows), kept, among, out, add)
+        row_grads = tiles.row_grads(sums, g, h, live)
+        _gradients(tiles, row_grads, kept, among, out, add)
 
 
 def _flat(rows: TargetRows) -> tuple[Tensor, Tensor | None]:
     mask = None if rows.mask is None else rows.mask.reshape(-1) != 0
     return rows.targets.reshape(-1), mask
-
-
-def _row_grads(sums: RowSums, g: Tensor, h: Tensor | None, options: HeadOptions) -> RowGrads:
-    """d loss / d logits for d loss / d log_prob = g and d loss / d entropy = h."""
-    temperature, softcap = options.softmax.temperature, options.softmax.softcap
-    odds = sums.log_odds(options.softmax.scale)
-    q = odds.q()
-    rho = torch.where(sums.row_sum == 0, 0.0, q / sums.row_sum)
-    at_target = g * q / temperature
-    weighting = Weighting(sums.base, sums.shift, None, None)
-    if h is None:
-        factor = -g * rho / temperature
-    else:
-        # -p_v * (g + h * (log p_v + entropy)), with log p_v = a_v * ln 2 + log q - log(row_sum)
-        log_p = odds.log_p()
-        log_rho = torch.where(sums.row_sum == 0, 0.0, odds.log_q() - sums.row_sum.log())
-        constant = rho * (g + h * (log_rho + sums.entropy))
-        factor = torch.full_like(g, -1.0 / temperature)
-        weighting = weighting._replace(constant=constant, slope=rho * h * LN_2)
-        at_target -= h * times_exp(log_p, log_p + sums.entropy) / temperature
-    if softcap is not None:
-        at_target *= 1.0 - (sums.target_logit / softcap).square()
-    return RowGrads(factor, at_target, weighting)
 
 
 def _gradients(
@@ -201,14 +168,10 @@ def _of_rows(w: Tensor, dtype: torch.dtype, of: Operands) -> Product:
 
 def _finish(gradient: Product, row_grads: RowGrads, tiles: Tiles) -> None:
     """Factors, the targets' share, and that of other ranks."""
-    factor, at_target, _ = row_grads
     group = tiles.of.options.softmax.vocab_group
-    total = gradient.out.mul_(factor[:, None])
-    _add_targets_to_rows(total, gradient.factor, at_target, tiles)
+    tiles.scale_rows(gradient.out, gradient.factor, row_grads)
     if group is not None:
-        summed(total, group)  # in fp32, then rounded once
-    if isinstance(tiles.of.rows, FlaggedRows):
-        total.masked_fill_((factor == 0)[:, None], 0.0)
+        summed(gradient.out, group)  # in fp32, then rounded once
 
 
 def _through_lora(
@@ -283,17 +246,8 @@ def _scaled(product: Product, factor: Tensor, tiles: Tiles) -> Product:
     x = product.factor
     out = torch.empty_like(x, dtype=product.dtype)
     for r in slices(len(x), tiles.blocks.rows):
-        out[r] = x[r] * factor[r, None]
+        torch.mul(x[r], factor[r, None], out=out[r])
     if isinstance(tiles.of.rows, FlaggedRows):
         # a dead row may hold NaN
         out.masked_fill_((factor == 0)[:, None], 0.0)
     return product._replace(factor=out)
-
-
-def _add_targets_to_rows(out: Tensor, w: Tensor, at_target: Tensor, tiles: Tiles) -> None:
-    """out[i] += at_target[i] * w[y_i], where the target is among this rank's columns."""
-    y = tiles.of.targets
-    known = (y >= 0) & (y < tiles.of.V)
-    at_target, y = torch.where(known, at_target, 0.0), torch.where(known, y, 0)
-    for r in slices(len(out), tiles.blocks.rows):
-        out[r] += w.index_select(0, y[r]) * at_target[r, None]

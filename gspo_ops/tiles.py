@@ -144,14 +144,15 @@ class Sums(NamedTuple):
         return torch.exp2(self.shift - shift)
 
     def over_vocabulary(self, target_logit: Tensor, group: str) -> tuple[Sums, Tensor]:
-        """Those of whole rows, (n,) each, from those of each part of the vocabulary.
+        """Those of whole parts of the vocabulary, one for each rank.
 
         And the target's logit, which one part has and the others have as 0.
         """
-        own = torch.stack([target_logit, *[x for x in self if x is not None]])
+        own = torch.stack([target_logit, *[x for x in self.reduced() if x is not None]])
         target_logits, *parts = gathered(own, group).unbind(1)
-        log = None if self.log is None else parts[2]
-        return Sums(parts[0], parts[1], log).reduced(), target_logits.sum(0)
+        return Sums(parts[0], parts[1], None if self.log is None else parts[2]), target_logits.sum(
+            0
+        )
 
 
 class Weighting(NamedTuple):
@@ -251,8 +252,17 @@ class Tiles(Protocol):
         (n,) the target's logit, where products of tiles round it in another way.
         """
 
-    def rescale(self, kept: Kept, shrink: Tensor) -> None:
-        """Bring the tiles (J, n) of each row of `kept` to its one shift."""
+    def finish(self, sums: Sums, base: Tensor, target_logit: Tensor) -> tuple[Tensor, RowSums]:
+        """Log-probs (n,), and the sums of whole rows."""
+
+    def rescale(self, kept: Kept, sums: Sums, shift: Tensor) -> None:
+        """Bring the tiles of each row of `kept` to its one shift (n,)."""
+
+    def row_grads(self, sums: RowSums, g: Tensor, h: Tensor | None, live: Tensor) -> RowGrads:
+        """Of these rows, for d loss / d log_prob = g and d loss / d entropy = h of all, (N,) each.
+
+        Where `live` (N,) does not hold, nothing has a gradient.
+        """
 
     def kept_tile(self, e: Tensor, among: Rows) -> Tile:
         """Columns of kept exponentials, of live rows `among` those that are kept."""
@@ -270,6 +280,9 @@ class Tiles(Protocol):
 
     def add_to_columns(self, out: Tensor, tile: Tile, x: Tensor, *, add: bool) -> None:
         """out = tile^T @ x, or added to it."""
+
+    def scale_rows(self, out: Tensor, w: Tensor, row_grads: RowGrads) -> None:
+        """out[i] (n, ...) = factor[i] * out[i] + at_target[i] * w[y_i], 0 in dead rows."""
 
     def add_targets(self, out: Tensor, x: Tensor, at_target: Tensor) -> None:
         """out[v] += sum of at_target[i] * x[i] over the rows i with target v, in their order."""

@@ -18,6 +18,8 @@ from .tiles import (
     Kept,
     Operands,
     Product,
+    RowGrads,
+    RowSums,
     Sums,
     Tile,
     Weighting,
@@ -45,7 +47,129 @@ def product_columns(width: int) -> int:
     return max(_CACHED // width // 128 * 128, 128)
 
 
-class MatMulTiles:
+class KernelTiles:
+    """What both have in common: everything per row."""
+
+    blocks: ClassVar[Blocks]
+    of: Operands
+    live: Tensor | None  # (n,) where the device alone knows which rows count
+    count: Tensor | None  # 0-dim, of rows that count, which stand in front
+
+    def target_logits(self) -> Tensor:
+        return _target_logits(self.of, self.live)
+
+    def finish(self, sums: Sums, base: Tensor, target_logit: Tensor) -> tuple[Tensor, RowSums]:
+        from .kernels.hidden import row_sums_kernel
+
+        log_probs, shift, row_sum = (torch.empty_like(base) for _ in range(3))
+        entropy = base.new_empty(0 if sums.log is None else len(base))
+        rows, entries = 64, 32
+        if len(base):
+            row_sums_kernel[(-(-len(base) // rows),)](
+                shift_ptr=sums.shift,
+                sum_ptr=sums.total,
+                log_sum_ptr=sums.log,
+                base_ptr=base,
+                target_logit_ptr=target_logit,
+                log_probs_ptr=log_probs,
+                row_shift_ptr=shift,
+                row_sum_ptr=row_sum,
+                entropy_ptr=entropy,
+                J=len(sums.shift),
+                N=len(base),
+                scale=self.of.options.softmax.scale,
+                BLOCK_J=entries,
+                BLOCK_N=rows,
+            )
+        return log_probs, RowSums(base, target_logit, shift, row_sum, entropy)
+
+    def rescale(self, kept: Kept, sums: Sums, shift: Tensor) -> None:
+        from .kernels.hidden import rescale_kernel
+
+        if self.of.n:
+            rescale_kernel[(self.of.n,)](
+                e_ptr=kept.e,
+                shift_ptr=sums.shift,
+                row_shift_ptr=shift,
+                n=self.of.n,
+                columns=kept.columns,
+                stride_en=kept.stride(),
+                TILE=self.blocks.sums,
+                BLOCK=min(self.blocks.sums, EPILOGUE),
+            )
+
+    def row_grads(self, sums: RowSums, g: Tensor, h: Tensor | None, live: Tensor) -> RowGrads:
+        from .kernels.hidden import row_grads_kernel
+
+        n, softmax, block = self.of.n, self.of.options.softmax, 128
+        factor, at_target, base, shift = (g.new_empty(n) for _ in range(4))
+        constant, slope = (None if h is None else g.new_empty(n) for _ in range(2))
+        if n:
+            row_grads_kernel[(-(-n // block),)](
+                base_ptr=sums.base,
+                target_logit_ptr=sums.target_logit,
+                shift_ptr=sums.shift,
+                row_sum_ptr=sums.row_sum,
+                entropy_ptr=None if h is None else sums.entropy,
+                g_ptr=g.contiguous(),
+                h_ptr=None if h is None else h.contiguous(),
+                live_ptr=loadable(live),
+                index_ptr=self.of.rows.index,
+                factor_ptr=factor,
+                at_target_ptr=at_target,
+                row_base_ptr=base,
+                row_shift_ptr=shift,
+                constant_ptr=constant,
+                slope_ptr=slope,
+                n=n,
+                temperature=softmax.temperature,
+                scale=softmax.scale,
+                softcap=softmax.softcap,
+                BLOCK=block,
+            )
+        return RowGrads(factor, at_target, Weighting(base, shift, constant, slope))
+
+    def scale_rows(self, out: Tensor, w: Tensor, row_grads: RowGrads) -> None:
+        from .kernels.hidden import scale_rows_kernel
+
+        block = EPILOGUE
+        if self.of.n:
+            scale_rows_kernel[(self.of.n * -(-out.shape[1] // block),)](
+                out_ptr=out,
+                weight_ptr=w,
+                factor_ptr=row_grads.factor,
+                at_target_ptr=row_grads.at_target,
+                targets_ptr=self.of.targets,
+                H=out.shape[1],
+                V=len(w),
+                stride_on=out.stride(0),
+                stride_wv=w.stride(0),
+                BLOCK=block,
+            )
+
+    def add_targets(self, out: Tensor, x: Tensor, at_target: Tensor) -> None:
+        from .kernels.hidden import add_targets_kernel
+
+        y, order = self.of.targets.sort(stable=True)
+        width = x.shape[1]
+        block = min(1 << (width - 1).bit_length(), EPILOGUE // 2)
+        add_targets_kernel[(len(y) * -(-width // block),)](
+            x_ptr=x,
+            at_target_ptr=at_target,
+            targets_ptr=y,
+            order_ptr=order,
+            ends_ptr=torch.searchsorted(y, y, right=True),
+            out_ptr=out,
+            H=width,
+            V=len(out),
+            stride_xn=x.stride(0),
+            stride_ov=out.stride(0),
+            ROWS=8,
+            COLS=block,
+        )
+
+
+class MatMulTiles(KernelTiles):
     """torch.mm with fp32 results, and Triton epilogues; see `Tiles`."""
 
     blocks: ClassVar[Blocks] = BLOCKS
@@ -54,9 +178,7 @@ class MatMulTiles:
         self.of = _for_kernels(operands)
         rows = operands.rows
         self.live = loadable(rows.live) if isinstance(rows, FlaggedRows) else None
-
-    def target_logits(self) -> Tensor:
-        return _target_logits(self.of, self.live)
+        self.count = None
 
     def fold(
         self, base: Tensor, kept: Kept, keep: Tensor | None, sums: Sums, target_logit: Tensor
@@ -85,9 +207,6 @@ class MatMulTiles:
                 softcap=self.of.options.softmax.softcap,
                 BLOCK=SUMS,
             )
-
-    def rescale(self, kept: Kept, shrink: Tensor) -> None:
-        _rescale(kept, shrink, self.of.n, self.blocks)
 
     def kept_tile(self, e: Tensor, among: Rows) -> Tile:
         return Tile(e[: self.of.n] if among.index is None else e.index_select(0, among.index), None)
@@ -131,9 +250,6 @@ class MatMulTiles:
         for c in slices(len(out), product_columns(width)):
             matmul_fp32(tile.e[:, c].mT.to(x.dtype), x, out=out[c], add=add)
 
-    def add_targets(self, out: Tensor, x: Tensor, at_target: Tensor) -> None:
-        _add_targets(self.of.targets, out, x, at_target)
-
     def _logits(self, columns: slice) -> Iterator[tuple[slice, slice, Tensor]]:
         """Rows, columns and logits of each tile, in a buffer that the next one overwrites."""
         of, blocks = self.of, self.blocks
@@ -146,7 +262,7 @@ class MatMulTiles:
             yield r, c, add_rest(matmul_fp32(x, w.mT, out=z), of, r, c)
 
 
-class TritonTiles:
+class TritonTiles(KernelTiles):
     """Products in Triton, which know on the device which rows are live; see `Tiles`."""
 
     blocks: ClassVar[Blocks] = BLOCKS._replace(sums=128)  # columns of a program
@@ -154,13 +270,11 @@ class TritonTiles:
     def __init__(self, operands: Operands) -> None:
         of = _for_kernels(operands)
         self.of = of._replace(x=of.x.to(of.dtype), weight=of.weight.to(of.dtype))
+        self.live = None
         if isinstance(operands.rows, OrderedRows):
             self.count = operands.rows.count
         else:
             self.count = torch.full((), self.of.n, dtype=torch.int32, device=self.of.x.device)
-
-    def target_logits(self) -> Tensor:
-        return _target_logits(self.of, None)
 
     def fold(
         self, base: Tensor, kept: Kept, keep: Tensor | None, sums: Sums, target_logit: Tensor
@@ -193,9 +307,6 @@ class TritonTiles:
                 softcap=of.options.softmax.softcap,
                 **product_blocks("N", "V", "H", of.dtype),
             )
-
-    def rescale(self, kept: Kept, shrink: Tensor) -> None:
-        _rescale(kept, shrink, self.of.n, self.blocks)
 
     def kept_tile(self, e: Tensor, among: Rows) -> Tile:
         return Tile(e, among.index)
@@ -274,9 +385,6 @@ class TritonTiles:
             **product_blocks("V", "H", "N", x.dtype),
         )
 
-    def add_targets(self, out: Tensor, x: Tensor, at_target: Tensor) -> None:
-        _add_targets(self.of.targets, out, x, at_target)
-
 
 # What both share
 
@@ -330,21 +438,6 @@ def _target_logits(of: Operands, live: Tensor | None) -> Tensor:
     return out
 
 
-def _rescale(kept: Kept, shrink: Tensor, n: int, blocks: Blocks) -> None:
-    from .kernels.hidden import rescale_kernel
-
-    if n:
-        rescale_kernel[(n,)](
-            e_ptr=kept.e,
-            shrink_ptr=shrink.contiguous(),
-            n=n,
-            columns=kept.columns,
-            stride_en=kept.stride(),
-            TILE=blocks.sums,
-            BLOCK=min(blocks.sums, EPILOGUE),
-        )
-
-
 def _add_column_sums(
     out: Tensor, tile: Tile, factor: Tensor, count: Tensor | None, *, add: bool
 ) -> None:
@@ -365,28 +458,6 @@ def _add_column_sums(
         ADD=add,
         ROWS=32,
         COLS=columns,
-    )
-
-
-def _add_targets(targets: Tensor, out: Tensor, x: Tensor, at_target: Tensor) -> None:
-    from .kernels.hidden import add_targets_kernel
-
-    y, order = targets.sort(stable=True)
-    width = x.shape[1]
-    block = min(1 << (width - 1).bit_length(), EPILOGUE // 2)
-    add_targets_kernel[(len(y) * -(-width // block),)](
-        x_ptr=x,
-        at_target_ptr=at_target,
-        targets_ptr=y,
-        order_ptr=order,
-        ends_ptr=torch.searchsorted(y, y, right=True),
-        out_ptr=out,
-        H=width,
-        V=len(out),
-        stride_xn=x.stride(0),
-        stride_ov=out.stride(0),
-        ROWS=8,
-        COLS=block,
     )
 
 

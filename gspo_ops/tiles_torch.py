@@ -14,12 +14,16 @@ from torch import Tensor
 from .backend import matmul_fp32, rounds_fp32
 from .constants import SHIFT_LIMIT
 from .rows import Rows
+from .softmax import Softmax, times_exp
 from .threads import for_each
 from .tiles import (
+    LN_2,
     Blocks,
     Kept,
     Operands,
     Product,
+    RowGrads,
+    RowSums,
     Sums,
     Tile,
     Weighting,
@@ -80,11 +84,28 @@ class TorchTiles:
 
         for_each(fold_tile, places(slice(0, self.of.V), self.of.n, self.blocks), self.of.x)
 
-    def rescale(self, kept: Kept, shrink: Tensor) -> None:
-        width = self.blocks.sums
+    def finish(self, sums: Sums, base: Tensor, target_logit: Tensor) -> tuple[Tensor, RowSums]:
+        shift, row_sum, log = sums.reduced()
+        found = RowSums(base, target_logit, shift, row_sum, row_sum.new_empty(0))
+        odds = found.log_odds(self.of.options.softmax.scale)
+        log_prob = odds.log_p()
+        if log is not None:
+            found = found._replace(entropy=odds.entropy(log_prob, row_sum, log / row_sum * LN_2))
+        return log_prob, found
+
+    def rescale(self, kept: Kept, sums: Sums, shift: Tensor) -> None:
+        width, shrink = self.blocks.sums, sums.shrink(shift)
         for j, row in (shrink < 1).nonzero().tolist():
             c = slice(j * width, min((j + 1) * width, kept.columns))
             kept.e[row, c] *= shrink[j, row]
+
+    def row_grads(self, sums: RowSums, g: Tensor, h: Tensor | None, live: Tensor) -> RowGrads:
+        grads = _row_grads(sums, g, h, self.of.options.softmax)
+        grads = grads._replace(
+            factor=torch.where(live, grads.factor, 0.0),
+            at_target=torch.where(live, grads.at_target, 0.0),
+        )
+        return grads.take(self.of.rows)
 
     def kept_tile(self, e: Tensor, among: Rows) -> Tile:
         return Tile(e[: self.of.n] if among.index is None else e.index_select(0, among.index), None)
@@ -119,6 +140,13 @@ class TorchTiles:
 
     def add_to_columns(self, out: Tensor, tile: Tile, x: Tensor, *, add: bool) -> None:
         matmul_fp32(tile.e.mT.to(x.dtype), x, out=out, add=add)
+
+    def scale_rows(self, out: Tensor, w: Tensor, row_grads: RowGrads) -> None:
+        out.mul_(row_grads.factor[:, None])
+        y = self.of.targets  # -1 where another rank has it
+        at_target, y = torch.where(y >= 0, row_grads.at_target, 0.0), y.clamp(min=0)
+        for r in slices(len(out), self.blocks.rows):
+            out[r] += w.index_select(0, y[r]) * at_target[r, None]
 
     def add_targets(self, out: Tensor, x: Tensor, at_target: Tensor) -> None:
         y, order = self.of.targets.sort(stable=True)
@@ -186,6 +214,29 @@ class TorchTiles:
             z.mul_(weight.masked_fill_(z == 0, 0.0))
         z[hit] = 0.0
         out.copy_(z if derivative is None else z.mul_(derivative))
+
+
+def _row_grads(sums: RowSums, g: Tensor, h: Tensor | None, softmax: Softmax) -> RowGrads:
+    """d loss / d logits for d loss / d log_prob = g and d loss / d entropy = h."""
+    temperature, softcap = softmax.temperature, softmax.softcap
+    odds = sums.log_odds(softmax.scale)
+    q = odds.q()
+    rho = torch.where(sums.row_sum == 0, 0.0, q / sums.row_sum)
+    at_target = g * q / temperature
+    weighting = Weighting(sums.base, sums.shift, None, None)
+    if h is None:
+        factor = -g * rho / temperature
+    else:
+        # -p_v * (g + h * (log p_v + entropy)), with log p_v = a_v * ln 2 + log q - log(row_sum)
+        log_p = odds.log_p()
+        log_rho = torch.where(sums.row_sum == 0, 0.0, odds.log_q() - sums.row_sum.log())
+        constant = rho * (g + h * (log_rho + sums.entropy))
+        factor = torch.full_like(g, -1.0 / temperature)
+        weighting = weighting._replace(constant=constant, slope=rho * h * LN_2)
+        at_target -= h * times_exp(log_p, log_p + sums.entropy) / temperature
+    if softcap is not None:
+        at_target *= 1.0 - (sums.target_logit / softcap).square()
+    return RowGrads(factor, at_target, weighting)
 
 
 def _exponentials(z: Tensor, sums: Sums) -> None:

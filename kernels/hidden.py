@@ -28,7 +28,8 @@ an order that has the live ones in front (`count_ptr`); programs beyond them hav
 import triton
 import triton.language as tl
 
-from .common import SHIFT_LIMIT, tanh
+from .common import LN_2, SHIFT_LIMIT, tanh, two_sum
+from .logits import minus_softplus
 
 
 @triton.jit
@@ -193,26 +194,168 @@ def weigh_kernel(
     tl.store(to, out, mask=(at < C)[None, :])
 
 
+# Rows
+
+
+@triton.jit
+def odds(base, target_logit, shift, row_sum, scale):
+    """Log-odds d against the target with their rounding error, and exp(-abs(d))."""
+    moved = (base - target_logit) * scale + shift
+    d, error = two_sum(moved * LN_2, tl.log(row_sum))
+    return d, error, tl.exp(-tl.abs(d))
+
+
+@triton.jit
+def row_sums_kernel(
+    # inputs: sums [J, N], log_sum is None unless asked for; [N]
+    shift_ptr, sum_ptr, log_sum_ptr, base_ptr, target_logit_ptr,
+    # outputs [N]
+    log_probs_ptr, row_shift_ptr, row_sum_ptr, entropy_ptr,
+    J, N, scale,
+    BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Sums of whole rows, in an order that no other row changes, and what follows from them."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = rows < N
+    places = tl.arange(0, BLOCK_J)
+    shift = tl.zeros([BLOCK_J, BLOCK_N], tl.float32)
+    for start in range(0, J, BLOCK_J):
+        at = (start + places).to(tl.int64)[:, None] * N + rows[None, :]
+        known = (start + places < J)[:, None] & inside[None, :]
+        shift = tl.maximum(shift, tl.load(shift_ptr + at, mask=known, other=0.0))
+    shift = tl.max(shift, axis=0)
+    sums = tl.zeros([BLOCK_J, BLOCK_N], tl.float32)
+    log_sums = tl.zeros([BLOCK_J, BLOCK_N], tl.float32)
+    for start in range(0, J, BLOCK_J):
+        at = (start + places).to(tl.int64)[:, None] * N + rows[None, :]
+        known = (start + places < J)[:, None] & inside[None, :]
+        moved = tl.load(shift_ptr + at, mask=known, other=0.0) - shift[None, :]
+        shrink = tl.exp2(moved)
+        part = tl.load(sum_ptr + at, mask=known, other=0.0)
+        sums += shrink * part
+        if log_sum_ptr is not None:
+            log_part = tl.load(log_sum_ptr + at, mask=known, other=0.0)
+            log_sums += shrink * (log_part + part * moved)
+    row_sum = tl.sum(sums, axis=0)
+    base = tl.load(base_ptr + rows, mask=inside, other=0.0)
+    target_logit = tl.load(target_logit_ptr + rows, mask=inside, other=0.0)
+    d, error, w = odds(base, target_logit, shift, row_sum, scale)
+    log_prob = minus_softplus(d, error, w)
+    tl.store(log_probs_ptr + rows, log_prob, mask=inside)
+    tl.store(row_shift_ptr + rows, shift, mask=inside)
+    tl.store(row_sum_ptr + rows, row_sum, mask=inside)
+    if log_sum_ptr is not None:
+        log_q = minus_softplus(-d, -error, w)
+        others = tl.log(row_sum) - tl.sum(log_sums, axis=0) / row_sum * LN_2 - log_q
+        entropy = times_exp(log_q, others) - times_exp(log_prob, log_prob)
+        tl.store(entropy_ptr + rows, entropy, mask=inside)
+
+
+@triton.jit
+def times_exp(log_p, x):
+    """exp(log_p) * x, 0 where log_p is -inf."""
+    return tl.where(log_p == float("-inf"), 0.0, tl.exp(log_p) * x)
+
+
+@triton.jit
+def row_grads_kernel(
+    # inputs [N]: what the forward kept, and d loss / d log_prob; entropy and d loss / d entropy, or
+    # None for both
+    base_ptr, target_logit_ptr, shift_ptr, row_sum_ptr, entropy_ptr, g_ptr, h_ptr,
+    # non-zero where a row has a gradient [N]; where the rows worked on stand [n], or None
+    live_ptr, index_ptr,
+    # outputs [n]: `RowGrads`; constant and slope are None without h
+    factor_ptr, at_target_ptr, row_base_ptr, row_shift_ptr, constant_ptr, slope_ptr,
+    n, temperature, scale, softcap,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """d loss / d logits of each row."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = rows < n
+    at = rows
+    if index_ptr is not None:
+        at = tl.load(index_ptr + rows, mask=inside, other=0)
+    live = tl.load(live_ptr + at, mask=inside, other=0) != 0
+    base = tl.load(base_ptr + at, mask=inside, other=0.0)
+    target_logit = tl.load(target_logit_ptr + at, mask=inside, other=0.0)
+    shift = tl.load(shift_ptr + at, mask=inside, other=0.0)
+    row_sum = tl.load(row_sum_ptr + at, mask=inside, other=0.0)
+    g = tl.load(g_ptr + at, mask=inside, other=0.0)
+    d, error, w = odds(base, target_logit, shift, row_sum, scale)
+    q = tl.where(d >= 0, 1.0, w) / (1.0 + w)
+    q = tl.where(d == d, q, d)
+    rho = tl.where(row_sum == 0, 0.0, q / row_sum)
+    at_target = g * q / temperature
+    if h_ptr is None:
+        factor = -g * rho / temperature
+    else:
+        # -p_v * (g + h * (log p_v + entropy)), with log p_v = a_v * ln 2 + log q - log(row_sum)
+        h = tl.load(h_ptr + at, mask=inside, other=0.0)
+        entropy = tl.load(entropy_ptr + at, mask=inside, other=0.0)
+        log_p = minus_softplus(d, error, w)
+        log_q = minus_softplus(-d, -error, w)
+        log_rho = tl.where(row_sum == 0, 0.0, log_q - tl.log(row_sum))
+        factor = g * 0.0 - 1.0 / temperature
+        tl.store(constant_ptr + rows, rho * (g + h * (log_rho + entropy)), mask=inside)
+        tl.store(slope_ptr + rows, rho * h * LN_2, mask=inside)
+        at_target -= h * times_exp(log_p, log_p + entropy) / temperature
+    if softcap is not None:
+        capped_target = target_logit / softcap
+        at_target *= 1.0 - capped_target * capped_target
+    tl.store(factor_ptr + rows, tl.where(live, factor, 0.0), mask=inside)
+    tl.store(at_target_ptr + rows, tl.where(live, at_target, 0.0), mask=inside)
+    tl.store(row_base_ptr + rows, base, mask=inside)
+    tl.store(row_shift_ptr + rows, shift, mask=inside)
+
+
+@triton.jit
+def scale_rows_kernel(
+    # [n, H] in fp32, changed in place
+    out_ptr,
+    # inputs: weight [V, H]; [n]
+    weight_ptr, factor_ptr, at_target_ptr, targets_ptr,
+    H, V, stride_on, stride_wv,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[i] = factor[i] * out[i] + at_target[i] * weight[y_i], 0 where both are 0."""
+    blocks = tl.cdiv(H, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    h = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    factor = tl.load(factor_ptr + row)
+    at_target = tl.load(at_target_ptr + row)
+    y = tl.load(targets_ptr + row).to(tl.int64)
+    at = out_ptr + row * stride_on + h
+    total = tl.zeros([BLOCK], tl.float32)
+    if factor != 0:  # else nobody may have filled the row
+        total = factor * tl.load(at, mask=h < H, other=0.0)
+    if (y >= 0) & (y < V) & (at_target != 0):  # else another rank has the target
+        w = tl.load(weight_ptr + y * stride_wv + h, mask=h < H, other=0.0)
+        total += at_target * w.to(tl.float32)
+    tl.store(at, total, mask=h < H)
+
+
 @triton.jit
 def rescale_kernel(
-    # kept exponentials [n, columns], and by how much each tile of a row shrinks [J, n]
-    e_ptr, shrink_ptr,
+    # kept exponentials [n, columns], the shift of each tile [J, n] and of each row [n]
+    e_ptr, shift_ptr, row_shift_ptr,
     n, columns, stride_en,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per row: bring its tiles to the row's shift. Nearly always nothing to do."""
     row = tl.program_id(0).to(tl.int64)
-    shrink_ptr += row
-    for start in range(0, columns, TILE):
-        shrink = tl.load(shrink_ptr)
-        shrink_ptr += n
-        if shrink < 1:
-            for first in range(start, tl.minimum(start + TILE, columns), BLOCK):
-                cols = first + tl.arange(0, BLOCK)
-                inside = cols < tl.minimum(start + TILE, columns)
-                at = e_ptr + row * stride_en + cols
-                e = tl.load(at, mask=inside, other=0.0).to(tl.float32) * shrink
-                tl.store(at, e.to(e_ptr.dtype.element_ty), mask=inside)
+    row_shift = tl.load(row_shift_ptr + row)
+    if row_shift > 0:
+        shift_ptr += row
+        for start in range(0, columns, TILE):
+            shrink = tl.exp2(tl.load(shift_ptr) - row_shift)
+            shift_ptr += n
+            if shrink < 1:
+                for first in range(start, tl.minimum(start + TILE, columns), BLOCK):
+                    cols = first + tl.arange(0, BLOCK)
+                    inside = cols < tl.minimum(start + TILE, columns)
+                    at = e_ptr + row * stride_en + cols
+                    e = tl.load(at, mask=inside, other=0.0).to(tl.float32) * shrink
+                    tl.store(at, e.to(e_ptr.dtype.element_ty), mask=inside)
 
 
 # Products
