@@ -67,6 +67,7 @@ class Compiled(NamedTuple):
     matrix_instructions: int  # of the kind that the target is fast with
     narrow_products: list[list[str]]  # of integers: `read_narrow_products`
     reductions: set[tuple[str, str]]
+    instructions: int  # of all threads of a program, if it has no loop
 
 
 @contextmanager
@@ -105,7 +106,14 @@ def read_binary(binary: Any, target: str) -> Compiled:
         registers, shown, binary.metadata.shared, loops, has_f64, matrix_instructions,
         read_narrow_products(binary.asm["ttir"]),
         reductions(binary.asm["ttgir"]),
+        count_instructions(text) * binary.metadata.num_warps * TARGETS[target].warp_size,
     )  # fmt: skip
+
+
+def count_instructions(text: str) -> int:
+    """Of a disassembly, SASS or amdgcn."""
+    sass, amdgcn = r"/\*[0-9a-f]{4,}\*/\s+\S.*;", r"^\t(?:s|v|ds|global|buffer|flat)_"
+    return len(re.findall(f"{sass}|{amdgcn}", text, re.MULTILINE))
 
 
 def read_narrow_products(ttir: str) -> list[list[str]]:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from gspo_ops import GRPO, GSPO, GSPOToken, Objective, head
-from gspo_ops.head import Head, HeadOptions
+from gspo_ops import GRPO, GSPO, GSPOToken, Objective, head, passes
+from gspo_ops.head import Head, HeadGrads, HeadOptions, Wanted
 from gspo_ops.layout import resolve_layout
 from gspo_ops.logits import triton_bwd, triton_fwd
 from gspo_ops.logits_cpu import LogitPart, LogitStats, SavedLogits
 from gspo_ops.passes import make_tiles as make_implementation
+from gspo_ops.plan import kept_width
 from gspo_ops.policy import ObjectiveOptions, make_policy
 from gspo_ops.policy_loss import triton_policy_loss
 from gspo_ops.rows import AllRows, FlaggedRows, OrderedRows
-from gspo_ops.softmax import Softmax, Upstream
+from gspo_ops.softmax import Softmax, TargetRows, Upstream
 from gspo_ops.tiles import Kept, RowGrads, RowSums, Sums, Tile, Tiles, Weighting
 from gspo_ops.tiles_gpu import BLOCKS
 
@@ -218,6 +220,24 @@ def make_tiles(
 def make_kept(tiles: Tiles, columns: int = HEAD_V) -> Kept:
     n, width = (tiles.of.n, HEAD_V + 64) if columns else (0, 0)
     return Kept(empty(n, width, dtype=tiles.of.grad_dtype), columns)
+
+
+def call_from_hidden(products: str, n: int, hidden_size: int) -> None:
+    """Forward, everything kept, and backward of one call, n rows of which all may be dead."""
+    shape, vocabulary = (n, hidden_size), (HEAD_V, hidden_size)
+    operands = Head(empty(*shape, dtype=BF16), empty(*vocabulary, dtype=BF16), None, None, None)
+    options = HeadOptions(softmax(), products, False, 1.0, HEAD_V)
+    rows = TargetRows(empty(n, dtype=torch.int64), None)
+    kept = Kept(empty(n, kept_width(HEAD_V), dtype=BF16), HEAD_V)
+    out = HeadGrads(empty(*shape, dtype=BF16), empty(*vocabulary, dtype=BF16), None, None, None)
+    with (
+        mock.patch.object(head, "use_triton", return_value=True),
+        mock.patch.object(torch.Tensor, "is_cuda", True),
+        mock.patch.object(passes, "device_guard", return_value=nullcontext()),
+        mock.patch.object(passes, "no_autocast", return_value=nullcontext()),
+    ):
+        _, sums = passes.forward(operands, rows, None, options, kept)
+        passes.backward(operands, rows, sums, empty(n), None, options, kept, out, add=Wanted())
 
 
 def make_sums(tiles: Tiles) -> Sums:

@@ -160,6 +160,30 @@ def static_table(report: dict) -> list[str]:
             else f"{rows[0]['flops'] / 1e12:.1f} TFLOP"
         )  # fmt: skip
         lines.append(f"| {op} | {much} | {' | '.join(format(r['ms'], '.2f') for r in rows)} |")
+    lines += [
+        "",
+        "**Predicted, not measured**: milliseconds of each way from hidden states to gradients, "
+        "from the rates that `designs` in `benchmarks/static.py` assumes.",
+        "",
+        f"| | {' | '.join(f'f={f:g}' for f in fs)} |",
+        f"|{'---|' * (1 + len(fs))}",
+    ]
+    for way in dict.fromkeys(row["way"] for row in report["designs"]):
+        times = [format(row["ms"], ".1f") for row in report["designs"] if row["way"] == way]
+        lines.append(f"| {way} | {' | '.join(times)} |")
+    lines += [
+        "",
+        "Kernels that a call from hidden states launches, forward and backward, and the host time "
+        "of Python and of torch's dispatcher, on meta tensors and without the driver's share.",
+        "",
+        "| products | N | H | Triton | torch | host, ms |",
+        f"|{'---|' * 6}",
+    ]
+    for row in report["launches"]:
+        lines.append(
+            f"| {row['products']} | {row['N']} | {row['H']} | {row['triton']} | {row['torch']} | "
+            f"{row['ms']:.1f} |"
+        )
     return lines
 
 
@@ -172,7 +196,8 @@ def _static_cell(row: dict) -> str:
         return row["missing"].replace("|", "/")
     text = f"{row['registers']} / {row['spills'] or 'none'} / {row['shared'] / 1024:.3g}"
     if row["per_logit"] is not None:
-        text += f"; {'+'.join(map(str, row['load_bits']))} bits, {row['per_logit']:.1f}"
+        bits = f"{'+'.join(map(str, row['load_bits']))} bits, " if row["load_bits"] else ""
+        text += f"; {bits}{row['per_logit']:.1f}"
     elif row["matrix_instructions"]:
         text += f"; {row['matrix_instructions']}"
     return text

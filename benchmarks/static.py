@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import statistics
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,9 +21,25 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gspo_ops.tiles_gpu import EPILOGUE, SUMS
 
 from .binaries import TARGETS, Compiled, compiling, instructions_per_logit, read_binary
-from .launches import ALL, BF16, HEAD_V, PRODUCTS, B, H, N, T, V, empty, make_logits
+from .launches import (
+    ALL,
+    BF16,
+    HEAD_V,
+    PRODUCTS,
+    B,
+    H,
+    N,
+    T,
+    V,
+    call_from_hidden,
+    empty,
+    make_logits,
+)
 from .measure import provenance, write
 from .providers import versions
 
@@ -128,6 +146,46 @@ def compile_peer(name: str, target: str) -> tuple[dict[str, Compiled], str | Non
     return found, why
 
 
+# Launches
+
+
+class Launched(TorchDispatchMode):
+    """Counts what torch would launch: all that is neither a view nor memory alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, op: Any, types: Any, args: Any = (), kwargs: dict | None = None
+    ) -> Any:
+        makes_memory = "empty" in op.overloadpacket.__name__
+        self.count += not (op.is_view or makes_memory)
+        return op(*args, **(kwargs or {}))
+
+
+def launches_from_hidden(products: str, n: int, hidden_size: int, calls: int = 9) -> dict:
+    """What one call costs its host: kernels that are launched, and time on meta tensors.
+
+    The time is that of the Python code and of torch's dispatcher, without what a driver takes for a
+    launch.
+    """
+    with compiling("sm_90") as binaries:
+        call_from_hidden(products, n, hidden_size)
+        kernels = len(binaries)
+        with Launched() as launched:
+            call_from_hidden(products, n, hidden_size)
+        times = []
+        for _ in range(calls):
+            start = time.perf_counter()
+            call_from_hidden(products, n, hidden_size)
+            times.append(time.perf_counter() - start)
+    return {
+        "products": products, "N": n, "V": HEAD_V, "H": hidden_size, "triton": kernels,
+        "torch": launched.count, "ms": 1e3 * statistics.median(times),
+    }  # fmt: skip
+
+
 # Predictions
 
 
@@ -168,8 +226,57 @@ def predictions(bandwidth: float, matmul: float, fractions: tuple[float, ...]) -
     return rows
 
 
+def designs(bandwidth: float, matmul: float, fractions: tuple[float, ...]) -> list[dict]:
+    """Time of the phases of each way from hidden states to gradients, ours and the peers'.
+
+    Assumed, of `matmul`: torch.mm reaches 0.94 of it at these shapes, Triton 0.79 with TMA and 0.61
+    without (0.43 where operands are transposed), and the peers what they publish. Of `bandwidth`:
+    tiles of 32 MiB of fp32 logits are written, and read from the L2 cache.
+    """
+    logits, unit = N * HEAD_V, 2.0 * N * HEAD_V * H
+    parts = -(-HEAD_V // 8192)  # of the vocabulary, where a peer goes through it
+
+    def product(rate: float) -> float:
+        return unit / (rate * matmul)
+
+    def moved(nbytes: float) -> float:
+        return nbytes / bandwidth
+
+    ways: dict[str, Callable[[float], dict[str, float]]] = {
+        'gspo_ops, products="mm"': lambda f: {
+            "logits": product(0.94), "fold": moved(6 * logits), "dhidden": product(0.94),
+            "dweight": product(0.94),
+        },
+        'gspo_ops, products="triton", TMA': lambda f: {
+            "logits": product(0.79), "sums": moved(8 * logits / 128), "dhidden": f * product(0.83),
+            "dweight": f * product(0.83),
+        },
+        'gspo_ops, products="triton", without': lambda f: {
+            "logits": product(0.61), "sums": moved(8 * logits / 128), "dhidden": f * product(0.61),
+            "dweight": f * product(0.43),
+        },
+        "quack, linear cross entropy": lambda f: {
+            "products": 3 * product(0.94), "rest": moved(0.1 * logits + 6 * HEAD_V * H),
+        },
+        "Liger, SM90 cross entropy": lambda f: {
+            "forward": product(0.98), "backward": 3 * product(0.97),
+        },
+        "TRL chunks": lambda f: {
+            "products": 4 * product(0.94), "fold": moved(6 * logits),
+            "sums": moved(8 * H * (N * parts + 2 * HEAD_V)),
+        },
+    }  # fmt: skip
+    return [
+        {"way": way, "f": f, "ms": 1e3 * sum(phases(f).values()),
+         "phases": {name: 1e3 * seconds for name, seconds in phases(f).items()}}
+        for f in fractions
+        for way, phases in ways.items()
+    ]  # fmt: skip
+
+
 # The command
 
+FRACTIONS = (1, 0.6, 0.35, 0.1)
 SHOWN = (
     "fwd bf16", "fwd fp32", "bwd bf16", "bwd fp32", "bwd bf16 recompute", "loss sequence packed",
     *PRODUCTS, "fold", "weigh",
@@ -178,11 +285,15 @@ SHOWN = (
 
 def row(kernel: str, target: str, compiled: Compiled, itemsize: int, per_logit: bool) -> dict:
     loops = [loop for loop in compiled.loops if loop.loads] if per_logit else []
+    per_logit_of_all = None
+    if kernel in ("fold", "weigh"):  # no loop: all that a program does, for the columns that it has
+        columns = {"fold": SUMS, "weigh": EPILOGUE}[kernel]
+        per_logit_of_all = compiled.instructions / columns
     return {
         "kernel": kernel, "target": target, "registers": compiled.registers,
         "spills": compiled.spills, "shared": compiled.shared,
         "load_bits": sorted({8 * width for loop in loops for width in loop.loads}),
-        "per_logit": instructions_per_logit(itemsize, loops) if loops else None,
+        "per_logit": instructions_per_logit(itemsize, loops) if loops else per_logit_of_all,
         "matrix_instructions": compiled.matrix_instructions,
     }  # fmt: skip
 
@@ -198,7 +309,13 @@ def main() -> None:
     report: dict = {
         "benchmark": "static", **provenance(), "peers": versions(), "ours": [], "others": [],
         "given": {"bandwidth": args.bandwidth, "matmul": args.matmul}, "N": N, "V": HEAD_V, "H": H,
-        "predictions": predictions(1e9 * args.bandwidth, 1e12 * args.matmul, (1, 0.6, 0.35, 0.1)),
+        "launches": [
+            launches_from_hidden(products, n, hidden_size)
+            for products in ("mm", "triton")
+            for n, hidden_size in ((512, 896), (N, H))
+        ],
+        "predictions": predictions(1e9 * args.bandwidth, 1e12 * args.matmul, FRACTIONS),
+        "designs": designs(1e9 * args.bandwidth, 1e12 * args.matmul, FRACTIONS),
     }  # fmt: skip
     for target in args.targets:
         for name in SHOWN:

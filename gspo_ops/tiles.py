@@ -149,7 +149,7 @@ class Sums(NamedTuple):
         And the target's logit, which one part has and the others have as 0.
         """
         own = torch.stack([target_logit, *[x for x in self.reduced() if x is not None]])
-        target_logits, *parts = gathered(own, group).unbind(1)
+        target_logits, *parts = gathered(own, group).transpose(0, 1).contiguous().unbind(0)
         return Sums(parts[0], parts[1], None if self.log is None else parts[2]), target_logits.sum(
             0
         )

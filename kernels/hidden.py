@@ -188,6 +188,7 @@ def weigh_kernel(
             constant = tl.load(constant_ptr + here)
             slope = tl.load(slope_ptr + here)
         y = tl.load(targets_ptr + here) - first_col
+        y = tl.where((y >= 0) & (y < C), y, -1).to(tl.int32)
         out = weighed(a, y, at, derivative, constant, slope)
         out = out.to(out_ptr.dtype.element_ty)
     to = out_ptr + row * stride_on + (first_col - first_out) + at[None, :]
@@ -490,6 +491,7 @@ def hidden_weigh_kernel(
         )  # fmt: skip
         inside = rows < n
         y = tl.load(targets_ptr + rows, mask=inside, other=-1) - first_col
+        y = tl.where((y >= 0) & (y < C), y, -1).to(tl.int32)
         base = tl.load(base_ptr + rows, mask=inside, other=0.0)
         shift = tl.load(shift_ptr + rows, mask=inside, other=0.0)
         constant = None

@@ -176,6 +176,19 @@ def test_predictions():
     assert rows["gspo_ops from hidden, recompute", 1]["ms"] == pytest.approx(51.6, abs=0.1)
 
 
+@pytest.mark.parametrize(("products", "most"), [("mm", 90), ("triton", 45)])
+def test_small_batches_launch_few_kernels(products, most):
+    """At N=512 and H=896 a GPU is done before its host is; it was 236 and 165 kernels once."""
+    launched = static.launches_from_hidden(products, 512, 896, calls=1)
+    assert launched["triton"] + launched["torch"] <= most
+
+
+def test_the_fold_reads_a_tile_once():
+    compiled = compile_variant("fold", "sm_90")
+    assert not compiled.loops
+    assert static.row("fold", "sm_90", compiled, 4, False)["per_logit"] < 20
+
+
 # Variants whose log-probs must be the same to the bit: those of a training forward, of a call under
 # no_grad, of a masked batch
 SAME_BITS = {
