@@ -205,7 +205,7 @@ def make_tiles(
         lora_a=None,
         lora_b=None,
     )
-    rows = FlaggedRows(empty(n, dtype=torch.bool)) if live else AllRows()
+    rows = FlaggedRows(empty(n, dtype=torch.bool)) if live or products == "tma" else AllRows()
     with mock.patch.object(head, "use_triton", return_value=True):
         return make_implementation(
             operands,
@@ -269,14 +269,18 @@ def live_tile(tiles: Tiles, listed: bool) -> Tile:
     return Tile(e, empty(N, dtype=torch.int64) if listed else None)
 
 
-def launch_dhidden(dtype: torch.dtype, add: bool = False, listed: bool = True) -> None:
-    tiles = make_tiles(dtype)
+def launch_dhidden(
+    dtype: torch.dtype, add: bool = False, listed: bool = True, products: str = "triton"
+) -> None:
+    tiles = make_tiles(dtype, products)
     tile = live_tile(tiles, listed)
     tiles.add_to_rows(empty(N, H), tile, tiles.of.weight[COLUMNS], add=add)
 
 
-def launch_dweight(dtype: torch.dtype, add: bool = False, listed: bool = True) -> None:
-    tiles = make_tiles(dtype)
+def launch_dweight(
+    dtype: torch.dtype, add: bool = False, listed: bool = True, products: str = "triton"
+) -> None:
+    tiles = make_tiles(dtype, products)
     out = empty(8192, H, dtype=FP32 if add else dtype)
     x = empty(N, H, dtype=tiles.of.grad_dtype)
     tiles.add_to_columns(out, live_tile(tiles, listed), x, add=add)
@@ -339,6 +343,21 @@ PRODUCTS = {
         ("dweight add", DWEIGHT, {"add": True}),
     )
 }
+TMA = {
+    f"tma {name}": (launch, options | {"dtype": BF16, "products": "tma"})
+    for name, launch, options in (
+        ("fwd", FOLD, {}),
+        ("fwd no kept", FOLD, {"kept": False, "has_keep": False}),
+        ("fwd entropy", FOLD, {"entropy": True}),
+        ("fwd bias entropy", FOLD, {"bias": True, "entropy": True}),
+        ("recompute", WEIGH, {}),
+        ("recompute bias entropy", WEIGH, {"bias": True, "slope": True}),
+        ("dhidden", DHIDDEN, {"listed": False}),
+        ("dhidden add", DHIDDEN, {"listed": False, "add": True}),
+        ("dweight", DWEIGHT, {"listed": False}),
+        ("dweight add", DWEIGHT, {"listed": False, "add": True}),
+    )
+}
 EPILOGUES = {
     name: (launch, options | {"dtype": BF16} | TILE)
     for name, launch, options in (
@@ -383,4 +402,4 @@ PRODUCT_COMBINATIONS = {
     "dhidden all rows": (DHIDDEN, {"dtype": BF16, "listed": False}),
     "dweight all rows": (DWEIGHT, {"dtype": BF16, "listed": False}),
 }
-ALL = VARIANTS | COMBINATIONS | PRODUCTS | EPILOGUES | PRODUCT_COMBINATIONS
+ALL = VARIANTS | COMBINATIONS | PRODUCTS | TMA | EPILOGUES | PRODUCT_COMBINATIONS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 
 import torch
@@ -33,6 +34,15 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cpu":
         return CPU_HAS_BF16
     return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+@torch.compiler.assume_constant_result
+def has_tma(device: torch.device) -> bool:
+    """Whether a GPU copies boxes by itself, and this Triton can tell it to."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    is_new = torch.cuda.get_device_capability(device) >= (9, 0)
+    return is_new and importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
 
 
 def device_guard(x: Tensor) -> contextlib.AbstractContextManager:

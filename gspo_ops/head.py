@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .backend import compute_dtype, has_bf16, use_triton
+from .backend import compute_dtype, has_bf16, has_tma, use_triton
 from .checks import check_float, check_number, check_targets, check_tensor
 from .parallel import ProcessGroup, replicated, vocab_part
 from .softmax import Softmax
@@ -80,7 +80,8 @@ class HeadOptions(NamedTuple):
     """How log-probs are made of the operands.
 
     Attributes:
-        products: who multiplies: `"torch"`, `"mm"` or `"triton"`.
+        products: who multiplies: `"torch"`, `"mm"`, `"triton"`, or `"tma"`, which is the same in
+            kernels for GPUs that copy boxes by themselves.
         allow_sync: whether the host may look at which rows are live.
         lora_scale: that the low-rank part is multiplied by.
         kept_columns: tokens whose exponentials are kept from forward to backward.
@@ -93,12 +94,17 @@ class HeadOptions(NamedTuple):
     kept_columns: int
 
 
-def resolve_products(products: Products, hidden: Tensor) -> str:
+def resolve_products(products: Products, hidden: Tensor, weight: Tensor, softmax: Softmax) -> str:
     """Who multiplies."""
     if not use_triton(hidden):
         return "torch"
     # which is faster is to be decided by a measurement on each device
-    return "mm" if products == "auto" else products
+    if products == "auto":
+        products = "mm"
+    is_bf16 = hidden.dtype == weight.dtype == torch.bfloat16
+    # rows have to start at multiples of 16 bytes
+    has_boxes = is_bf16 and hidden.shape[-1] % 8 == 0 and softmax.softcap is None
+    return "tma" if products == "triton" and has_boxes and has_tma(hidden.device) else products
 
 
 # Dtypes

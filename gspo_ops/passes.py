@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from .backend import device_guard, matmul_fp32, no_autocast
 from .checks import checked_targets
 from .head import Head, HeadGrads, HeadOptions, Wanted
 from .parallel import NOWHERE, summed
-from .rows import FlaggedRows, Rows, rows_where, where_rows
+from .rows import FlaggedRows, Rows, rows_where, rows_with_gradient, where_rows
 from .softmax import TargetRows
 from .tiles import (
     Kept,
@@ -29,15 +29,20 @@ from .tiles import (
     slices_of,
 )
 from .tiles_gpu import MatMulTiles, TritonTiles
+from .tiles_tma import TmaTiles
 from .tiles_torch import TorchTiles
+
+TILES: dict[str, Callable[[Operands], Tiles]] = {
+    "torch": TorchTiles,
+    "mm": MatMulTiles,
+    "triton": TritonTiles,
+    "tma": TmaTiles,
+}
 
 
 def make_tiles(head: Head, targets: Tensor, rows: Rows, options: HeadOptions) -> Tiles:
     """The implementation that multiplies as the options say."""
-    operands = Operands.of(head, targets, rows, options)
-    if options.products == "torch":
-        return TorchTiles(operands)
-    return MatMulTiles(operands) if options.products == "mm" else TritonTiles(operands)
+    return TILES[options.products](Operands.of(head, targets, rows, options))
 
 
 # Forward
@@ -121,7 +126,7 @@ def backward(
         live &= mask
     with no_autocast(targets.device), device_guard(head.hidden):
         worked_on = rows_where(mask, options)
-        among = rows_where(worked_on.take(live), options)
+        among = rows_with_gradient(worked_on.take(live), options)
         live_rows = among.within(worked_on)
         tiles = make_tiles(head, targets, live_rows, options)
         row_grads = tiles.row_grads(sums, g, h, live)
@@ -236,7 +241,9 @@ def _tile(tiles: Tiles, c: slice, weighting: Weighting, kept: Kept, among: Rows)
     """Kept or recomputed, in a buffer of its own."""
     if c.stop <= kept.columns:
         return tiles.kept_tile(kept.e[:, c], among)
-    out = tiles.of.x.new_empty(tiles.of.n, c.stop - c.start, dtype=tiles.of.grad_dtype)
+    width, align = c.stop - c.start, tiles.blocks.align
+    padded = tiles.of.x.new_empty(tiles.of.n, -(-width // align) * align, dtype=tiles.of.grad_dtype)
+    out = padded[:, :width]
     tiles.weigh(c, weighting, out)
     return Tile(out, None)
 

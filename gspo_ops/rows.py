@@ -77,7 +77,7 @@ class OrderedRows:
 
     def put(self, x: Tensor, out: Tensor) -> None:
         counts = torch.arange(len(x), device=x.device) < self.count
-        out.zero_().index_copy_(0, self.index, where_rows(counts, x).to(out.dtype))
+        out.index_copy_(0, self.index, where_rows(counts, x).to(out.dtype))
 
     def within(self, outer: Rows) -> Rows:
         return self if outer.index is None else replace(self, index=self.take(outer.index))
@@ -85,35 +85,43 @@ class OrderedRows:
 
 @dataclass(frozen=True)
 class FlaggedRows:
-    """All rows in place; only the device knows which ones count."""
+    """All rows, in place or in an order; only the device knows which ones count."""
 
-    live: Tensor  # (N,) bool
-
-    @property
-    def index(self) -> None:
-        return None
+    live: Tensor  # (N,) bool, in that order
+    index: Tensor | None = None
 
     def take(self, x: Tensor) -> Tensor:
-        return x
+        return x if self.index is None else x.index_select(0, self.index)
 
     def put(self, x: Tensor, out: Tensor) -> None:
-        out.copy_(where_rows(self.live, x))
+        x = where_rows(self.live, x)
+        if self.index is None:
+            out.copy_(x)
+        else:
+            out.index_copy_(0, self.index, x.to(out.dtype))
 
     def within(self, outer: Rows) -> Rows:
-        return self
+        return replace(self, index=outer.index)
 
 
 def rows_where(live: Tensor | None, options: HeadOptions) -> Rows:
     """Those where live (N,) holds, as well as the host may know them; None for all."""
     if live is None:
         return AllRows()
-    if options.products == "triton":
+    if options.products in ("triton", "tma"):
         order = torch.argsort(live.logical_not().byte(), stable=True)
         return OrderedRows(order, live.sum(dtype=torch.int32))
     if options.products == "torch" or options.allow_sync:
         index = live.nonzero().squeeze(1)
         return AllRows() if len(index) == len(live) else ListedRows(index)
     return FlaggedRows(live)
+
+
+def rows_with_gradient(live: Tensor, options: HeadOptions) -> Rows:
+    """Of the rows that the forward worked on, those where live (N,) holds."""
+    if options.products == "tma":
+        return FlaggedRows(live)  # rows of boxes are neighbours, so they stay where they are
+    return rows_where(live, options)
 
 
 def where_rows(flags: Tensor, x: Tensor) -> Tensor:

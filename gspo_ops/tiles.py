@@ -31,6 +31,7 @@ class Blocks(NamedTuple):
     sums: int  # columns of an entry of `Sums`
     grad_elements: int  # of a tile for the products of the backward
     grad_columns: int  # and its columns, at most
+    align: int  # elements that its rows in memory are a multiple of
 
     def entries(self, vocabulary: int) -> int:
         """Of `Sums`."""

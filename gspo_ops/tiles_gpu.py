@@ -38,6 +38,7 @@ BLOCKS = Blocks(
     sums=SUMS,
     grad_elements=1 << 26,
     grad_columns=8192,
+    align=64,
 )
 EPILOGUE = 1024  # columns of the other epilogues' programs
 

@@ -33,7 +33,13 @@ from .tiles import (
 )
 
 BLOCKS = Blocks(
-    rows=512, columns=1024, elements=0, sums=1024, grad_elements=1 << 22, grad_columns=8192
+    rows=512,
+    columns=1024,
+    elements=0,
+    sums=1024,
+    grad_elements=1 << 22,
+    grad_columns=8192,
+    align=1,
 )
 _LEAST_ROWS = 16  # of products that make logits
 _LEAST_GRAD_ROWS = 4  # of those that make gradients of rows

@@ -419,6 +419,53 @@ def store_target_logits(target_logit_ptr, z, rows, cols, y):
 
 
 @triton.jit
+def fold_tile(
+    # a tile of logits, in fp32, and which ones of its rows and columns
+    z, rows, cols, n, C, entry,
+    targets_ptr, base_ptr, shift_ptr, sum_ptr, log_sum_ptr, target_logit_ptr,
+    scale, softcap,
+):  # fmt: skip
+    """Exponentials of a tile; their sums are stored as this entry of [J, n]."""
+    inside = rows < n
+    y = tl.load(targets_ptr + rows, mask=inside, other=-1)
+    y = tl.where((y >= 0) & (y < C), y, -1).to(tl.int32)
+    base = tl.load(base_ptr + rows, mask=inside, other=0.0)
+    z, derivative = capped(z, softcap)
+    store_target_logits(target_logit_ptr, z, rows, cols, y)
+    a = (z - base[:, None]) * scale
+    a = tl.where((cols < C)[None, :] & (cols[None, :] != y[:, None]), a, float("-inf"))
+    shift, e, total, log_total = exponentials(a, 1, log_sum_ptr is not None)
+    out = (entry.to(tl.int64) * n + rows)[:, None]
+    tl.store(shift_ptr + out, shift, mask=inside[:, None])
+    tl.store(sum_ptr + out, total, mask=inside[:, None])
+    if log_sum_ptr is not None:
+        tl.store(log_sum_ptr + out, log_total, mask=inside[:, None])
+    return e * derivative
+
+
+@triton.jit
+def weigh_tile(
+    z, rows, cols, n, C, first_col,
+    targets_ptr, base_ptr, shift_ptr, constant_ptr, slope_ptr,
+    scale, softcap,
+):  # fmt: skip
+    """What the rows' factors multiply, of a tile of logits; cols count from first_col."""
+    inside = rows < n
+    y = tl.load(targets_ptr + rows, mask=inside, other=-1) - first_col
+    y = tl.where((y >= 0) & (y < C), y, -1).to(tl.int32)
+    base = tl.load(base_ptr + rows, mask=inside, other=0.0)
+    shift = tl.load(shift_ptr + rows, mask=inside, other=0.0)
+    constant = None
+    slope = None
+    if constant_ptr is not None:
+        constant = tl.load(constant_ptr + rows, mask=inside, other=0.0)
+        slope = tl.load(slope_ptr + rows, mask=inside, other=0.0)
+    z, derivative = capped(z, softcap)
+    a = (z - base[:, None]) * scale - shift[:, None]
+    return weighed(a, y, cols, derivative, constant, slope)
+
+
+@triton.jit
 def hidden_fwd_kernel(
     # inputs: x [n, H], weight [C, H], bias [C] or None; targets, base [n]; keep [n] or None
     x_ptr, weight_ptr, bias_ptr, targets_ptr, base_ptr, keep_ptr, count_ptr,
@@ -444,25 +491,15 @@ def hidden_fwd_kernel(
             x_ptr, weight_ptr, bias_ptr, rows, cols, n, C, H, stride_xn, stride_wv,
             BLOCK_N, BLOCK_V, BLOCK_H,
         )  # fmt: skip
-        inside = rows < n
-        y = tl.load(targets_ptr + rows, mask=inside, other=-1)
-        y = tl.where((y >= 0) & (y < C), y, -1).to(tl.int32)
-        base = tl.load(base_ptr + rows, mask=inside, other=0.0)
-        z, derivative = capped(z, softcap)
-        store_target_logits(target_logit_ptr, z, rows, cols, y)
-        a = (z - base[:, None]) * scale
-        a = tl.where((cols < C)[None, :] & (cols[None, :] != y[:, None]), a, float("-inf"))
-        shift, e, total, log_total = exponentials(a, 1, log_sum_ptr is not None)
-        out = (tile_v.to(tl.int64) * n + rows)[:, None]
-        tl.store(shift_ptr + out, shift, mask=inside[:, None])
-        tl.store(sum_ptr + out, total, mask=inside[:, None])
-        if log_sum_ptr is not None:
-            tl.store(log_sum_ptr + out, log_total, mask=inside[:, None])
-        wanted = inside
+        e = fold_tile(
+            z, rows, cols, n, C, tile_v, targets_ptr, base_ptr,
+            shift_ptr, sum_ptr, log_sum_ptr, target_logit_ptr, scale, softcap,
+        )  # fmt: skip
+        wanted = rows < n
         if keep_ptr is not None:
-            wanted = inside & (tl.load(keep_ptr + rows, mask=inside, other=0) != 0)
+            wanted = wanted & (tl.load(keep_ptr + rows, mask=wanted, other=0) != 0)
         at = e_ptr + rows.to(tl.int64)[:, None] * stride_en + cols[None, :]
-        e = (e * derivative).to(e_ptr.dtype.element_ty)
+        e = e.to(e_ptr.dtype.element_ty)
         tl.store(at, e, mask=wanted[:, None] & (cols < kept)[None, :])
 
 
@@ -489,22 +526,13 @@ def hidden_weigh_kernel(
             x_ptr, weight_ptr, bias_ptr, rows, cols, n, C, H, stride_xn, stride_wv,
             BLOCK_N, BLOCK_V, BLOCK_H,
         )  # fmt: skip
-        inside = rows < n
-        y = tl.load(targets_ptr + rows, mask=inside, other=-1) - first_col
-        y = tl.where((y >= 0) & (y < C), y, -1).to(tl.int32)
-        base = tl.load(base_ptr + rows, mask=inside, other=0.0)
-        shift = tl.load(shift_ptr + rows, mask=inside, other=0.0)
-        constant = None
-        slope = None
-        if constant_ptr is not None:
-            constant = tl.load(constant_ptr + rows, mask=inside, other=0.0)
-            slope = tl.load(slope_ptr + rows, mask=inside, other=0.0)
-        z, derivative = capped(z, softcap)
-        a = (z - base[:, None]) * scale - shift[:, None]
-        out = weighed(a, y, cols, derivative, constant, slope)
+        out = weigh_tile(
+            z, rows, cols, n, C, first_col, targets_ptr, base_ptr, shift_ptr, constant_ptr,
+            slope_ptr, scale, softcap,
+        )  # fmt: skip
         at = out_ptr + rows.to(tl.int64)[:, None] * stride_on + cols[None, :]
         out = out.to(out_ptr.dtype.element_ty)
-        tl.store(at, out, mask=inside[:, None] & (cols < C)[None, :])
+        tl.store(at, out, mask=(rows < n)[:, None] & (cols < C)[None, :])
 
 
 @triton.jit

@@ -1,0 +1,208 @@
+"""The products of `hidden.py` where a GPU copies boxes by itself (TMA: sm_90 and newer), in bf16.
+
+One program per multiprocessor goes through tiles of 128 x 256, in an order in which neighbours
+share operands in the L2 cache; the copies of a tile's operands run ahead of its products. A box
+holds consecutive rows, so rows that count are not gathered: the forward has them in front
+(`count_ptr`), and the backward goes through a list of the blocks of rows that have one with a
+gradient (`blocks_ptr`). Rows without one in these blocks are 0, as exponentials and in x.
+
+A soft cap needs more registers than there are, and is left to `hidden.py`.
+"""
+
+import triton
+import triton.language as tl
+
+from .hidden import fold_tile, swizzled, weigh_tile
+
+
+@triton.jit
+def live_blocks_kernel(
+    # input: non-zero where a row has a gradient [n]
+    live_ptr,
+    # outputs: blocks with such a row, in their order, and one more entry; how many they are
+    blocks_ptr, count_ptr,
+    n,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """One program for all rows."""
+    places, rows = tl.arange(0, BLOCKS), tl.arange(0, ROWS)
+    count = 0
+    for start in range(0, tl.cdiv(n, ROWS), BLOCKS):
+        at = (start + places)[:, None] * ROWS + rows[None, :]
+        live = tl.load(live_ptr + at, mask=at < n, other=0) != 0
+        has_live = tl.max(live.to(tl.int32), axis=1)
+        to = count + tl.cumsum(has_live, axis=0) - 1
+        tl.store(blocks_ptr + to, start + places, mask=has_live != 0)
+        count += tl.sum(has_live, axis=0)
+    tl.store(blocks_ptr + count, 0)
+    tl.store(count_ptr, count)
+
+
+@triton.jit
+def number(tiles_m, tiles_n):
+    """Of tiles, which fits into 32 bits: each has thousands of elements."""
+    return (tiles_m.to(tl.int64) * tiles_n).to(tl.int32)
+
+
+@triton.jit
+def product_of_rows(
+    a_desc, b_desc, row_a, row_b, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """sum_k a[m, k] * b[n, k] in fp32, [BLOCK_M, BLOCK_N]."""
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        acc = tl.dot(a_desc.load([row_a, k]), b_desc.load([row_b, k]).T, acc)
+    return acc
+
+
+@triton.jit
+def halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right columns of [BLOCK_M, BLOCK_N]: half as many registers at a time."""
+    return tl.split(tl.permute(tl.reshape(x, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def tma_fwd_kernel(
+    # inputs: x [n, H], weight [C, H], bias [C] or None; targets, base [n]; keep [n] or None
+    x_desc, weight_desc, bias_ptr, targets_ptr, base_ptr, keep_ptr, count_ptr,
+    # outputs: exponentials [n, kept] or None; [J, n] sums, log_sum is None unless asked for; [n]
+    # the target's logit
+    e_desc, shift_ptr, sum_ptr, log_sum_ptr, target_logit_ptr,
+    n, C, H,
+    scale,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """Product, exponentials and their sums."""
+    HALF: tl.constexpr = BLOCK_V // 2
+    count = tl.load(count_ptr)
+    tiles_n, tiles_v = tl.cdiv(count, BLOCK_N), tl.cdiv(C, BLOCK_V)
+    for tile in range(tl.program_id(0), number(tiles_n, tiles_v), PROGRAMS):
+        tile_v, tile_n = swizzled(tile, tiles_v, tiles_n, GROUP)
+        row, col = tile_n * BLOCK_N, tile_v * BLOCK_V
+        z = product_of_rows(x_desc, weight_desc, row, col, H, BLOCK_N, BLOCK_V, BLOCK_H)
+        left, right = halves(z, BLOCK_N, BLOCK_V)
+        for half in tl.static_range(2):
+            z = left if half == 0 else right
+            first = col + half * HALF
+            if first < C:
+                rows, cols = row + tl.arange(0, BLOCK_N), first + tl.arange(0, HALF)
+                if bias_ptr is not None:
+                    bias = tl.load(bias_ptr + cols, mask=cols < C, other=0.0)
+                    z += bias.to(tl.float32)[None, :]
+                e = fold_tile(
+                    z, rows, cols, n, C, 2 * tile_v + half, targets_ptr, base_ptr,
+                    shift_ptr, sum_ptr, log_sum_ptr, target_logit_ptr, scale, None,
+                )  # fmt: skip
+                if e_desc is not None:
+                    wanted = rows < count
+                    if keep_ptr is not None:
+                        wanted = wanted & (tl.load(keep_ptr + rows, mask=wanted, other=0) != 0)
+                    # a row without a gradient may hold NaN, and is multiplied by 0 later; that of
+                    # one with a gradient reaches all that it should by the row's factor
+                    e = tl.where(wanted[:, None] & (e == e), e, 0.0)
+                    e_desc.store([row, first], e.to(e_desc.dtype))
+
+
+@triton.jit
+def tma_weigh_kernel(
+    # inputs: x [n, H], weight [C, H], bias [C] or None; the rest [n]; constant, slope may be None
+    x_desc, weight_desc, bias_ptr, targets_ptr, base_ptr, shift_ptr, constant_ptr, slope_ptr,
+    live_ptr, blocks_ptr, count_ptr,
+    # output [n, C]
+    out_ptr,
+    n, C, H, first_col, stride_on,
+    scale,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """The logits of live blocks once more, turned into what the row's factor multiplies."""
+    HALF: tl.constexpr = BLOCK_V // 2
+    tiles_n, tiles_v = tl.load(count_ptr), tl.cdiv(C, BLOCK_V)
+    for tile in range(tl.program_id(0), number(tiles_n, tiles_v), PROGRAMS):
+        tile_v, tile_n = swizzled(tile, tiles_v, tiles_n, GROUP)
+        row, col = tl.load(blocks_ptr + tile_n) * BLOCK_N, tile_v * BLOCK_V
+        z = product_of_rows(x_desc, weight_desc, row, col, H, BLOCK_N, BLOCK_V, BLOCK_H)
+        rows = row + tl.arange(0, BLOCK_N)
+        live = tl.load(live_ptr + rows, mask=rows < n, other=0) != 0
+        left, right = halves(z, BLOCK_N, BLOCK_V)
+        for half in tl.static_range(2):
+            z = left if half == 0 else right
+            cols = col + half * HALF + tl.arange(0, HALF)
+            if bias_ptr is not None:
+                z += tl.load(bias_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
+            out = weigh_tile(
+                z, rows, cols, n, C, first_col, targets_ptr, base_ptr, shift_ptr, constant_ptr,
+                slope_ptr, scale, None,
+            )  # fmt: skip
+            out = tl.where(live[:, None], out, 0.0).to(out_ptr.dtype.element_ty)
+            at = out_ptr + rows.to(tl.int64)[:, None] * stride_on + cols[None, :]
+            tl.store(at, out, mask=(rows < n)[:, None] & (cols < C)[None, :])
+
+
+@triton.jit
+def put(out_ptr, x, rows, cols, n, C, stride_out, ADD: tl.constexpr):
+    """Store a tile of a gradient [n, C], or add it."""
+    at = out_ptr + rows.to(tl.int64)[:, None] * stride_out + cols[None, :]
+    inside = (rows < n)[:, None] & (cols < C)[None, :]
+    if ADD:
+        x += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(at, x.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def tma_dhidden_kernel(
+    # inputs: e [n, C], weight [C, H]; blocks of rows that are worked on
+    e_desc, weight_desc, blocks_ptr, count_ptr,
+    # output [n, H]
+    out_ptr,
+    n, C, H, stride_on,
+    ADD: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """out = (or +=) e weight, in live blocks of BLOCK_N rows."""
+    HALF: tl.constexpr = BLOCK_H // 2
+    tiles_n, tiles_h = tl.load(count_ptr), tl.cdiv(H, BLOCK_H)
+    for tile in range(tl.program_id(0), number(tiles_n, tiles_h), PROGRAMS):
+        tile_n, tile_h = swizzled(tile, tiles_n, tiles_h, GROUP)
+        row, col = tl.load(blocks_ptr + tile_n) * BLOCK_N, tile_h * BLOCK_H
+        acc = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
+        for v in range(0, C, BLOCK_V):
+            acc = tl.dot(e_desc.load([row, v]), weight_desc.load([v, col]), acc)
+        left, right = halves(acc, BLOCK_N, BLOCK_H)
+        rows, cols = row + tl.arange(0, BLOCK_N), col + tl.arange(0, HALF)
+        put(out_ptr, left, rows, cols, n, H, stride_on, ADD)
+        put(out_ptr, right, rows, cols + HALF, n, H, stride_on, ADD)
+
+
+@triton.jit
+def tma_dweight_kernel(
+    # inputs: e [n, C], x [n, H] already weighted; blocks of rows that are worked on
+    e_desc, x_desc, blocks_ptr, count_ptr,
+    # output [C, H]
+    out_ptr,
+    C, H, stride_ov,
+    ADD: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """out = (or +=) e^T x, over live blocks of BLOCK_N rows."""
+    HALF: tl.constexpr = BLOCK_H // 2
+    count = tl.load(count_ptr)
+    tiles_v, tiles_h = tl.cdiv(C, BLOCK_V), tl.cdiv(H, BLOCK_H)
+    for tile in range(tl.program_id(0), number(tiles_v, tiles_h), PROGRAMS):
+        tile_v, tile_h = swizzled(tile, tiles_v, tiles_h, GROUP)
+        v, col = tile_v * BLOCK_V, tile_h * BLOCK_H
+        acc = tl.zeros([BLOCK_V, BLOCK_H], tl.float32)
+        # the list is read one entry ahead, so that no copy waits for its place
+        row = tl.load(blocks_ptr) * BLOCK_N
+        for i in range(0, count):
+            e, x = e_desc.load([row, v]), x_desc.load([row, col])
+            row = tl.load(blocks_ptr + i + 1) * BLOCK_N
+            acc = tl.dot(e.T, x, acc)
+        left, right = halves(acc, BLOCK_V, BLOCK_H)
+        rows, cols = v + tl.arange(0, BLOCK_V), col + tl.arange(0, HALF)
+        put(out_ptr, left, rows, cols, C, H, stride_ov, ADD)
+        put(out_ptr, right, rows, cols + HALF, C, H, stride_ov, ADD)
