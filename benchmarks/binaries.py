@@ -58,6 +58,37 @@ class Loop(NamedTuple):
     barriers: int
 
 
+class Reduction(NamedTuple):
+    """One of a tensor along an axis, by an operation such as arith.addf."""
+
+    operation: str
+    axis: int
+    elements: int
+    operand: str  # its type, with the layout spelt out
+
+    def is_one_order(self) -> bool:
+        """Whether the result is the same in every layout.
+
+        Sums of two commute, and integers and maxima in any number. What is within a thread is added
+        up in the order of registers: `ReduceOpConversion` of Triton appends them one by one, and a
+        blocked layout numbers them so that elements along an axis ascend.
+        """
+        if self.elements <= 2 or self.operation != "arith.addf":
+            return True
+        lanes, warps = (self._along_axis(of) for of in ("threadsPerWarp", "warpsPerCTA"))
+        return (lanes, warps) == (1, 1)
+
+    def _along_axis(self, name: str) -> int | None:
+        """A number of a blocked layout, or of slices of one; None for other layouts."""
+        found = re.search(rf"#ttg\.blocked<{{.*\b{name} = \[([\d, ]+)\]", self.operand)
+        if not found:
+            return None
+        numbers = [int(n) for n in found.group(1).split(",")]
+        for dim in reversed(re.findall(r"#ttg\.slice<{dim = (\d+)", self.operand)):
+            del numbers[int(dim)]
+        return numbers[self.axis]
+
+
 class Compiled(NamedTuple):
     registers: int
     spills: str  # empty when there are none
@@ -66,7 +97,12 @@ class Compiled(NamedTuple):
     has_f64: bool
     matrix_instructions: int  # of the kind that the target is fast with
     narrow_products: list[list[str]]  # of integers: `read_narrow_products`
-    reductions: set[tuple[str, str]]
+    reductions: list[Reduction]
+    fused: list[str]  # additions that may swallow a product: `read_fusions`
+
+    def orders(self) -> set[Reduction]:
+        """What else than the kernel decides in which order elements are added up."""
+        return {of for of in self.reductions if not of.is_one_order()}
 
 
 @contextmanager
@@ -104,7 +140,8 @@ def read_binary(binary: Any, target: str) -> Compiled:
     return Compiled(
         registers, shown, binary.metadata.shared, loops, has_f64, matrix_instructions,
         read_narrow_products(binary.asm["ttir"]),
-        reductions(binary.asm["ttgir"]),
+        read_reductions(binary.asm["ttgir"]),
+        read_fusions(binary.asm["ttgir"]),
     )  # fmt: skip
 
 
@@ -117,17 +154,52 @@ def read_narrow_products(ttir: str) -> list[list[str]]:
     return [[x for x in factors if x not in constants] for factors in product.findall(ttir)]
 
 
-def reductions(ttgir: str) -> set[tuple[str, str]]:
-    """Axis and operands of each reduction, with their layouts: what the order of additions is."""
+def read_reductions(ttgir: str) -> list[Reduction]:
     layouts = dict(re.findall(r"^(#\w+) = (#?.*)$", ttgir, re.M))
     found = re.findall(
-        r'"tt\.reduce"\([^)]*\) <\{axis = (\d+) : i32[^}]*\}> .*?\}\) : \(([^)]*)\)', ttgir, re.S
+        r'"tt\.reduce"\([^)]*\) <{axis = (\d+) : i32[^}]*}> \({(.*?)}\) : \(([^)]*)\)', ttgir, re.S
     )
+    assert len(found) == ttgir.count('"tt.reduce"'), "the reductions can't be read"
 
-    def spelt_out(operands: str) -> str:
-        return re.sub(r"#\w+", lambda name: layouts.get(name.group(), name.group()), operands)
+    def spelt_out(operand: str) -> str:
+        return re.sub(r"#\w+", lambda name: layouts.get(name.group(), name.group()), operand)
 
-    return {(axis, spelt_out(spelt_out(operands))) for axis, operands in found}
+    def reduction(axis: str, region: str, operand: str) -> Reduction:
+        (operation,) = re.findall(r"= (arith\.\w+)", region)
+        (shape,) = re.findall(r"tensor<((?:\d+x)+)", operand)
+        elements = int(shape.split("x")[int(axis)])
+        return Reduction(operation, int(axis), elements, spelt_out(spelt_out(operand)))
+
+    return [reduction(*of) for of in found]
+
+
+def read_fusions(ttgir: str) -> list[str]:
+    """Additions behind a product of tensors, in the same thread or in a sum over elements.
+
+    Whether a compiler rounds in between depends on what it has side by side.
+    """
+    products: set[str] = set()
+    additions = []
+    reduced = ""
+    for line in ttgir.splitlines():
+        if arguments := re.search(r"\^bb0\((.*)\):", line):
+            names, operation, operands = re.findall(r"(%\w+):", arguments.group(1)), "", [reduced]
+        elif found := re.search(r'(%\w+)(?::\d+)? = "?([\w.]+)"?(.*)', line):
+            names, operation = [found.group(1)], found.group(2)
+            operands = re.findall(r"%\w+", found.group(3))
+        else:
+            continue
+        behind = not products.isdisjoint(operands)
+        reduced = operands[0] if operation == "tt.reduce" else ""
+        # names are used again in other blocks
+        products.difference_update(names)
+        if operation in ("arith.addf", "arith.subf") and behind:
+            additions.append(line.strip())
+        if operation == "arith.mulf" and ": tensor" in line:
+            products.update(names)
+        if operation in ("", "tt.reshape", "ttg.convert_layout") and behind:
+            products.update(names)
+    return additions
 
 
 def measure(

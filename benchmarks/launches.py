@@ -33,8 +33,10 @@ def per_row(dtype: torch.dtype = FP32) -> Tensor:
     return empty(B * T, dtype=dtype)
 
 
-def make_logits(dtype: torch.dtype, V: int, row_stride: int | None = None) -> Tensor:
-    return empty(B, T, row_stride or V, dtype=dtype)[:, :, :V]
+def make_logits(
+    dtype: torch.dtype, V: int, row_stride: int | None = None, first: int = 0
+) -> Tensor:
+    return empty(B, T, row_stride or V, dtype=dtype)[:, first:, :V]
 
 
 def softmax(softcap: float | None = None, entropy: bool = False, part: bool = False) -> Softmax:
@@ -45,11 +47,13 @@ def launch_fwd(
     dtype: torch.dtype,
     V: int = V,
     row_stride: int | None = None,
+    first: int = 0,
     has_mask: bool = True,
     part: bool = False,
     **options: Any,
 ) -> None:
-    logits, targets = make_logits(dtype, V, row_stride), per_row(torch.int64)
+    logits = make_logits(dtype, V, row_stride, first)
+    targets = per_row(torch.int64)
     mask = per_row(torch.uint8) if has_mask else None
     log_sum = per_row() if options.get("entropy") else None
     of_part = LogitPart(per_row(), per_row(), per_row(), log_sum)
@@ -139,6 +143,7 @@ VARIANTS = {
 # optional arguments change what is compiled, and the interpreter accepts more than the compiler
 COMBINATIONS = {
     "fwd no mask": (FWD, {"dtype": BF16, "has_mask": False}),
+    "fwd V%4 first row apart": (FWD, {"dtype": BF16, "V": V + 4, "first": 1}),
     "fwd entropy softcap no mask": (
         FWD,
         {"dtype": FP32, "entropy": True, "softcap": 30.0, "has_mask": False},
