@@ -99,6 +99,7 @@ class Compiled(NamedTuple):
     narrow_products: list[list[str]]  # of integers: `read_narrow_products`
     reductions: list[Reduction]
     fused: list[str]  # additions that may swallow a product: `read_fusions`
+    handed_over: int  # numbers that the last program may rely on: `read_handover`
 
     def orders(self) -> set[Reduction]:
         """What else than the kernel decides in which order elements are added up."""
@@ -142,6 +143,7 @@ def read_binary(binary: Any, target: str) -> Compiled:
         read_narrow_products(binary.asm["ttir"]),
         read_reductions(binary.asm["ttgir"]),
         read_fusions(binary.asm["ttgir"]),
+        read_handover(binary.asm),
     )  # fmt: skip
 
 
@@ -200,6 +202,39 @@ def read_fusions(ttgir: str) -> list[str]:
         if operation in ("", "tt.reshape", "ttg.convert_layout") and behind:
             products.update(names)
     return additions
+
+
+# An atomic that releases what its thread has stored before, and acquires what others have; nothing
+# is read until a barrier has told the other threads.
+PTX_HANDOVER = r"""
+    @(%p\d+) \s atom\.global\.gpu\.acq_rel\.add (?: (?! ld\.global) .)*? bar\.sync
+"""
+AMD_HANDOVER = r"""
+    buffer_wbl2 \s sc1 \s+ s_waitcnt \s vmcnt\(0\) [^\n]* \s+ global_atomic_add \s [^\n]* \s+
+    s_waitcnt \s vmcnt\(0\) [^\n]* \s+ buffer_inv \s sc1
+    (?: (?! (?: global|buffer)_load) .)*? s_barrier
+"""
+
+
+def read_handover(asm: dict[str, Any]) -> int:
+    """Stores that the program which takes the last ticket sees of the others.
+
+    These are the stores of the thread that takes the ticket, so that its release covers them: those
+    of other threads, of other waves on AMD, may not have arrived by then.
+    """
+    is_ptx = "ptx" in asm
+    pattern, text = (PTX_HANDOVER, asm["ptx"]) if is_ptx else (AMD_HANDOVER, asm["amdgcn"])
+    handover = re.search(pattern, text, re.X | re.S)
+    if not handover:
+        return 0
+    if is_ptx:
+        return text[: handover.start()].count(f"@{handover.group(1)} st.global")
+    # in LLVM's text, blocks that are entered under the condition under which the atomic's is
+    parts = re.split(r"^([\w.]+):.*$", asm["llir"].partition(" atomicrmw ")[0], flags=re.M)
+    blocks = dict(zip(parts[1::2], parts[2::2], strict=True))
+    (condition,) = re.findall(rf"br i1 (%\d+), label %{re.escape(parts[-2])}\b", parts[-3])
+    entered = re.findall(rf"br i1 {condition}, label %([\w.]+)", asm["llir"])
+    return sum(blocks.get(name, "").count("  store ") for name in entered)
 
 
 def measure(

@@ -355,6 +355,8 @@ def policy_loss_fwd_kernel(
                 rows = start + t
                 tl.store(g_ptr + rows, float("nan"), mask=rows < N)
 
+    # what is stored through a scalar pointer, one thread stores, and the same takes the ticket: its
+    # release covers the partial sums, wherever the stores of other threads are
     tl.debug_barrier()
     if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == B - 1:
         finish(

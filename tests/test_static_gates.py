@@ -25,6 +25,7 @@ from gspo_ops.benchmarks.launches import (
     VARIANTS,
 )
 from gspo_ops.benchmarks.static import compile_variant
+from gspo_ops.kernels.policy_loss import NUM_PARTIALS
 
 SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KB per block
 REGISTERS = {FWD: 184, BWD: 128, LOSS: 192}  # the most seen, to the next 8
@@ -56,6 +57,9 @@ def problems(name, target):
     if pair is LOSS:
         if compiled.narrow_products:
             yield f"int32 products: {compiled.narrow_products}"
+        # every partial sum, and the sequence's log-ratio
+        if compiled.handed_over != NUM_PARTIALS.value + 1:
+            yield f"{compiled.handed_over} numbers that are sure to reach the last program"
         return
     loops = main_loops(name, compiled)
     if len(loops) != (2 if "recompute" in name else 1):
