@@ -58,6 +58,37 @@ class Loop(NamedTuple):
     barriers: int
 
 
+class Reduction(NamedTuple):
+    """One of a tensor along an axis, by an operation such as arith.addf."""
+
+    operation: str
+    axis: int
+    elements: int
+    operand: str  # its type, with the layout spelt out
+
+    def is_one_order(self) -> bool:
+        """Whether the result is the same in every layout.
+
+        Sums of two commute, and integers and maxima in any number. What is within a thread is added
+        up in the order of registers: `ReduceOpConversion` of Triton appends them one by one, and a
+        blocked layout numbers them so that elements along an axis ascend.
+        """
+        if self.elements <= 2 or self.operation != "arith.addf":
+            return True
+        lanes, warps = (self._along_axis(of) for of in ("threadsPerWarp", "warpsPerCTA"))
+        return (lanes, warps) == (1, 1)
+
+    def _along_axis(self, name: str) -> int | None:
+        """A number of a blocked layout, or of slices of one; None for other layouts."""
+        found = re.search(rf"#ttg\.blocked<{{.*\b{name} = \[([\d, ]+)\]", self.operand)
+        if not found:
+            return None
+        numbers = [int(n) for n in found.group(1).split(",")]
+        for dim in reversed(re.findall(r"#ttg\.slice<{dim = (\d+)", self.operand)):
+            del numbers[int(dim)]
+        return numbers[self.axis]
+
+
 class Compiled(NamedTuple):
     registers: int
     spills: str  # empty when there are none
@@ -66,8 +97,16 @@ class Compiled(NamedTuple):
     has_f64: bool
     matrix_instructions: int  # of the kind that the target is fast with
     narrow_products: list[list[str]]  # of integers: `read_narrow_products`
-    reductions: set[tuple[str, str]]
+    reductions: list[Reduction]
+    fused: list[str]  # additions that may swallow a product: `read_fusions`
+    handed_over: int  # numbers that the last program may rely on: `read_handover`
     instructions: int  # of all threads of a program, if it has no loop
+    boxes_loaded: int  # instructions that copy boxes from and to global memory
+    boxes_stored: int
+
+    def orders(self) -> set[Reduction]:
+        """What else than the kernel decides in which order elements are added up."""
+        return {of for of in self.reductions if not of.is_one_order()}
 
 
 @contextmanager
@@ -105,8 +144,12 @@ def read_binary(binary: Any, target: str) -> Compiled:
     return Compiled(
         registers, shown, binary.metadata.shared, loops, has_f64, matrix_instructions,
         read_narrow_products(binary.asm["ttir"]),
-        reductions(binary.asm["ttgir"]),
+        read_reductions(binary.asm["ttgir"]),
+        read_fusions(binary.asm["ttgir"]),
+        read_handover(binary.asm),
         count_instructions(text) * binary.metadata.num_warps * TARGETS[target].warp_size,
+        len(re.findall(r"\bUTMALDG", text)),
+        len(re.findall(r"\bUTMASTG", text)),
     )  # fmt: skip
 
 
@@ -125,17 +168,85 @@ def read_narrow_products(ttir: str) -> list[list[str]]:
     return [[x for x in factors if x not in constants] for factors in product.findall(ttir)]
 
 
-def reductions(ttgir: str) -> set[tuple[str, str]]:
-    """Axis and operands of each reduction, with their layouts: what the order of additions is."""
+def read_reductions(ttgir: str) -> list[Reduction]:
     layouts = dict(re.findall(r"^(#\w+) = (#?.*)$", ttgir, re.M))
     found = re.findall(
-        r'"tt\.reduce"\([^)]*\) <\{axis = (\d+) : i32[^}]*\}> .*?\}\) : \(([^)]*)\)', ttgir, re.S
+        r'"tt\.reduce"\([^)]*\) <{axis = (\d+) : i32[^}]*}> \({(.*?)}\) : \(([^)]*)\)', ttgir, re.S
     )
+    assert len(found) == ttgir.count('"tt.reduce"'), "the reductions can't be read"
 
-    def spelt_out(operands: str) -> str:
-        return re.sub(r"#\w+", lambda name: layouts.get(name.group(), name.group()), operands)
+    def spelt_out(operand: str) -> str:
+        return re.sub(r"#\w+", lambda name: layouts.get(name.group(), name.group()), operand)
 
-    return {(axis, spelt_out(spelt_out(operands))) for axis, operands in found}
+    def reduction(axis: str, region: str, operand: str) -> Reduction:
+        (operation,) = re.findall(r"= (arith\.\w+)", region)
+        (shape,) = re.findall(r"tensor<((?:\d+x)+)", operand)
+        elements = int(shape.split("x")[int(axis)])
+        return Reduction(operation, int(axis), elements, spelt_out(spelt_out(operand)))
+
+    return [reduction(*of) for of in found]
+
+
+def read_fusions(ttgir: str) -> list[str]:
+    """Additions behind a product of tensors, in the same thread or in a sum over elements.
+
+    Whether a compiler rounds in between depends on what it has side by side.
+    """
+    products: set[str] = set()
+    additions = []
+    reduced = ""
+    for line in ttgir.splitlines():
+        if arguments := re.search(r"\^bb0\((.*)\):", line):
+            names, operation, operands = re.findall(r"(%\w+):", arguments.group(1)), "", [reduced]
+        elif found := re.search(r'(%\w+)(?::\d+)? = "?([\w.]+)"?(.*)', line):
+            names, operation = [found.group(1)], found.group(2)
+            operands = re.findall(r"%\w+", found.group(3))
+        else:
+            continue
+        behind = not products.isdisjoint(operands)
+        reduced = operands[0] if operation == "tt.reduce" else ""
+        # names are used again in other blocks
+        products.difference_update(names)
+        if operation in ("arith.addf", "arith.subf") and behind:
+            additions.append(line.strip())
+        if operation == "arith.mulf" and ": tensor" in line:
+            products.update(names)
+        if operation in ("", "tt.reshape", "ttg.convert_layout") and behind:
+            products.update(names)
+    return additions
+
+
+# An atomic that releases what its thread has stored before, and acquires what others have; nothing
+# is read until a barrier has told the other threads.
+PTX_HANDOVER = r"""
+    @(%p\d+) \s atom\.global\.gpu\.acq_rel\.add (?: (?! ld\.global) .)*? bar\.sync
+"""
+AMD_HANDOVER = r"""
+    buffer_wbl2 \s sc1 \s+ s_waitcnt \s vmcnt\(0\) [^\n]* \s+ global_atomic_add \s [^\n]* \s+
+    s_waitcnt \s vmcnt\(0\) [^\n]* \s+ buffer_inv \s sc1
+    (?: (?! (?: global|buffer)_load) .)*? s_barrier
+"""
+
+
+def read_handover(asm: dict[str, Any]) -> int:
+    """Stores that the program which takes the last ticket sees of the others.
+
+    These are the stores of the thread that takes the ticket, so that its release covers them: those
+    of other threads, of other waves on AMD, may not have arrived by then.
+    """
+    is_ptx = "ptx" in asm
+    pattern, text = (PTX_HANDOVER, asm["ptx"]) if is_ptx else (AMD_HANDOVER, asm["amdgcn"])
+    handover = re.search(pattern, text, re.X | re.S)
+    if not handover:
+        return 0
+    if is_ptx:
+        return text[: handover.start()].count(f"@{handover.group(1)} st.global")
+    # in LLVM's text, blocks that are entered under the condition under which the atomic's is
+    parts = re.split(r"^([\w.]+):.*$", asm["llir"].partition(" atomicrmw ")[0], flags=re.M)
+    blocks = dict(zip(parts[1::2], parts[2::2], strict=True))
+    (condition,) = re.findall(rf"br i1 (%\d+), label %{re.escape(parts[-2])}\b", parts[-3])
+    entered = re.findall(rf"br i1 {condition}, label %([\w.]+)", asm["llir"])
+    return sum(blocks.get(name, "").count("  store ") for name in entered)
 
 
 def measure(

@@ -36,8 +36,10 @@ def per_row(dtype: torch.dtype = FP32) -> Tensor:
     return empty(B * T, dtype=dtype)
 
 
-def make_logits(dtype: torch.dtype, V: int, row_stride: int | None = None) -> Tensor:
-    return empty(B, T, row_stride or V, dtype=dtype)[:, :, :V]
+def make_logits(
+    dtype: torch.dtype, V: int, row_stride: int | None = None, first: int = 0
+) -> Tensor:
+    return empty(B, T, row_stride or V, dtype=dtype)[:, first:, :V]
 
 
 def softmax(softcap: float | None = None, entropy: bool = False, part: bool = False) -> Softmax:
@@ -48,11 +50,13 @@ def launch_fwd(
     dtype: torch.dtype,
     V: int = V,
     row_stride: int | None = None,
+    first: int = 0,
     has_mask: bool = True,
     part: bool = False,
     **options: Any,
 ) -> None:
-    logits, targets = make_logits(dtype, V, row_stride), per_row(torch.int64)
+    logits = make_logits(dtype, V, row_stride, first)
+    targets = per_row(torch.int64)
     mask = per_row(torch.uint8) if has_mask else None
     log_sum = per_row() if options.get("entropy") else None
     of_part = LogitPart(per_row(), per_row(), per_row(), log_sum)
@@ -142,6 +146,7 @@ VARIANTS = {
 # optional arguments change what is compiled, and the interpreter accepts more than the compiler
 COMBINATIONS = {
     "fwd no mask": (FWD, {"dtype": BF16, "has_mask": False}),
+    "fwd V%4 first row apart": (FWD, {"dtype": BF16, "V": V + 4, "first": 1}),
     "fwd entropy softcap no mask": (
         FWD,
         {"dtype": FP32, "entropy": True, "softcap": 30.0, "has_mask": False},
@@ -297,9 +302,9 @@ def launch_rescale(products: str) -> None:
     tiles.rescale(make_kept(tiles), make_sums(tiles), empty(N))
 
 
-def launch_finish(entropy: bool = False) -> None:
-    tiles = make_tiles(BF16, "triton", entropy=entropy)
-    tiles.finish(make_sums(tiles), empty(N), empty(N))
+def launch_finish(entropy: bool = False, n: int = N) -> None:
+    tiles = make_tiles(BF16, "triton", n=n, entropy=entropy)
+    tiles.finish(make_sums(tiles), empty(n), empty(n))
 
 
 def launch_row_grads(slope: bool = False, listed: bool = False, **options: Any) -> None:
@@ -375,6 +380,7 @@ EPILOGUES = {
     "rescale triton": (RESCALE, {"products": "triton"}),
     "row sums": (launch_finish, {}),
     "row sums entropy": (launch_finish, {"entropy": True}),
+    "row sums N%4": (launch_finish, {"n": N + 4}),
     "row grads": (launch_row_grads, {}),
     "row grads entropy softcap listed": (
         launch_row_grads,

@@ -52,7 +52,7 @@ def compile_variant(name: str, target: str) -> Compiled:
     launch, options = ALL[name]  # type: ignore[assignment]
     with compiling(target) as binaries:
         launch(**options)
-    ((_, binary),) = binaries
+    *_, (_, binary) = binaries  # what it needs beforehand stands in front
     return read_binary(binary, target)
 
 

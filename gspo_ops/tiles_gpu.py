@@ -282,9 +282,9 @@ class TritonTiles(KernelTiles):
     ) -> None:
         from .kernels.hidden import hidden_fwd_kernel
 
-        of = self.of
+        of, is_capped = self.of, self.of.options.softmax.softcap is not None
         if of.n:
-            hidden_fwd_kernel[programs(of.n, of.V, of.dtype)](
+            hidden_fwd_kernel[programs(of.n, of.V, of.dtype, is_capped)](
                 x_ptr=of.x,
                 weight_ptr=of.weight,
                 bias_ptr=of.bias,
@@ -306,7 +306,7 @@ class TritonTiles(KernelTiles):
                 stride_en=kept.stride(),
                 scale=of.options.softmax.scale,
                 softcap=of.options.softmax.softcap,
-                **product_blocks("N", "V", "H", of.dtype),
+                **product_blocks("N", "V", "H", of.dtype, is_capped),
             )
 
     def kept_tile(self, e: Tensor, among: Rows) -> Tile:
@@ -316,8 +316,9 @@ class TritonTiles(KernelTiles):
         from .kernels.hidden import hidden_weigh_kernel
 
         of, C = self.of, columns.stop - columns.start
+        is_capped = of.options.softmax.softcap is not None
         if of.n:
-            hidden_weigh_kernel[programs(of.n, C, of.dtype)](
+            hidden_weigh_kernel[programs(of.n, C, of.dtype, is_capped)](
                 x_ptr=of.x,
                 weight_ptr=of.weight[columns],
                 bias_ptr=None if of.bias is None else of.bias[columns],
@@ -337,7 +338,7 @@ class TritonTiles(KernelTiles):
                 stride_on=out.stride(0),
                 scale=of.options.softmax.scale,
                 softcap=of.options.softmax.softcap,
-                **product_blocks("N", "V", "H", of.dtype),
+                **product_blocks("N", "V", "H", of.dtype, is_capped),
             )
 
     def takes_whole(
@@ -462,17 +463,23 @@ def _add_column_sums(
     )
 
 
-# Sizes of Triton products, which depend on the dtype alone
+# Sizes of Triton products, which never depend on the number of rows
 
 
-def programs(rows: int, columns: int, dtype: torch.dtype) -> tuple[int]:
-    m, n = _block_shape(dtype)
+def programs(rows: int, columns: int, dtype: torch.dtype, is_large: bool = False) -> tuple[int]:
+    m, n = _block_shape(dtype, is_large)
     return (-(-rows // m) * -(-columns // n),)
 
 
-def product_blocks(m: str, n: str, k: str, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes of a product, by the letters of its dimensions."""
-    rows, columns = _block_shape(dtype)
+def product_blocks(
+    m: str, n: str, k: str, dtype: torch.dtype, is_large: bool = False
+) -> dict[str, int]:
+    """Tile sizes of a product, by the letters of its dimensions.
+
+    Args:
+        is_large: whether its epilogue needs many registers, as that of a soft cap does.
+    """
+    rows, columns = _block_shape(dtype, is_large)
     return {
         f"BLOCK_{m}": rows,
         f"BLOCK_{n}": columns,
@@ -483,6 +490,6 @@ def product_blocks(m: str, n: str, k: str, dtype: torch.dtype) -> dict[str, int]
     }
 
 
-def _block_shape(dtype: torch.dtype) -> tuple[int, int]:
+def _block_shape(dtype: torch.dtype, is_large: bool) -> tuple[int, int]:
     # without tensor cores, fp32 sums of 128 x 128 spill
-    return (64 if dtype == torch.float32 else 128), 128
+    return (64 if is_large or dtype == torch.float32 else 128), 128

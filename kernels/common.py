@@ -3,6 +3,10 @@
 Letters: `N` rows (response tokens), `V` vocabulary, `B` sequences. A row of logits is walked in
 blocks of [ROWS, COLS] elements: reductions run over ROWS, inside a thread, and only the last one
 crosses threads.
+
+Which thread has which elements is the compiler's choice. It follows the width of the loads, hence
+the alignment of rows and of the pointer, which must change no bit: sums that cross threads are
+`sum_pairs`, and a product that is added to something is `tl.fma` or `rounded_product`.
 """
 
 import triton
@@ -21,6 +25,30 @@ SHIFT_LIMIT = tl.constexpr(constants.SHIFT_LIMIT)
 def finite_or_zero(m):
     """A maximum that may be -inf, as a reference point that can be subtracted."""
     return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def sum_pairs(x):
+    """Sum of a vector, neighbours first: a sum of two commutes, so that no layout changes it."""
+    for _ in tl.static_range(11):  # of 4096 elements, the most there are
+        if x.shape[0] > 2:
+            x = tl.sum(tl.reshape(x, [x.shape[0] // 2, 2]), axis=1)
+    return tl.sum(x, axis=0)
+
+
+@triton.jit
+def sum_halves(x):
+    """Sums of the columns of [ROWS, COLS], in one order for every layout, too."""
+    for _ in tl.static_range(4):  # of 32 rows, the most there are
+        if x.shape[0] > 2:
+            x = tl.sum(tl.reshape(x, [2, x.shape[0] // 2, x.shape[1]]), axis=0)
+    return tl.sum(x, axis=0)
+
+
+@triton.jit
+def rounded_product(a, b):
+    """a * b; before an addition, a compiler may skip the rounding where one thread has both."""
+    return tl.fma(a, b, 0.0)
 
 
 @triton.jit
@@ -51,16 +79,28 @@ def expm1(x):
 
 
 @triton.jit
-def tanh(u):
-    """tanh; the polynomial near zero has the coefficients of Cephes' tanhf."""
-    a = tl.abs(u)
-    z = tl.minimum(a, 0.625) * tl.minimum(a, 0.625)
-    near = -5.70498872745e-3 * z + 2.06390887954e-2
-    near = near * z - 5.37397155531e-2
-    near = near * z + 1.33314422036e-1
-    near = near * z - 3.33332819422e-1
-    far = 1.0 - 2.0 / (tl.exp(2.0 * a) + 1.0)
-    return tl.where(a < 0.625, u * (1.0 + z * near), tl.where(u < 0, -far, far))
+def soft_cap(x, cap):
+    """cap * tanh(x / cap), and its derivative with a small relative error.
+
+    Below the cap it is x and a polynomial's correction. Beyond, it is the cap without a share of at
+    most a quarter, and only this is as far off as a GPU's exp and division are.
+    """
+    a = tl.abs(x)
+    u = tl.minimum(a, cap) * tl.math.div_rn(1.0, cap)
+    z = u * u
+    # tanh(u) / u = 1 + z * near, within 3e-9 up to u = 1
+    near = tl.fma(z, -3.4082023e-4, 2.23721564e-3)
+    near = tl.fma(near, z, -7.85376411e-3)
+    near = tl.fma(near, z, 2.14201696e-2)
+    near = tl.fma(near, z, -5.38549945e-2)
+    near = tl.fma(near, z, 1.3331902e-1)
+    near = tl.fma(near, z, -3.33332658e-1)
+    correction = z * near
+    share = 2.0 / (tl.exp2(a * tl.math.div_rn(2.0 * LOG2_E, cap)) + 1.0)
+    far = tl.fma(-cap, share, cap)
+    capped = tl.where(a < cap, tl.fma(x, correction, x), tl.where(x < 0, -far, far))
+    rest = tl.where(a < cap, tl.fma(-u, correction + 1.0, 1.0), share)  # 1 - tanh(|u|)
+    return capped, rest * (2.0 - rest)
 
 
 @triton.jit

@@ -28,7 +28,7 @@ an order that has the live ones in front (`count_ptr`); programs beyond them hav
 import triton
 import triton.language as tl
 
-from .common import LN_2, SHIFT_LIMIT, tanh, two_sum
+from .common import LN_2, SHIFT_LIMIT, rounded_product, soft_cap, sum_halves, sum_pairs, two_sum
 from .logits import minus_softplus
 
 
@@ -37,23 +37,21 @@ def capped(z, softcap):
     """softcap(z), and its derivative (1.0 without)."""
     derivative = 1.0
     if softcap is not None:
-        u = tanh(z * (1.0 / softcap))
-        z = softcap * u
-        derivative = 1.0 - u * u
+        z, derivative = soft_cap(z, softcap)
     return z, derivative
 
 
 @triton.jit
-def exponentials(a, AXIS: tl.constexpr, LOG: tl.constexpr):
-    """Of exponents a: a shift, e = 2^(a - shift), its sum, and that of e * log2(e) or 0."""
-    top = tl.max(a, axis=AXIS, keep_dims=True)
+def shifted(a, top):
+    """A shift that keeps exponentials of at most 2^top finite, and 2^(a - shift)."""
     shift = tl.where(top > SHIFT_LIMIT, top, 0.0)
-    a -= shift
-    e = tl.exp2(a)
-    log_total = tl.zeros_like(top)
-    if LOG:
-        log_total = tl.sum(tl.where(e > 0, e * a, 0.0), axis=AXIS, keep_dims=True)
-    return shift, e, tl.sum(e, axis=AXIS, keep_dims=True), log_total
+    return shift, tl.exp2(a - shift)
+
+
+@triton.jit
+def times_log2(e, exponent):
+    """e * log2(e) of e = 2^exponent, 0 where e is 0."""
+    return tl.where(e > 0, e * exponent, 0.0)
 
 
 @triton.jit
@@ -97,7 +95,7 @@ def target_logits_kernel(
         if lora_ptr is not None:
             z += tl.load(lora_ptr + row)
         if softcap is not None:
-            z = softcap * tanh(z * (1.0 / softcap))
+            z, _ = soft_cap(z, softcap)
         # a target outside the vocabulary can't train silently
         z = tl.where(known, z, float("nan"))
     tl.store(target_logits_ptr + row, z)
@@ -142,8 +140,12 @@ def fold_kernel(
             z_y, _ = capped(tl.load(z_ptr + y), softcap)
             tl.store(target_logit_ptr + row, z_y)
         a = tl.where(inside & (at != y), (z - base) * scale, float("-inf"))
-        shift, e, total, log_total = exponentials(a, 0, log_sum_ptr is not None)
-        e = (e * derivative).to(e_ptr.dtype.element_ty)
+        row_shift, power = shifted(a, tl.max(a, axis=0))
+        shift += row_shift
+        total += sum_pairs(power)
+        if log_sum_ptr is not None:
+            log_total += sum_pairs(times_log2(power, a - row_shift))
+        e = (power * derivative).to(e_ptr.dtype.element_ty)
     out = (first_col // BLOCK + block).to(tl.int64) * N + row + one
     tl.store(shift_ptr + out, shift)
     tl.store(sum_ptr + out, total)
@@ -201,8 +203,8 @@ def weigh_kernel(
 @triton.jit
 def odds(base, target_logit, shift, row_sum, scale):
     """Log-odds d against the target with their rounding error, and exp(-abs(d))."""
-    moved = (base - target_logit) * scale + shift
-    d, error = two_sum(moved * LN_2, tl.log(row_sum))
+    moved = tl.fma(base - target_logit, scale, shift)
+    d, error = two_sum(rounded_product(moved, LN_2), tl.log(row_sum))
     return d, error, tl.exp(-tl.abs(d))
 
 
@@ -233,11 +235,11 @@ def row_sums_kernel(
         moved = tl.load(shift_ptr + at, mask=known, other=0.0) - shift[None, :]
         shrink = tl.exp2(moved)
         part = tl.load(sum_ptr + at, mask=known, other=0.0)
-        sums += shrink * part
+        sums = tl.fma(shrink, part, sums)
         if log_sum_ptr is not None:
             log_part = tl.load(log_sum_ptr + at, mask=known, other=0.0)
-            log_sums += shrink * (log_part + part * moved)
-    row_sum = tl.sum(sums, axis=0)
+            log_sums = tl.fma(shrink, tl.fma(part, moved, log_part), log_sums)
+    row_sum = sum_halves(sums)
     base = tl.load(base_ptr + rows, mask=inside, other=0.0)
     target_logit = tl.load(target_logit_ptr + rows, mask=inside, other=0.0)
     d, error, w = odds(base, target_logit, shift, row_sum, scale)
@@ -247,7 +249,8 @@ def row_sums_kernel(
     tl.store(row_sum_ptr + rows, row_sum, mask=inside)
     if log_sum_ptr is not None:
         log_q = minus_softplus(-d, -error, w)
-        others = tl.log(row_sum) - tl.sum(log_sums, axis=0) / row_sum * LN_2 - log_q
+        mean_log = rounded_product(sum_halves(log_sums) / row_sum, LN_2)
+        others = tl.log(row_sum) - mean_log - log_q
         entropy = times_exp(log_q, others) - times_exp(log_prob, log_prob)
         tl.store(entropy_ptr + rows, entropy, mask=inside)
 
@@ -255,7 +258,7 @@ def row_sums_kernel(
 @triton.jit
 def times_exp(log_p, x):
     """exp(log_p) * x, 0 where log_p is -inf."""
-    return tl.where(log_p == float("-inf"), 0.0, tl.exp(log_p) * x)
+    return tl.where(log_p == float("-inf"), 0.0, rounded_product(tl.exp(log_p), x))
 
 
 @triton.jit
@@ -434,12 +437,12 @@ def fold_tile(
     store_target_logits(target_logit_ptr, z, rows, cols, y)
     a = (z - base[:, None]) * scale
     a = tl.where((cols < C)[None, :] & (cols[None, :] != y[:, None]), a, float("-inf"))
-    shift, e, total, log_total = exponentials(a, 1, log_sum_ptr is not None)
-    out = (entry.to(tl.int64) * n + rows)[:, None]
-    tl.store(shift_ptr + out, shift, mask=inside[:, None])
-    tl.store(sum_ptr + out, total, mask=inside[:, None])
+    shift, e = shifted(a, tl.max(a, axis=1, keep_dims=True))
+    out = entry.to(tl.int64) * n + rows
+    tl.store(shift_ptr + out[:, None], shift, mask=inside[:, None])
+    tl.store(sum_ptr + out, tl.sum(e, axis=1), mask=inside)
     if log_sum_ptr is not None:
-        tl.store(log_sum_ptr + out, log_total, mask=inside[:, None])
+        tl.store(log_sum_ptr + out, tl.sum(times_log2(e, a - shift), axis=1), mask=inside)
     return e * derivative
 
 

@@ -14,7 +14,16 @@ the vocabulary is shared among ranks, m and S are first those of a part, which n
 import triton
 import triton.language as tl
 
-from .common import LN_2, finite_or_zero, log1p, row_offset, tanh, two_sum
+from .common import (
+    LN_2,
+    finite_or_zero,
+    log1p,
+    rounded_product,
+    row_offset,
+    soft_cap,
+    sum_pairs,
+    two_sum,
+)
 
 
 @triton.jit
@@ -25,7 +34,7 @@ def load_logits(x_ptr, cols, V, softcap, MASKED: tl.constexpr):
     else:
         x = tl.load(x_ptr + cols).to(tl.float32)
     if softcap is not None:
-        x = softcap * tanh(x * (1.0 / softcap))
+        x, _ = soft_cap(x, softcap)
         if MASKED:
             # the cap has made what is beyond V finite
             x = tl.where(cols < V, x, float("-inf"))
@@ -42,9 +51,9 @@ def fold(x, m, s, t, scale, ENTROPY: tl.constexpr):
     step = (m - ref) * scale
     shrink = tl.exp2(step)
     if ENTROPY:
-        moved = t + s * tl.where(m == float("-inf"), 0.0, step)
-        t = shrink * moved + tl.sum(tl.where(e > 0, e * e_log2, 0.0), axis=0)
-    return m_new, s * shrink + tl.sum(e, axis=0), t
+        moved = tl.fma(s, tl.where(m == float("-inf"), 0.0, step), t)
+        t = tl.fma(shrink, moved, tl.sum(tl.where(e > 0, e * e_log2, 0.0), axis=0))
+    return m_new, rounded_product(s, shrink) + tl.sum(e, axis=0), t
 
 
 @triton.jit
@@ -82,9 +91,11 @@ def sum_over_others(
     row_max = finite_or_zero(tl.max(m, axis=0))
     step = (m - row_max) * scale
     shrink = tl.exp2(step)
+    log_sum = 0.0
     if ENTROPY:
-        t = shrink * (t + s * tl.where(m == float("-inf"), 0.0, step))
-    return row_max, tl.sum(s * shrink, axis=0), tl.sum(t, axis=0)
+        moved = tl.fma(s, tl.where(m == float("-inf"), 0.0, step), t)
+        log_sum = sum_pairs(rounded_product(shrink, moved))
+    return row_max, sum_pairs(rounded_product(s, shrink)), log_sum
 
 
 @triton.jit
@@ -99,7 +110,7 @@ def load_target(x_ptr, target, softcap):
     """The target's logit; NaN for a target outside [0, V), so that it can't train silently."""
     x = tl.load(x_ptr + target, mask=target >= 0, other=float("nan")).to(tl.float32)
     if softcap is not None:
-        x = softcap * tanh(x * (1.0 / softcap))
+        x, _ = soft_cap(x, softcap)
     return x
 
 
@@ -185,11 +196,9 @@ def logits_grad(
     MASKED: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """d loss / d logits for a block; the arguments at_* hold every per-row factor."""
-    raw = load_logits(x_ptr, cols, V, None, MASKED)
-    x = raw
+    x = load_logits(x_ptr, cols, V, None, MASKED)
     if softcap is not None:
-        capped = tanh(raw * (1.0 / softcap))
-        x = softcap * capped
+        x, derivative = soft_cap(x, softcap)
     e_log2 = (x - row_max) * scale
     e = tl.exp2(e_log2)
     grad = e * at_others
@@ -197,7 +206,7 @@ def logits_grad(
         grad += tl.where(e > 0, e * (e_log2 * LN_2 + log_coef) * entropy_at_others, 0.0)
     grad = tl.where(cols == target, at_target, grad)
     if softcap is not None:
-        grad *= 1.0 - capped * capped
+        grad *= derivative
     return grad
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..constants import STATS
-from .common import ESS_RATIO_CAP, LOG_RATIO_CAP, expm1
+from .common import ESS_RATIO_CAP, LOG_RATIO_CAP, expm1, sum_pairs
 
 # columns of the table of partial sums [B, NUM_PARTIALS]
 TOKENS = tl.constexpr(0)
@@ -213,18 +213,18 @@ def policy_loss_fwd_kernel(
     t = tl.arange(0, BLOCK_T)
 
     # the sums that the sequence's ratio needs
-    count = tl.zeros([BLOCK_T], tl.float32)
+    count = tl.zeros([BLOCK_T], tl.int32)
     log_ratio_sum = tl.zeros([BLOCK_T], tl.float32)
     rollout_sum = tl.zeros([BLOCK_T], tl.float32)
     for start in range(0, length, BLOCK_T):
         rows = first + start + t
         valid = load_valid(mask_ptr, rows, start + t < length)
-        count += tl.where(valid, 1.0, 0.0)
+        count += valid.to(tl.int32)
         log_ratio_sum += SUM_SCALE * difference(log_probs_ptr, old_log_probs_ptr, rows, valid)
         if ROLLOUT_WEIGHT_PER_TOKEN:
             rollout_sum += load_finite(rollout_weights_ptr + rows, valid)
-    n = tl.sum(count, axis=0)
-    log_ratio_total = tl.sum(log_ratio_sum, axis=0)
+    n = tl.sum(count, axis=0).to(tl.float32)
+    log_ratio_total = sum_pairs(log_ratio_sum)
     inv_n = 1.0 / tl.maximum(n, 1.0)
     sequence_log_ratio = log_ratio_total * inv_n * SUM_UNIT
     tl.store(log_ratio_ptr + b, sequence_log_ratio)
@@ -257,7 +257,7 @@ def policy_loss_fwd_kernel(
     rollout_weight = tl.full([BLOCK_T], 1.0, tl.float32)
     rollout_mean = 1.0
     if ROLLOUT_WEIGHT_PER_TOKEN:
-        rollout_mean = tl.sum(rollout_sum, axis=0) * inv_n
+        rollout_mean = sum_pairs(rollout_sum) * inv_n
     elif rollout_weights_ptr is not None:
         rollout_mean = load_finite(rollout_weights_ptr + b, True)
         rollout_weight *= rollout_mean
@@ -269,11 +269,11 @@ def policy_loss_fwd_kernel(
     ratio_max = tl.full([BLOCK_T], float("-inf"), tl.float32)
     ess_sum = tl.zeros([BLOCK_T], tl.float32)
     ess_square_sum = tl.zeros([BLOCK_T], tl.float32)
-    clipped_low = tl.zeros([BLOCK_T], tl.float32)
-    clipped_high = tl.zeros([BLOCK_T], tl.float32)
+    clipped_low = tl.zeros([BLOCK_T], tl.int32)
+    clipped_high = tl.zeros([BLOCK_T], tl.int32)
     k3_sum = tl.zeros([BLOCK_T], tl.float32)
     ref_kl_sum = tl.zeros([BLOCK_T], tl.float32)
-    active = tl.zeros([BLOCK_T], tl.float32)
+    active = tl.zeros([BLOCK_T], tl.int32)
     for start in range(0, length, BLOCK_T):
         rows = first + start + t
         in_range = start + t < length
@@ -316,10 +316,10 @@ def policy_loss_fwd_kernel(
         tl.store(g_ptr + rows, g, mask=in_range)
 
         loss += tl.where(valid, SUM_SCALE * saturate(loss_term), 0.0)
-        clipped_low += tl.where(is_low, 1.0, 0.0)
-        clipped_high += tl.where(is_high, 1.0, 0.0)
+        clipped_low += is_low.to(tl.int32)
+        clipped_high += is_high.to(tl.int32)
         k3_sum += SUM_SCALE * k3(token_log_ratio)
-        active += tl.where(g != 0, 1.0, 0.0)
+        active += (g != 0).to(tl.int32)
         if RATIO_LEVEL == "token":
             ess_ratio = tl.where(valid, cap_ess_ratio(ratio), 0.0)
             ratio_sum += tl.where(valid, SUM_SCALE * ratio, 0.0)
@@ -329,19 +329,19 @@ def policy_loss_fwd_kernel(
             ess_square_sum += ess_ratio * ess_ratio
 
     if RATIO_LEVEL == "token":
-        tl.store(row_ptr + RATIO_SUM, tl.sum(ratio_sum, axis=0))
+        tl.store(row_ptr + RATIO_SUM, sum_pairs(ratio_sum))
         tl.store(row_ptr + RATIO_MIN, tl.min(ratio_min, axis=0))
         tl.store(row_ptr + RATIO_MAX, tl.max(ratio_max, axis=0))
-        tl.store(row_ptr + ESS_SUM, tl.sum(ess_sum, axis=0))
-        tl.store(row_ptr + ESS_SQUARE_SUM, tl.sum(ess_square_sum, axis=0))
+        tl.store(row_ptr + ESS_SUM, sum_pairs(ess_sum))
+        tl.store(row_ptr + ESS_SQUARE_SUM, sum_pairs(ess_square_sum))
     low = tl.sum(clipped_low, axis=0)
     high = tl.sum(clipped_high, axis=0)
-    tl.store(row_ptr + LOSS, tl.sum(loss, axis=0))
+    tl.store(row_ptr + LOSS, sum_pairs(loss))
     tl.store(row_ptr + CLIPPED_LOW, low)
     tl.store(row_ptr + CLIPPED_HIGH, high)
     tl.store(row_ptr + CLIPPED_SEQUENCE, tl.where(low + high > 0, 1.0, 0.0))
-    tl.store(row_ptr + K3, tl.sum(k3_sum, axis=0))
-    tl.store(row_ptr + REF_KL, tl.sum(ref_kl_sum, axis=0))
+    tl.store(row_ptr + K3, sum_pairs(k3_sum))
+    tl.store(row_ptr + REF_KL, sum_pairs(ref_kl_sum))
     tl.store(row_ptr + ACTIVE, tl.sum(active, axis=0))
 
     if cu_seqlens_ptr is not None:
@@ -355,6 +355,8 @@ def policy_loss_fwd_kernel(
                 rows = start + t
                 tl.store(g_ptr + rows, float("nan"), mask=rows < N)
 
+    # what is stored through a scalar pointer, one thread stores, and the same takes the ticket: its
+    # release covers the partial sums, wherever the stores of other threads are
     tl.debug_barrier()
     if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == B - 1:
         finish(

@@ -22,9 +22,11 @@ from gspo_ops.benchmarks.launches import (
     LOSS,
     PRODUCT_COMBINATIONS,
     PRODUCTS,
+    TMA,
     VARIANTS,
 )
 from gspo_ops.benchmarks.static import compile_variant
+from gspo_ops.kernels.policy_loss import NUM_PARTIALS
 
 SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KB per block
 REGISTERS = {FWD: 184, BWD: 128, LOSS: 192}  # the most seen, to the next 8
@@ -56,6 +58,9 @@ def problems(name, target):
     if pair is LOSS:
         if compiled.narrow_products:
             yield f"int32 products: {compiled.narrow_products}"
+        # every partial sum, and the sequence's log-ratio
+        if compiled.handed_over != NUM_PARTIALS.value + 1:
+            yield f"{compiled.handed_over} numbers that are sure to reach the last program"
         return
     loops = main_loops(name, compiled)
     if len(loops) != (2 if "recompute" in name else 1):
@@ -140,6 +145,28 @@ def test_products(name, target, table):
     assert not list(product_problems(name, target))
 
 
+HAVE_TMA = ("sm_90", "sm_100")
+
+
+@pytest.mark.parametrize("target", HAVE_TMA)
+@pytest.mark.parametrize("name", TMA)
+def test_tma_products(name, target, table):
+    """Operands come by TMA, and exponentials leave by it; the rest is stored by threads."""
+    compiled = compile_variant(name, target)
+    table.append(product_row(name, target))
+    assert not list(product_problems(name, target))
+    assert compiled.boxes_loaded
+    assert bool(compiled.boxes_stored) == (name.startswith("tma fwd") and "no kept" not in name)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("name", ["row sums", "row sums entropy", "row sums N%4", "fold"])
+def test_sums_of_rows_do_not_depend_on_alignment(name, target):
+    compiled = compile_variant(name, target)
+    assert not compiled.orders()
+    assert not compiled.fused
+
+
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("name", EPILOGUES)
 def test_epilogues(name, target):
@@ -189,21 +216,37 @@ def test_the_fold_reads_a_tile_once():
     assert static.row("fold", "sm_90", compiled, 4, False)["per_logit"] < 20
 
 
-# Variants whose log-probs must be the same to the bit: those of a training forward, of a call under
-# no_grad, of a masked batch
+# Variants that must give the same bits for the same rows: a training forward, a call under no_grad,
+# a masked batch; rows that begin at multiples of 16 bytes, or anywhere; padded and packed
 SAME_BITS = {
-    "logits": ("fwd bf16", "fwd no mask", "fwd bf16 entropy"),
+    "logits": (
+        "fwd bf16", "fwd bf16 V odd", "fwd bf16 V odd stride%16", "fwd V%4 first row apart",
+        "fwd no mask", "fwd bf16 entropy", "fwd bf16 softcap", "bwd bf16 recompute",
+    ),
+    "loss": ("loss sequence packed", "loss token padded kl weights"),
     "epilogue": ("fold", "fold no kept", "fold live", "fold entropy"),
     "product bf16": ("hidden fwd bf16", "hidden fwd no kept", "hidden fwd entropy"),
-}
+    "tma": ("tma fwd", "tma fwd no kept", "tma fwd entropy", "tma fwd bias entropy"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("kernel", SAME_BITS)
 def test_additions_have_one_order(kernel, target):
-    """The layout that a compiler picks is the order of additions; what is stored may change it."""
+    """The layout that a compiler picks is the order of additions, where kernels leave it to it."""
+    if kernel == "tma" and target not in HAVE_TMA:
+        pytest.skip("has no TMA")
     first, *others = SAME_BITS[kernel]
-    expected = compile_variant(first, target).reductions
-    assert expected
+    expected = compile_variant(first, target).orders()
     for other in others:
-        assert compile_variant(other, target).reductions == expected, f"{other} is not as {first}"
+        assert compile_variant(other, target).orders() == expected, f"{other} is not as {first}"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", SAME_BITS["logits"])
+def test_log_probs_do_not_depend_on_alignment(name, target):
+    """Rows of an odd number of elements, and those of a slice, have layouts of their own."""
+    compiled = compile_variant(name, target)
+    assert any(of.operation == "arith.addf" for of in compiled.reductions)
+    assert not compiled.orders()
+    assert not compiled.fused

@@ -46,7 +46,15 @@ BOUNDS = {
 # Exponentials or hidden states, the products of a CPU, and the result are each rounded to 16 bits:
 # sqrt(3) times one rounding, and some more where elements are few.
 ALLOWED = 2.0
+# Tensor cores cut off their sums of 16-bit products: the log-prob of a sampled token may be off by
+# this much per element of a hidden state.
+CUT_OFF = 1.2e-8
 FEW = 4  # tokens, over which the errors of log-probs don't average out yet
+
+
+def log_prob_from_hidden(H: int) -> float:
+    """Bound for a sampled token from 16-bit hidden states of H elements, on tensor cores."""
+    return max(BOUNDS["log_prob from hidden"], CUT_OFF * H)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import GRPO, GSPO, GSPOToken, Objective, reference
 from ..constants import IGNORED
-from .bounds import BOUNDS
+from .bounds import BOUNDS, log_prob_from_hidden
 from .errors import worst
 
 EDGE_OFFSET = 5e-6  # where the test ratios stand beside the edges
@@ -197,7 +197,10 @@ def _ragged(B: int, T: int, generator: torch.Generator) -> tuple[Tensor, Tensor,
 def _allowed(head: HeadTensors, targets: Tensor, log_probs: Tensor) -> float:
     """Twice the error of log-probs from fp32 logits, or the contract's bound if that is more."""
     eager = reference.log_probs_from_logits(head.logits(torch.float32), targets).cpu()
-    return max(BOUNDS["log_prob from hidden"], 2 * worst(eager - log_probs))
+    contract = BOUNDS["log_prob from hidden"]
+    on_tensor_cores = head.hidden.is_cuda and head.hidden.dtype.itemsize == 2
+    least = log_prob_from_hidden(head.hidden.shape[-1]) if on_tensor_cores else contract
+    return max(least, 2 * worst(eager - log_probs))
 
 
 def _advantages(
