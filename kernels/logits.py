@@ -203,7 +203,8 @@ def logits_grad(
     e = tl.exp2(e_log2)
     grad = e * at_others
     if ENTROPY:
-        grad += tl.where(e > 0, e * (e_log2 * LN_2 + log_coef) * entropy_at_others, 0.0)
+        share = e * tl.fma(e_log2, LN_2, log_coef) * entropy_at_others
+        grad = tl.fma(e, at_others, tl.where(e > 0, share, 0.0))
     grad = tl.where(cols == target, at_target, grad)
     if softcap is not None:
         grad *= derivative

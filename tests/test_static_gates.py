@@ -243,6 +243,12 @@ def test_additions_have_one_order(kernel, target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["bwd bf16", "bwd bf16 entropy"])
+def test_gradients_are_rounded_alike(name, target):
+    assert not compile_variant(name, target).fused
+
+
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", SAME_BITS["logits"])
 def test_log_probs_do_not_depend_on_alignment(name, target):
     """Rows of an odd number of elements, and those of a slice, have layouts of their own."""
