@@ -29,7 +29,7 @@ bench: $(READY) $(READY:.ready=.peers)
 	$(PY) -m gspo_ops.cli bench --out runs/bench/results.json --plot runs/bench/results.png
 
 gpu: $(READY)
-	$(PY) -m gspo_ops.benchmarks.gpu
+	$(PY) -m gspo_ops.benchmarks.gpu $(if $(DRY),--dry-run)
 
 static: $(READY) $(READY:.ready=.peers)
 	$(PY) -m gspo_ops.benchmarks.static --out runs/static.json

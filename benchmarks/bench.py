@@ -15,6 +15,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ from .measure import (
     write,
 )
 from .providers import BASELINE, LOSSES, OURS, Loss, Provider, select, versions
-from .workloads import SEQUENCES, Exact, Workload, exact, floor, make_workload
+from .workloads import SEQUENCES, Drawn, Exact, Workload, draw, exact, floor
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # N, V, H by default: minutes on two cores, or seconds on a GPU
@@ -183,36 +184,54 @@ def summary(samples: list[Sample], baseline: list[Sample], returned_bytes: int) 
     }  # fmt: skip
 
 
+class Case(NamedTuple):
+    """Attributes:
+    path: `"logits"` or `"hidden"`.
+    shape: N, V, H.
+    dtype: of the operands.
+    f: fraction of sequences with a gradient.
+    lengths, frozen_head: as in `make_workload`.
+    """
+
+    path: str
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+    f: float
+    lengths: str = "square"
+    frozen_head: bool = False
+
+    def draw(self, device: torch.device) -> Drawn:
+        """The tensors, which are the same for every f."""
+        return draw(self.path, self.shape, self.dtype, device, frozen_head=self.frozen_head)  # type: ignore[arg-type]
+
+
 def measure(
-    path: str,
-    shape: tuple[int, int, int],
-    dtype: torch.dtype,
-    f: float,
+    case: Case,
+    drawn: Drawn,
     providers: dict[str, Provider],
     rounds: int,
     *,
     progress: Callable[[str], None] = lambda line: None,
-    **options: object,
+    after: Callable[[dict], object] = lambda row: None,
 ) -> dict:
-    """One row of the results: every provider at one shape, dtype and f.
+    """One row of the results: every provider on one case.
 
     Args:
-        path: `"logits"` or `"hidden"`.
-        shape: N, V, H.
-        dtype: of the operands.
-        f: fraction of sequences with a gradient.
+        case: what is measured.
+        drawn: its tensors.
         providers: the baseline and ours among them.
         rounds: interleaved measurements of each.
         progress: is told what happens.
-        options: `lengths` and `frozen_head`, as in `make_workload`.
+        after: is told the row as it is after each round.
 
     Raises:
         SystemExit: ours is not exact.
     """
     torch.compiler.reset()  # or a second shape would be compiled as a dynamic one
     device = default_device()
-    progress(f"{path} {shape}: inputs, and exact gradients in float64")
-    workload = make_workload(path, shape, dtype, f, device, **options)  # type: ignore[arg-type]
+    path, shape, dtype, f = case[:4]
+    progress(f"{path} {shape}: exact gradients in float64")
+    workload = drawn.at(f, case.lengths)  # type: ignore[arg-type]
     truth, least = exact(workload), floor(workload)
     results: dict[str, dict] = {}
     found: dict[str, Errors] = {}
@@ -242,25 +261,30 @@ def measure(
     if path == "hidden":
         rates["matmul"] = matmul_rate(workload)
     progress(f"{path} {shape} {str(dtype)[6:]} f={f:g}: {rounds} rounds of {len(timed)} providers")
-    taken = interleaved({**measurements, **rates}, rounds)
-    rate = {name: statistics.median(taken[name]) for name in rates}
-    at_best = least.seconds(rate["copy"], rate.get("matmul", math.inf))
-    returned = sum(x.nbytes for x in workload.operands if x.requires_grad)
-    for name in timed:
-        of = summary(taken[name], taken[BASELINE], returned)
-        of["of_roof"] = 1e3 * at_best / of["median_ms"]["both"]
-        of["error"] = found[name]._asdict()
-        of["exact_enough"] = found[name].ratio <= GSPO().clip_low
-        results[name] = of
-    N, V, H = shape
-    _, valid, live = workload.rows
-    return {
-        "path": path, "N": N, "V": V, **({"H": H} if path == "hidden" else {}),
-        "dtype": str(dtype)[6:], "f": f, **options, "valid_rows": valid, "live_rows": live,
-        "rounds": rounds, "returned_bytes": returned, "least": least._asdict(),
-        "rate": rate, "plan": _plan(workload),
-        "providers": {name: results[name] for name in providers},
-    }  # fmt: skip
+
+    def row(taken: dict[str, list[Any]]) -> dict:
+        rate = {name: statistics.median(taken[name]) for name in rates}
+        at_best = least.seconds(rate["copy"], rate.get("matmul", math.inf))
+        returned = sum(x.nbytes for x in workload.operands if x.requires_grad)
+        for name in timed:
+            of = summary(taken[name], taken[BASELINE], returned)
+            of["of_roof"] = 1e3 * at_best / of["median_ms"]["both"]
+            of["error"] = found[name]._asdict()
+            of["exact_enough"] = found[name].ratio <= GSPO().clip_low
+            results[name] = of
+        N, V, H = shape
+        _, valid, live = workload.rows
+        return {
+            "path": path, "N": N, "V": V, **({"H": H} if path == "hidden" else {}),
+            "dtype": str(dtype)[6:], "f": f, "lengths": case.lengths,
+            "frozen_head": case.frozen_head, "valid_rows": valid, "live_rows": live,
+            "rounds": len(taken[BASELINE]), "returned_bytes": returned, "least": least._asdict(),
+            "rate": rate, "plan": _plan(workload),
+            "providers": {name: results[name] for name in providers},
+        }  # fmt: skip
+
+    taken = interleaved({**measurements, **rates}, rounds, lambda taken: after(row(taken)))
+    return row(taken)
 
 
 def _plan(workload: Workload) -> str:
@@ -374,19 +398,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_terminal:
             print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
-    for path in args.path:
-        for shape in args.shape:
-            for dtype in args.dtype:
-                for f in args.f:
-                    row = measure(
-                        path, shape, DTYPES[dtype], f, chosen[path], args.rounds,
-                        progress=progress, lengths=args.lengths, frozen_head=args.frozen_head,
-                    )  # fmt: skip
-                    progress("")
-                    print("\n" + "\n".join(lines(row)), flush=True)
-                    report["results"].append(row)
-                    if args.out:  # after every row: an interrupted run leaves what it has
-                        write(args.out, report)
+    def keep(row: dict) -> None:
+        """After every round: an interrupted run leaves what it has."""
+        if args.out:
+            write(args.out, report | {"results": [*report["results"], row]})
+
+    for path, shape, dtype in product(args.path, args.shape, args.dtype):
+        whole = Case(path, shape, DTYPES[dtype], 1.0, args.lengths, args.frozen_head)
+        progress(f"{path} {shape}: inputs")
+        drawn = whole.draw(default_device())
+        for f in args.f:
+            row = measure(
+                whole._replace(f=f), drawn, chosen[path], args.rounds,
+                progress=progress, after=keep,
+            )  # fmt: skip
+            progress("")
+            print("\n" + "\n".join(lines(row)), flush=True)
+            report["results"].append(row)
+        del drawn  # before the next ones are made
     if args.plot:
         from . import plots
 

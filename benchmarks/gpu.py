@@ -1,14 +1,16 @@
 """`make gpu`: all that is worth doing on a GPU, in one run of at most nine minutes.
 
-    python -m gspo_ops.benchmarks.gpu [--limit SECONDS] [--out NAME.json]
+    python -m gspo_ops.benchmarks.gpu [--limit SECONDS] [--out NAME.json] [--dry-run]
 
 Each step has a process and a time limit of its own: one that fails or hangs is written down, and
-the next begins. The results file is whole after every step.
+the next begins. The results file is whole after every step, with whatever a step has found before
+it was cut off. A dry run takes every step without a GPU, at tiny sizes and in Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -17,15 +19,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from gspo_ops.environment import provenance
+from gspo_ops.head import PRODUCTS_TABLE
 
+from .experiments import faster
+from .measure import write
+
+MODULE = "gspo_ops.benchmarks.gpu"  # __name__ is another where it is run
 LIMIT = 540.0  # seconds in all
+_DRY = 4.0  # times that an interpreter on two cores takes
+SHAPES = {"logits": "8192,151936", "hidden": "8192,151936,4096"}
+TINY = {"logits": "16,300", "hidden": "16,300,16"}  # for a dry run
+PEERS = ["TRL", "Liger", "verl", "cut"]
+TESTS_PART = "GSPO_OPS_TESTS_PART"  # which tests a process runs, as 0/4
 _TAIL = 3000  # characters of a step's output that are kept
 
 
@@ -38,7 +51,12 @@ class Step(NamedTuple):
 
 
 def run_steps(
-    steps: Sequence[Step], limit: float, done: Callable[[dict], None], *, least: float = 3.0
+    steps: Sequence[Step],
+    limit: float,
+    done: Callable[[dict], None],
+    *,
+    least: float = 3.0,
+    environment: Mapping[str, str] | None = None,
 ) -> None:
     """Run one after the other.
 
@@ -47,6 +65,7 @@ def run_steps(
         limit: seconds for all of them; a step gets what is left, if that is less than its own.
         done: is told the name, result, status, seconds and last output of each step.
         least: seconds below which a step is not begun.
+        environment: variables that the steps get in addition.
     """
     start = time.monotonic()
     for step in steps:
@@ -54,15 +73,16 @@ def run_steps(
         if left < least:
             done({"name": step.name, "result": "not reached", "seconds": 0.0})
             continue
-        done({"name": step.name, **_run(step.command, min(step.limit, left))})
+        done({"name": step.name, **_run(step.command, min(step.limit, left), environment or {})})
 
 
-def _run(command: Sequence[str], limit: float) -> dict:
+def _run(command: Sequence[str], limit: float, environment: Mapping[str, str]) -> dict:
     start = time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, **environment},
+        )  # fmt: skip
         try:
             status: int | None = process.wait(limit)
             result = "passed" if status == 0 else f"failed with status {status}"
@@ -78,104 +98,103 @@ def _run(command: Sequence[str], limit: float) -> dict:
     }  # fmt: skip
 
 
-def plan(folder: Path) -> list[Step]:
-    """What is run on a GPU, the most important first; benchmarks write into the folder."""
-    python = sys.executable
-    bench = [python, "-m", "gspo_ops.cli", "bench", "--rounds", "10"]
+def plan(folder: Path, *, is_dry: bool = False) -> list[Step]:
+    """What is run on a GPU, the most important first; benchmarks write into the folder.
 
-    def timed(name: str, limit: float, *options: str) -> Step:
-        out = str(folder / f"{name}.json")
-        return Step(f"bench {name}", [*bench, *options, "--out", out], limit)
+    Args:
+        folder: for what the steps find.
+        is_dry: sizes for the interpreter; tests are collected, and not run.
+    """
+    python, rounds = sys.executable, "1" if is_dry else "10"
+    shapes = TINY if is_dry else SHAPES
+    fractions = ["--f", "1", "0.5"]
 
+    def part(name: str, limit: float) -> Step:
+        command = [python, "-m", "gspo_ops.benchmarks.experiments", name]
+        return Step(name, [*command, "--out", str(folder / "experiments.jsonl")], limit)
+
+    def bench(name: str, limit: float, path: str, shape: str, *options: str) -> Step:
+        command = [python, "-m", "gspo_ops.cli", "bench", "--rounds", rounds, "--path", path]
+        out = ["--shape", shapes[shape], "--out", str(folder / f"{name}.json")]
+        return Step(f"bench {name}", [*command, *out, *options], limit)
+
+    ours = ["--against", "compile", "plan=", "products="]
+    tests = [python, "-m", MODULE, "--tests", *(["--collect-only"] if is_dry else [])]
     steps = [
-        Step(
-            "tests",
-            [python, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py", "--maxfail=30",
-             "-n", "4", "--timeout=150"],
-            200,
-        ),
-        Step("verify", [python, "-m", "gspo_ops.cli", "verify"], 60),
-        timed(
-            "logits-bf16", 60, "--path", "logits", "--shape", "8192,151936",
-            "--f", "1", "0.5", "0.1",
-        ),
-        timed(
-            "hidden-bf16", 90, "--path", "hidden", "--shape", "8192,151936,4096", "--f", "1", "0.5",
-            "--against", "compile", "TRL", "Liger", "verl", "cut", "plan=", "products=",
-        ),
-        Step("profile", [python, "-m", __name__, "--profile", str(folder / "profile.json")], 60),
-        timed(
-            "logits-fp32", 40, "--path", "logits", "--shape", "4096,151936", "--dtype", "float32",
-            "--f", "1", "0.5",
-        ),
-        timed(
-            "hidden-frozen", 60, "--path", "hidden", "--shape", "8192,151936,4096", "--f", "1",
-            "0.5", "--frozen-head", "--against", "compile", "plan=", "products=",
-        ),
-        timed(
-            "small-vocabulary", 40, "--shape", "8192,32768,4096", "--f", "1", "0.5",
-            "--against", "compile", "Liger", "products=",
-        ),
-    ]  # fmt: skip
+        part("probe", 20),
+        Step("tests", tests, 120),
+        part("accuracy", 25),
+        part("whole", 45),
+        Step("verify", [python, "-m", "gspo_ops.cli", "verify"], 50),
+        Step("profile", [python, "-m", MODULE, "--profile", str(folder / "profile.json")], 30),
+        bench("logits-bf16", 40, "logits", "logits", *fractions, "--against", "compile"),
+        bench("hidden-bf16", 50, "hidden", "hidden", *fractions, *ours),
+        part("products", 20),
+        part("fold", 15),
+        part("host", 15),
+        bench("peers-logits", 30, "logits", "logits", *fractions, "--against", *PEERS),
+        bench("peers-hidden", 40, "hidden", "hidden", *fractions, "--against", *PEERS),
+    ]
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer:
-        few = "test_a_row_does_not_depend_on_the_batch or test_masked_rows"
+        few = "test_masked_rows"
         command = [sanitizer, "--error-exitcode", "9", python, "-m", "pytest", "-q", "-m", "gpu"]
-        steps.insert(2, Step("memcheck", [*command, "tests/test_gpu.py", "-k", few], 90))
+        steps.append(Step("memcheck", [*command, "tests/test_gpu.py", "-k", few], 30))
     return steps
 
 
-def profile(out: Path) -> None:
-    """Achieved GB/s and TFLOP/s of our kernels, and which products are faster."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiler
+def run_tests(options: Sequence[str], processes: int = 4) -> int:
+    """The GPU tests in a few processes, with pytest alone; returns the worst status."""
+    if importlib.util.find_spec("pytest") is None:
+        print("pytest is not installed")
+        return 1
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"]
+    running = [
+        subprocess.Popen([*command, *options], env={**os.environ, TESTS_PART: f"{i}/{processes}"})
+        for i in range(processes)
+    ]
+    return max(process.wait() for process in running)
 
+
+def profile(out: Path) -> None:
+    """Achieved GB/s and TFLOP/s of our kernels."""
     from gspo_ops.kernels.logits import logits_bwd_kernel, logits_fwd_kernel
 
     from .bench import step
-    from .measure import synchronize, write
+    from .measure import default_device, kernel_seconds, synchronize, write
     from .providers import LOSSES
-    from .workloads import make_workload
+    from .workloads import draw
 
-    device = torch.device("cuda")
+    device = default_device()
     found: dict[str, dict] = {}
     # these read or write 2 bytes per logit and pass
     passes_over_logits = {logits_fwd_kernel.__name__: 1, logits_bwd_kernel.__name__: 2}
-    for path, name in (
-        ("logits", "gspo_ops"), ("hidden", "gspo_ops"), ("hidden", "gspo_ops, products=triton"),
+    for path, names in (
+        ("logits", ["gspo_ops"]), ("hidden", ["gspo_ops", "gspo_ops, products=triton"]),
     ):  # fmt: skip
-        N, V, H = 8192, 151936, 4096
-        workload = make_workload(path, (N, V, H), torch.bfloat16, 1.0, device)  # type: ignore[arg-type]
-        loss = LOSSES[path][name].compute
-        step(loss, workload)
-        synchronize(device)
-        with profiler(activities=[ProfilerActivity.CUDA]) as seen:
+        shape = SHAPES if device.type == "cuda" else TINY
+        N, V, H = (*map(int, shape[path].split(",")), 1)[:3]
+        workload = draw(path, (N, V, H), torch.bfloat16, device).at(1.0)  # type: ignore[arg-type]
+        for name in names:
+            loss = LOSSES[path][name].compute
             step(loss, workload)
             synchronize(device)
-        kernels = {
-            event.key[:80]: {"ms": event.self_device_time_total / 1e3, "calls": event.count}
-            for event in seen.key_averages()
-            if event.self_device_time_total > 10
-        }
-        for key, of in kernels.items():
-            passes = passes_over_logits.get(key)
-            if passes:
-                of["GB/s"] = passes * 2 * N * V / of["ms"] / 1e6
-        total = sum(of["ms"] for of in kernels.values())
-        found[f"{path}, {name}"] = {"kernels": kernels, "ms": total}
-        if path == "hidden":
-            found[f"{path}, {name}"]["TFLOP/s at 6NVH"] = 6 * N * V * H / total / 1e9
-    times = {name: of["ms"] for name, of in found.items() if name.startswith("hidden")}
-    write(out, {"profiles": found, "faster_products": min(times, key=lambda name: times[name])})
+            taken = kernel_seconds(partial(step, loss, workload), device)
+            kernels: dict[str, dict] = {
+                key[:80]: {"ms": 1e3 * seconds, "calls": calls}
+                for key, (seconds, calls) in taken.items()
+                if seconds > 1e-5
+            }
+            for key, of in kernels.items():
+                if passes := passes_over_logits.get(key):
+                    of["GB/s"] = passes * 2 * N * V / of["ms"] / 1e6
+            total = sum(of["ms"] for of in kernels.values())
+            found[f"{path}, {name}"] = {"kernels": kernels, "ms": total}
+            if path == "hidden":
+                found[f"{path}, {name}"]["TFLOP/s at 6NVH"] = 6 * N * V * H / total / 1e9
+            write(out, {"profiles": found})
+        del workload  # before the next one is made
     print(json.dumps(found, indent=1))
-
-
-def write_whole(path: Path, report: dict) -> None:
-    """All or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n")
-    partial.replace(path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -183,37 +202,67 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds in all")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu-DEVICE.json")
+    parser.add_argument("--dry-run", action="store_true", help="take every step without a GPU")
     parser.add_argument("--profile", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print("make gpu needs a CUDA or ROCm device, and torch sees none here", file=sys.stderr)
-        return 2
+    parser.add_argument("--tests", action="store_true", help=argparse.SUPPRESS)
+    args, options = parser.parse_known_args(argv)
+    if args.tests:
+        return run_tests(options)
+    if options:
+        parser.error(f"unrecognized arguments: {' '.join(options)}")
     if args.profile is not None:
         profile(args.profile)
         return 0
-    device = torch.cuda.get_device_name()
+    if not (args.dry_run or torch.cuda.is_available()):
+        print("make gpu needs a CUDA or ROCm device, and torch sees none here", file=sys.stderr)
+        return 2
+    device = "dry run" if args.dry_run else torch.cuda.get_device_name()
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    out = args.out or Path(f"benchmarks/results/gpu-{slug}.json")
-    report: dict = {
-        "benchmark": "gpu", **provenance(), "device": device, "driver": _driver(), "steps": [],
-        "benchmarks": [], "profiles": {},
-    }  # fmt: skip
+    folder = Path("runs" if args.dry_run else "benchmarks/results")
+    out = args.out or folder / f"gpu-{slug}.json"
+    report: dict = {"benchmark": "gpu", **provenance(), "device": device, "steps": []}
+    report |= {"dry_run": True} if args.dry_run else {"driver": _driver()}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        found = Path(name)
 
         def done(step: dict) -> None:
             print(f"{step['name']}: {step['result']}, {step['seconds']:.0f} s", flush=True)
             report["steps"].append(step)
-            files = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
-            found = [json.loads(path.read_text()) for path in files]
-            report["benchmarks"] = [x for x in found if x.get("benchmark") == "bench"]
-            for x in found:
-                report["profiles"] = x if "profiles" in x else report["profiles"]
-            write_whole(out, report)
+            write(out, report | collected(found))
 
-        run_steps(plan(folder), args.limit, done)
+        steps = plan(found, is_dry=args.dry_run)
+        environment = {"TRITON_INTERPRET": "1"} if args.dry_run else {}
+        if args.dry_run:
+            steps = [step._replace(limit=_DRY * step.limit) for step in steps]
+        limit = args.limit * (_DRY if args.dry_run else 1)
+        run_steps(steps, limit, done, environment=environment)
+        if not args.dry_run:
+            remember(device, collected(found)["products"])
     print(out)
     return 0 if all(step["result"] == "passed" for step in report["steps"]) else 1
+
+
+def remember(device: str, products: dict[str, str]) -> None:
+    """What is faster there becomes the default there."""
+    table = json.loads(PRODUCTS_TABLE.read_text())
+    table.setdefault(device, {}).update(products)
+    write(PRODUCTS_TABLE, table)
+
+
+def collected(folder: Path) -> dict:
+    """What the steps have written so far."""
+    files = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
+    found = [json.loads(path.read_text()) for path in files]
+    lines = folder / "experiments.jsonl"
+    text = lines.read_text() if lines.exists() else ""
+    # one that was cut off may have left half a line
+    experiments = [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
+    return {
+        "experiments": experiments,
+        "products": faster(experiments),
+        "benchmarks": [x for x in found if x.get("benchmark") == "bench"],
+        "profiles": next((x["profiles"] for x in found if "profiles" in x), {}),
+    }
 
 
 def _driver() -> str:

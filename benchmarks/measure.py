@@ -82,14 +82,19 @@ def _high_water_mark() -> int:
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-def interleaved(measurements: dict[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
-    """Everything once per round, in alternating order."""
+def interleaved(
+    measurements: dict[str, Callable[[], T]],
+    rounds: int,
+    after: Callable[[dict[str, list[T]]], object] = lambda taken: None,
+) -> dict[str, list[T]]:
+    """Everything once per round, in alternating order; `after` is told after each round."""
     taken: dict[str, list[T]] = {name: [] for name in measurements}
     order = list(measurements.items())
     for _ in range(rounds):
         for name, take in order:
             taken[name].append(take())
         order.reverse()  # neither always pays for what the other has left behind
+        after(taken)
     return taken
 
 
@@ -107,5 +112,51 @@ def process_peak_bytes() -> int:
 
 
 def write(path: Path, report: dict) -> None:
+    """All or nothing: a reader never finds half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(report, indent=1) + "\n")
+    partial.replace(path)
+
+
+# What a GPU alone has, and what stands for it elsewhere
+
+
+def device_properties(device: torch.device) -> dict[str, object]:
+    """Name, multiprocessors, and bytes of its L2 cache and of its memory."""
+    if device.type != "cuda":
+        return {"name": "none, this is a dry run", "multiprocessors": 1, "l2": 1 << 25, "bytes": 0}
+    of = torch.cuda.get_device_properties(device)
+    return {
+        "name": of.name, "multiprocessors": of.multi_processor_count, "l2": of.L2_cache_size,
+        "bytes": of.total_memory, "capability": torch.cuda.get_device_capability(device),
+    }  # fmt: skip
+
+
+def seconds_each(step: Step, device: torch.device, calls: int = 10) -> float:
+    """Of a step by the device's clock: the median of three runs of so many calls."""
+    if device.type != "cuda":
+        return seconds(step, device)
+    for _ in range(2):
+        step()
+    times = []
+    for _ in range(3):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(calls):
+            step()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / calls / 1e3)
+    return sorted(times)[1]
+
+
+def kernel_seconds(step: Step, device: torch.device) -> dict[str, tuple[float, int]]:
+    """Seconds and calls of each kernel of a step, by a profiler."""
+    is_gpu = device.type == "cuda"
+    activity = ProfilerActivity.CUDA if is_gpu else ProfilerActivity.CPU
+    with profile(activities=[activity]) as seen:
+        step()
+        synchronize(device)
+    name = "self_device_time_total" if is_gpu else "self_cpu_time_total"
+    return {event.key: (getattr(event, name) / 1e6, event.count) for event in seen.key_averages()}

@@ -377,6 +377,8 @@ def updated(text: str) -> str:
 
     def block(match: re.Match[str]) -> str:
         report = json.loads((ROOT / match[2]).read_text())
+        if report.get("dry_run"):
+            raise SystemExit(f"{match[2]} is of a dry run: nothing was measured")
         return match[1] + render(report) + match[3]
 
     return BLOCK.sub(block, text)

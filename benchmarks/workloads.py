@@ -13,6 +13,7 @@ from gspo_ops import reference
 Path = Literal["logits", "hidden"]
 Lengths = Literal["square", "ragged"]
 SEQUENCES = 16
+_PART = 1 << 26  # elements that are drawn at a time
 
 
 class Batch(NamedTuple):
@@ -74,51 +75,84 @@ def make_workload(
     lengths: Lengths = "square",
     frozen_head: bool = False,
 ) -> Workload:
-    """16 sequences of sampled tokens, a fraction f of which have a gradient.
+    """`draw`, and a fraction f of the sequences with a gradient."""
+    return draw(path, shape, dtype, device, frozen_head=frozen_head).at(f, lengths)
 
-    The others have no advantage, or are clipped, in turn. Ratios are far on either side of the clip
-    range: whatever the rounding of a provider, all have the same live rows.
+
+class Drawn(NamedTuple):
+    """Attributes:
+    operands: of a `Workload`.
+    targets: (B, T) tokens sampled from their distributions.
+    log_probs: (B, T) of these, in fp32.
+    """
+
+    operands: tuple[Tensor, ...]
+    targets: Tensor
+    log_probs: Tensor
+
+    def at(self, f: float, lengths: Lengths = "square") -> Workload:
+        """A workload with these tensors, a fraction f of whose sequences have a gradient.
+
+        The others have no advantage, or are clipped, in turn. Ratios are far on either side of the
+        clip range: whatever the rounding of a provider, all have the same live rows.
+
+        Args:
+            f: fraction of the sequences.
+            lengths: `"square"`, or `"ragged"`: log-normal lengths with a long tail, padded.
+        """
+        device, T = self.targets.device, self.targets.shape[1]
+        generator = torch.Generator().manual_seed(1)
+        advantages = torch.randn(SEQUENCES, generator=generator)
+        live = torch.zeros(SEQUENCES, dtype=torch.bool)
+        live[: round(SEQUENCES * f)] = True
+        dead = (~live).nonzero().squeeze(1)
+        advantages[dead[0::2]] = 0
+        # a positive advantage is clipped above 1, a negative one below
+        log_ratio = 0.1 * torch.where(live, -advantages.sign(), advantages.sign())
+        mask = torch.ones(SEQUENCES, T, dtype=torch.bool)
+        if lengths == "ragged":
+            of = (T / 4 * torch.randn(SEQUENCES, generator=generator).exp()).clamp(1, T).int()
+            mask = torch.arange(T) < of[:, None]
+        old = self.log_probs - log_ratio.to(device)[:, None]
+        batch = Batch(self.targets, mask.to(device), old, advantages.to(device))
+        return Workload(self.operands, batch, live.to(device))
+
+
+def draw(
+    path: Path,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    frozen_head: bool = False,
+) -> Drawn:
+    """16 sequences of sampled tokens, drawn where they are used.
 
     Args:
         path: what the operands are.
         shape: N, V and H; N is a multiple of 16, and H of no account from logits.
         dtype: of the operands.
-        f: fraction of the sequences.
         device: where they are.
-        lengths: `"square"`, or `"ragged"`: log-normal lengths with a long tail, padded.
         frozen_head: the weight has no gradient.
     """
     N, V, H = shape
     T = N // SEQUENCES
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*size: int, scale: float) -> Tensor:
+        """Part by part: all of it in fp32 would double the memory."""
+        out = torch.empty(size, dtype=dtype, device=device)
+        for part in out.split(max(_PART // out[0].numel(), 1)):
+            part.copy_(torch.randn(part.shape, generator=generator, device=device) * scale)
+        return out
+
     if path == "logits":
-        x = 3 * torch.randn(SEQUENCES, T, V, generator=generator)
-        operands: tuple[Tensor, ...] = (x.to(device, dtype).requires_grad_(),)
+        operands: tuple[Tensor, ...] = (normal(SEQUENCES, T, V, scale=3.0).requires_grad_(),)
     else:
-        x = torch.randn(SEQUENCES, T, H, generator=generator)
-        weight = torch.randn(V, H, generator=generator) * 3 / H**0.5
-        operands = (
-            x.to(device, dtype).requires_grad_(),
-            weight.to(device, dtype).requires_grad_(not frozen_head),
-        )
-    targets, new = _sample(operands, generator)
-    advantages = torch.randn(SEQUENCES, generator=generator)
-    live = torch.zeros(SEQUENCES, dtype=torch.bool)
-    live[: round(SEQUENCES * f)] = True
-    dead = (~live).nonzero().squeeze(1)
-    advantages[dead[0::2]] = 0
-    # a positive advantage is clipped above 1, a negative one below
-    log_ratio = 0.1 * torch.where(live, -advantages.sign(), advantages.sign())
-    mask = torch.ones(SEQUENCES, T, dtype=torch.bool)
-    if lengths == "ragged":
-        of = (T / 4 * torch.randn(SEQUENCES, generator=generator).exp()).clamp(1, T).int()
-        mask = torch.arange(T) < of[:, None]
-    old = new - log_ratio.to(device)[:, None]
-    return Workload(
-        operands,
-        Batch(targets, mask.to(device), old, advantages.to(device)),
-        live.to(device),
-    )
+        weight = normal(V, H, scale=3 / H**0.5)
+        hidden = normal(SEQUENCES, T, H, scale=1.0)
+        operands = hidden.requires_grad_(), weight.requires_grad_(not frozen_head)
+    return Drawn(operands, *_sample(operands, generator))
 
 
 @torch.no_grad()
@@ -127,11 +161,10 @@ def _sample(operands: tuple[Tensor, ...], generator: torch.Generator) -> tuple[T
     x, *head = (x.detach() for x in operands)
     targets = torch.empty(x.shape[:-1], dtype=torch.long, device=x.device)
     new = torch.empty(x.shape[:-1], device=x.device)
-    noise_generator = torch.Generator(x.device).manual_seed(generator.initial_seed())
     for b, rows in enumerate(x):
         logits = rows.float() if not head else rows.float() @ head[0].float().mT
         log_p = logits.log_softmax(-1)
-        noise = torch.empty_like(log_p).exponential_(generator=noise_generator)
+        noise = torch.empty_like(log_p).exponential_(generator=generator)
         targets[b] = (log_p - noise.log_()).argmax(-1)
         new[b] = log_p.gather(-1, targets[b, :, None]).squeeze(-1)
     return targets, new

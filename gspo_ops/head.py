@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+from functools import cache
+from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -15,6 +18,7 @@ from .softmax import Softmax
 
 Products = Literal["auto", "mm", "triton"]
 PRODUCTS = get_args(Products)
+PRODUCTS_TABLE = Path(__file__).with_name("products.json")  # by device and dtype
 
 
 class LoRA(NamedTuple):
@@ -94,17 +98,34 @@ class HeadOptions(NamedTuple):
     kept_columns: int
 
 
-def resolve_products(products: Products, hidden: Tensor, weight: Tensor, softmax: Softmax) -> str:
+def resolve_products(products: Products, head: Head, softmax: Softmax) -> str:
     """Who multiplies."""
+    hidden = head.hidden
     if not use_triton(hidden):
         return "torch"
-    # which is faster is to be decided by a measurement on each device
     if products == "auto":
-        products = "mm"
-    is_bf16 = hidden.dtype == weight.dtype == torch.bfloat16
+        # nothing but torch.mm has a low-rank part
+        products = "mm" if head.lora_b is not None else faster_products(hidden.device, hidden.dtype)
+    is_bf16 = hidden.dtype == head.weight.dtype == torch.bfloat16
     # rows have to start at multiples of 16 bytes
     has_boxes = is_bf16 and hidden.shape[-1] % 8 == 0 and softmax.softcap is None
     return "tma" if products == "triton" and has_boxes and has_tma(hidden.device) else products
+
+
+@torch.compiler.assume_constant_result
+def faster_products(device: torch.device, dtype: torch.dtype) -> Products:
+    """What `make gpu` has found to be faster there when half of the rows have a gradient.
+
+    Where nothing has been measured it is `"triton"`, which never multiplies a row without.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
+    return _measured_products().get(name, {}).get(str(dtype)[6:], "triton")
+
+
+@cache
+def _measured_products() -> dict[str, dict[str, Products]]:
+    table: dict[str, dict[str, Products]] = json.loads(PRODUCTS_TABLE.read_text())
+    return table
 
 
 # Dtypes

@@ -180,7 +180,8 @@ def log_probs_from_hidden(
             between 64 MiB and 4 GiB.
         products: on a GPU, `"mm"` multiplies with `torch.mm`, which computes dead rows as well
             unless `allow_sync`; `"triton"` with kernels that leave them out, and whose result for a
-            row does not depend on the others; `"auto"` is `"mm"`.
+            row does not depend on the others; `"auto"` is what `make gpu` has found to be faster on
+            this device, `"triton"` where it has not run, and `"mm"` with lora.
         allow_sync: let `"mm"` look at which rows are live, one host synchronisation in the forward
             and one in the backward, and leave the others out.
         main_grad: (V, H) float32 buffer that d loss / d weight is added to; `weight.grad` then
@@ -217,7 +218,7 @@ def log_probs_from_hidden(
             hidden, weight, "recompute" if return_entropy else plan, memory_budget,
             has_gradient=head.has_gradient(), can_chunk=False,
         )  # fmt: skip
-        multiplier = resolve_products(products, hidden, weight, softmax)
+        multiplier = resolve_products(products, head, softmax)
         scale = 1.0 if lora is None else lora.scale
         options = HeadOptions(softmax, multiplier, allow_sync, scale, choice.kept_columns)
     if softmax.vocab_group is not None:

@@ -21,7 +21,7 @@ from .head import (
     stats_dtype,
 )
 from .tiles_gpu import BLOCKS as GPU_BLOCKS
-from .tiles_gpu import product_columns
+from .tiles_gpu import TRITON_BLOCKS, product_columns
 from .tiles_torch import BLOCKS as TORCH_BLOCKS
 
 PlanName = Literal["auto", "keep", "chunk", "recompute"]
@@ -256,8 +256,10 @@ def _work_bytes(hidden: Tensor, weight: Tensor, choice: Choice) -> tuple[int, in
         tile += (tile_rows + blocks.width(rows)) * H * dtype.itemsize  # copies of operands
     if not use_triton(hidden):
         tile *= torch.get_num_threads()  # each has its own
-    # sums of each tile, and what it takes to add them up
-    forward = tile + 5 * blocks.entries(V) * rows * stats_size
+    if use_triton(hidden):  # sums of each tile, of any of the kernels
+        forward = tile + 2 * TRITON_BLOCKS.entries(V) * rows * stats_size
+    else:  # and what it takes to add them up
+        forward = tile + 5 * blocks.entries(V) * rows * stats_size
     # scaled hidden states and a sum of dhidden; a tile for the products, if not all is kept
     backward = tile + rows * H * (size + stats_size)
     width = blocks.grad_width(rows)

@@ -40,6 +40,7 @@ BLOCKS = Blocks(
     grad_columns=8192,
     align=64,
 )
+TRITON_BLOCKS = BLOCKS._replace(sums=128)  # columns of a program
 EPILOGUE = 1024  # columns of the other epilogues' programs
 
 
@@ -266,7 +267,7 @@ class MatMulTiles(KernelTiles):
 class TritonTiles(KernelTiles):
     """Products in Triton, which know on the device which rows are live; see `Tiles`."""
 
-    blocks: ClassVar[Blocks] = BLOCKS._replace(sums=128)  # columns of a program
+    blocks: ClassVar[Blocks] = TRITON_BLOCKS
 
     def __init__(self, operands: Operands) -> None:
         of = _for_kernels(operands)

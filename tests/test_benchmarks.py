@@ -152,9 +152,12 @@ def noisy(operands, batch):
     return LOSSES["logits"][BASELINE].compute(operands, batch) * 1.001
 
 
-def quick(loss, providers_of=None, **options):
+CASE = bench.Case("logits", SHAPE, torch.float32, 1.0)
+
+
+def quick(loss, **options):
     table = {BASELINE: LOSSES["logits"][BASELINE], "peer": Provider(loss)}
-    return bench.measure("logits", SHAPE, torch.float32, 1.0, table, 2, **options)
+    return bench.measure(CASE, CASE.draw(CPU), table, 2, **options)
 
 
 @pytest.fixture
@@ -205,7 +208,7 @@ def test_inexact_provider_is_timed_and_marked(timed):
 def test_ours_is_refused_when_it_is_only_noisy(timed, monkeypatch):
     table = {BASELINE: LOSSES["logits"][BASELINE], OURS: Provider(noisy)}
     with pytest.raises(SystemExit, match="not timed: gspo_ops: gradients are off by 1"):
-        bench.measure("logits", SHAPE, torch.float32, 1.0, table, 1)
+        bench.measure(CASE, CASE.draw(CPU), table, 1)
     assert not timed
 
 

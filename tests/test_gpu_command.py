@@ -1,6 +1,8 @@
 """The driver behind `make gpu`: its steps survive what goes wrong in one of them."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +12,7 @@ import torch
 
 from gspo_ops.benchmarks import gpu
 from gspo_ops.benchmarks.gpu import Step, run_steps
+from gspo_ops.benchmarks.report import updated
 
 PYTHON = sys.executable
 
@@ -68,17 +71,17 @@ def test_the_limit_of_all_steps_holds():
 def test_the_results_file_is_whole_after_each_step(tmp_path, monkeypatch):
     out, bench = tmp_path / "new" / "gpu.json", {"benchmark": "bench", "results": []}
     sizes = []
-    write_whole = gpu.write_whole
+    write = gpu.write
 
     def watched(path, report):
-        write_whole(path, report)
+        write(path, report)
         sizes.append(len(json.loads(out.read_text())["steps"]))
 
-    def plan(folder):
+    def plan(folder, *, is_dry):
         code = f"import json; json.dump({bench!r}, open({str(folder / 'b.json')!r}, 'w'))"
         return [python("bench", code), python("bad", "raise SystemExit(1)")]
 
-    monkeypatch.setattr(gpu, "write_whole", watched)
+    monkeypatch.setattr(gpu, "write", watched)
     monkeypatch.setattr(gpu, "plan", plan)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
@@ -100,4 +103,82 @@ def test_every_step_is_a_command_that_exists(tmp_path):
             words = [w for text in args.against or () for w in text.split(",")]
             for path in args.path:
                 assert len(bench.select(path, words or None)) >= 2
-    assert sum(step.limit for step in gpu.plan(tmp_path)[:4]) <= gpu.LIMIT
+
+
+def test_all_steps_fit_into_the_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/usr/bin/{name}")
+    steps = gpu.plan(tmp_path)
+    assert steps[-1].name == "memcheck"
+    assert sum(step.limit for step in steps) <= gpu.LIMIT - 10
+    names = [step.name for step in steps]
+    assert names[:2] == ["probe", "tests"]
+    assert names.index("profile") < names.index("bench peers-hidden")
+
+
+def test_tests_need_no_plugin_of_pytest(tmp_path):
+    """A machine without an index may have neither pytest-xdist nor pytest-timeout."""
+    for name in ("xdist", "pytest_timeout"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('is not here')")
+    environment = {
+        **os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(tmp_path),
+        "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+    (tests,) = (step for step in gpu.plan(tmp_path, is_dry=True) if step.name == "tests")
+    ran = subprocess.run(tests.command, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    # each of four processes has a part of its own
+    collected = re.findall(r"^tests/test_gpu.py::(\S+)", ran.stdout, re.MULTILINE)
+    assert len(collected) == len(set(collected)) > 100
+
+
+def test_tensors_are_drawn_once_for_every_f(tmp_path, monkeypatch):
+    from gspo_ops.benchmarks import bench
+
+    drawn, files = [], []
+    draw, write = bench.draw, bench.write
+
+    def counting(*arguments, **options):
+        drawn.append(arguments)
+        return draw(*arguments, **options)
+
+    def watched(path, report):
+        write(path, report)
+        files.append([row["rounds"] for row in json.loads(path.read_text())["results"]])
+
+    monkeypatch.setattr(bench, "draw", counting)
+    monkeypatch.setattr(bench, "write", watched)
+    monkeypatch.setitem(bench._COPY, "cpu", 1 << 16)
+    options = ["--path", "logits", "--shape", "32,50", "--dtype", "float32", "--f", "1", "0.5"]
+    out = str(tmp_path / "bench.json")
+    assert bench.main([*options, "--rounds", "2", "--against", "TRL", "--out", out]) == 0
+    assert len(drawn) == 1
+    # whole after each round, so that a run that is cut off keeps what it has
+    assert files == [[1], [2], [2, 1], [2, 2]]
+
+
+def test_a_dry_run_takes_the_steps_that_a_gpu_would(tmp_path, monkeypatch):
+    plan = gpu.plan
+
+    def few(folder, *, is_dry):
+        names = ("probe", "tests", "whole", "profile", "host")
+        return [step for step in plan(folder, is_dry=is_dry) if step.name in names]
+
+    monkeypatch.setattr(gpu, "plan", few)
+    out = tmp_path / "gpu.json"
+    assert gpu.main(["--dry-run", "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert report["dry_run"]
+    assert [step["result"] for step in report["steps"]] == ["passed"] * 5
+    parts = {finding["part"] for finding in report["experiments"]}
+    assert parts == {"probe", "whole", "host"}
+    assert report["products"].keys() == {"bfloat16", "float16", "float32"}
+    assert report["profiles"].keys() >= {"logits, gspo_ops", "hidden, gspo_ops"}
+    monkeypatch.setattr("gspo_ops.benchmarks.report.ROOT", tmp_path)
+    block = "<!-- results: gpu.json -->\nold\n<!-- end of results -->"
+    with pytest.raises(SystemExit, match=r"gpu\.json is of a dry run"):
+        updated(block)
+
+
+def test_half_a_line_is_left_out(tmp_path):
+    (tmp_path / "experiments.jsonl").write_text('{"part": "probe"}\n{"part": "who')
+    assert gpu.collected(tmp_path)["experiments"] == [{"part": "probe"}]
