@@ -37,11 +37,12 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def has_tma(device: torch.device) -> bool:
-    """Whether a GPU copies boxes by itself, and this Triton can tell it to."""
+    """Whether a GPU copies boxes by itself, has room for them, and this Triton can tell it to."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
-    is_new = torch.cuda.get_device_capability(device) >= (9, 0)
-    return is_new and importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
+    # sm_120 copies boxes, too, but has less than half of the shared memory that tiles take
+    has_room = torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return has_room and importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
 
 
 def device_guard(x: Tensor) -> contextlib.AbstractContextManager:

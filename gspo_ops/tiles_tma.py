@@ -95,12 +95,11 @@ class TmaTiles(TritonTiles):
             live_ptr=self.live,
             blocks_ptr=self.live_rows.listed,
             count_ptr=self.live_rows.number,
-            out_ptr=out,
+            out_desc=_boxes(out, _ROWS, _COLUMNS // 2),
             n=of.n,
             C=columns.stop - columns.start,
             H=of.x.shape[1],
             first_col=columns.start,
-            stride_on=out.stride(0),
             scale=of.options.softmax.scale,
             **sizes("N", "V", "H", of.x),
         )

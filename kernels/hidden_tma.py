@@ -111,8 +111,8 @@ def tma_weigh_kernel(
     x_desc, weight_desc, bias_ptr, targets_ptr, base_ptr, shift_ptr, constant_ptr, slope_ptr,
     live_ptr, blocks_ptr, count_ptr,
     # output [n, C]
-    out_ptr,
-    n, C, H, first_col, stride_on,
+    out_desc,
+    n, C, H, first_col,
     scale,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr,
@@ -129,16 +129,16 @@ def tma_weigh_kernel(
         left, right = halves(z, BLOCK_N, BLOCK_V)
         for half in tl.static_range(2):
             z = left if half == 0 else right
-            cols = col + half * HALF + tl.arange(0, HALF)
+            first = col + half * HALF
+            cols = first + tl.arange(0, HALF)
             if bias_ptr is not None:
                 z += tl.load(bias_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
             out = weigh_tile(
                 z, rows, cols, n, C, first_col, targets_ptr, base_ptr, shift_ptr, constant_ptr,
                 slope_ptr, scale, None,
             )  # fmt: skip
-            out = tl.where(live[:, None], out, 0.0).to(out_ptr.dtype.element_ty)
-            at = out_ptr + rows.to(tl.int64)[:, None] * stride_on + cols[None, :]
-            tl.store(at, out, mask=(rows < n)[:, None] & (cols < C)[None, :])
+            out = tl.where(live[:, None], out, 0.0)
+            out_desc.store([row, first], out.to(out_desc.dtype))
 
 
 @triton.jit

@@ -156,7 +156,8 @@ def test_tma_products(name, target, table):
     table.append(product_row(name, target))
     assert not list(product_problems(name, target))
     assert compiled.boxes_loaded
-    assert bool(compiled.boxes_stored) == (name.startswith("tma fwd") and "no kept" not in name)
+    stores_tile = name.startswith(("tma fwd", "tma recompute")) and "no kept" not in name
+    assert bool(compiled.boxes_stored) == stores_tile
 
 
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
