@@ -151,8 +151,9 @@ def test_a_bad_row_with_a_gradient_shows(bad):
     assert leaves[1].grad.isnan().any()
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("plan", ["keep", "recompute", "chunk"])
+@pytest.mark.parametrize(
+    ("plan", "frozen"), [("keep", False), ("keep", True), ("recompute", False), ("chunk", False)]
+)
 def test_dead_blocks_are_not_multiplied(plan, frozen, monkeypatch):
     """Live rows up to whole blocks, of 128 where they are rows of a product, of 64 in a sum."""
     from triton.runtime.interpreter import InterpreterBuilder
@@ -165,10 +166,10 @@ def test_dead_blocks_are_not_multiplied(plan, frozen, monkeypatch):
         return dot(builder, a, b, *args)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", counting_dot)
-    N, H, V, T = 512, 256, 256, 64
+    N, H, V, T = 256, 64, 256, 64
     inputs = make_bf16(N, H, V)
     targets = sample(inputs)
-    for live_sequences in ((0, 1, 2, 3, 4, 5, 6, 7), (2, 5), ()):
+    for live_sequences in ((0, 1, 2, 3), (2,), ()):
         hidden = inputs.hidden.detach().requires_grad_()
         weight = inputs.weight.detach().requires_grad_(not frozen)
         advantages = torch.zeros(N // T)
@@ -181,7 +182,8 @@ def test_dead_blocks_are_not_multiplied(plan, frozen, monkeypatch):
         of_rows = 128 * len({i * T // 128 for i in live_sequences})
         of_sums = 0 if frozen else T * len(live_sequences)
         again = of_rows if plan == "recompute" else 0
-        assert sum(spent) == 2 * V * H * (N + of_rows + of_sums + again)
+        # columns of a gradient are filled up to a tile's 256
+        assert sum(spent) == 2 * V * (H * (N + again) + 256 * (of_rows + of_sums))
 
 
 @pytest.mark.parametrize("plan", ["keep", "part", "chunk", "recompute"])
