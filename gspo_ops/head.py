@@ -108,8 +108,10 @@ def resolve_products(products: Products, head: Head, softmax: Softmax) -> str:
         products = "mm" if head.lora_b is not None else faster_products(hidden.device, hidden.dtype)
     is_bf16 = hidden.dtype == head.weight.dtype == torch.bfloat16
     # rows have to start at multiples of 16 bytes
-    has_boxes = is_bf16 and hidden.shape[-1] % 8 == 0 and softmax.softcap is None
-    return "tma" if products == "triton" and has_boxes and has_tma(hidden.device) else products
+    has_boxes = is_bf16 and hidden.shape[-1] % 8 == 0
+    if products == "triton" and has_boxes and has_tma(hidden.device, softmax.softcap is not None):
+        return "tma"
+    return products
 
 
 @torch.compiler.assume_constant_result
