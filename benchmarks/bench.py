@@ -28,6 +28,7 @@ from gspo_ops.backend import has_bf16
 from gspo_ops.testing import relative
 
 from .measure import (
+    as_a_gpu_computes,
     default_device,
     interleaved,
     peak_bytes,
@@ -390,6 +391,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = {path: select(path, against) for path in args.path}
     except ValueError as error:
         of.error(str(error))
+    as_a_gpu_computes()
     report = {"benchmark": "bench", **provenance(), "peers": versions(), "results": []}
     print("\n".join(report["environment"]), flush=True)
     is_terminal = sys.stderr.isatty()

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -149,11 +150,20 @@ def run_tests(options: Sequence[str], processes: int = 4) -> int:
         print("pytest is not installed")
         return 1
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"]
-    running = [
-        subprocess.Popen([*command, *options], env={**os.environ, TESTS_PART: f"{i}/{processes}"})
-        for i in range(processes)
-    ]
-    return max(process.wait() for process in running)
+
+    def run(i: int) -> int:
+        """Tells its lines as they come, each whole."""
+        process = subprocess.Popen(
+            [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, TESTS_PART: f"{i}/{processes}"},
+        )  # fmt: skip
+        for line in process.stdout or ():
+            sys.stdout.write(line)
+            sys.stdout.flush()
+        return process.wait()
+
+    with ThreadPoolExecutor(processes) as pool:
+        return max(pool.map(run, range(processes)))
 
 
 def profile(out: Path) -> None:
@@ -161,10 +171,11 @@ def profile(out: Path) -> None:
     from gspo_ops.kernels.logits import logits_bwd_kernel, logits_fwd_kernel
 
     from .bench import step
-    from .measure import default_device, kernel_seconds, synchronize, write
+    from .measure import as_a_gpu_computes, default_device, kernel_seconds, synchronize
     from .providers import LOSSES
     from .workloads import draw
 
+    as_a_gpu_computes()
     device = default_device()
     found: dict[str, dict] = {}
     # these read or write 2 bytes per logit and pass

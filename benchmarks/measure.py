@@ -17,10 +17,18 @@ from typing import TypeVar
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from gspo_ops.backend import IS_INTERPRETED
 from gspo_ops.environment import provenance as provenance
+from gspo_ops.testing import patch_interpreter
 
 Step = Callable[[], object]
 T = TypeVar("T")
+
+
+def as_a_gpu_computes() -> None:
+    """For kernels in Triton's interpreter, which has no bfloat16 products of its own."""
+    if IS_INTERPRETED:
+        patch_interpreter()
 
 
 def default_device() -> torch.device:

@@ -36,7 +36,6 @@ def has_bf16(device: torch.device) -> bool:
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-@torch.compiler.assume_constant_result
 def has_tma(device: torch.device, is_capped: bool) -> bool:
     """Whether a GPU copies boxes by itself, has room for them, and this Triton can tell it to."""
     if device.type != "cuda" or torch.version.hip is not None:

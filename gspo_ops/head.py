@@ -84,8 +84,8 @@ class HeadOptions(NamedTuple):
     """How log-probs are made of the operands.
 
     Attributes:
-        products: who multiplies: `"torch"`, `"mm"`, `"triton"`, or `"tma"`, which is the same in
-            kernels for GPUs that copy boxes by themselves.
+        products: who multiplies: `"torch"`, `"mm"` or `"triton"`; in an operator also `"tma"`,
+            which is the same in kernels for GPUs that copy boxes by themselves.
         allow_sync: whether the host may look at which rows are live.
         lora_scale: that the low-rank part is multiplied by.
         kept_columns: tokens whose exponentials are kept from forward to backward.
@@ -98,23 +98,28 @@ class HeadOptions(NamedTuple):
     kept_columns: int
 
 
-def resolve_products(products: Products, head: Head, softmax: Softmax) -> str:
-    """Who multiplies."""
-    hidden = head.hidden
-    if not use_triton(hidden):
+def resolve_products(products: Products, head: Head) -> str:
+    """Who multiplies, as far as can be said without asking the device."""
+    if not use_triton(head.hidden):
         return "torch"
+    # nothing but torch.mm has a low-rank part
+    return "mm" if products == "auto" and head.lora_b is not None else products
+
+
+def on_device(options: HeadOptions, head: Head) -> HeadOptions:
+    """With the products that this device has, which a graph that is traced can't ask for."""
+    products, hidden = options.products, head.hidden
     if products == "auto":
-        # nothing but torch.mm has a low-rank part
-        products = "mm" if head.lora_b is not None else faster_products(hidden.device, hidden.dtype)
+        products = faster_products(hidden.device, hidden.dtype)
     is_bf16 = hidden.dtype == head.weight.dtype == torch.bfloat16
     # rows have to start at multiples of 16 bytes
     has_boxes = is_bf16 and hidden.shape[-1] % 8 == 0
-    if products == "triton" and has_boxes and has_tma(hidden.device, softmax.softcap is not None):
-        return "tma"
-    return products
+    is_capped = options.softmax.softcap is not None
+    if products == "triton" and has_boxes and has_tma(hidden.device, is_capped):
+        products = "tma"
+    return options._replace(products=products)
 
 
-@torch.compiler.assume_constant_result
 def faster_products(device: torch.device, dtype: torch.dtype) -> Products:
     """What `make gpu` has found to be faster there when half of the rows have a gradient.
 

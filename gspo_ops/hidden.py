@@ -48,7 +48,7 @@ def vocabulary_of_head(head: Head, options: HeadOptions, choice: Choice) -> Voca
             "the rank of lora": 0 if head.lora_b is None else head.lora_b.shape[1],
             "the precision of log-probs, in bytes,": stats_dtype(head.hidden, head.weight).itemsize,
             "return_entropy": returns_entropy,
-            "products": ("torch", "mm", "triton", "tma").index(options.products),
+            "products": ("torch", "mm", "triton", "auto").index(options.products),
             "allow_sync": int(options.allow_sync),
             "whether plan is 'chunk'": int(choice.name == "chunk"),
             "whether hidden requires grad": wants_grad(head.hidden),

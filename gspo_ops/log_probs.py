@@ -218,7 +218,7 @@ def log_probs_from_hidden(
             hidden, weight, "recompute" if return_entropy else plan, memory_budget,
             has_gradient=head.has_gradient(), can_chunk=False,
         )  # fmt: skip
-        multiplier = resolve_products(products, head, softmax)
+        multiplier = resolve_products(products, head)
         scale = 1.0 if lora is None else lora.scale
         options = HeadOptions(softmax, multiplier, allow_sync, scale, choice.kept_columns)
     if softmax.vocab_group is not None:

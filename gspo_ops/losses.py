@@ -268,7 +268,7 @@ def policy_loss_from_hidden(
             hidden, weight, plan, memory_budget,
             has_gradient=head.has_gradient(), can_chunk=can_chunk,
         )  # fmt: skip
-        multiplier = resolve_products(products, head, softmax)
+        multiplier = resolve_products(products, head)
         scale = 1.0 if lora is None else lora.scale
         options = HeadOptions(softmax, multiplier, allow_sync, scale, choice.kept_columns)
     policy, targets = agreed(policy, targets, vocabulary_of_head(head, options, choice))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .backend import device_guard, matmul_fp32, no_autocast
 from .checks import checked_targets
-from .head import Head, HeadGrads, HeadOptions, Wanted
+from .head import Head, HeadGrads, HeadOptions, Wanted, on_device
 from .parallel import NOWHERE, summed
 from .rows import FlaggedRows, Rows, rows_where, rows_with_gradient, where_rows
 from .softmax import TargetRows
@@ -60,7 +60,7 @@ def forward(
     `kept` receives the exponentials of those where grad_mask is non-zero, too.
     """
     targets, mask = _flat(rows)
-    softmax = options.softmax
+    options, softmax = on_device(options, head), options.softmax
     with no_autocast(targets.device), device_guard(head.hidden):
         worked_on = rows_where(mask, options)
         tiles = make_tiles(head, targets, worked_on, options)
@@ -121,6 +121,7 @@ def backward(
     `add` tells which of those of weight, bias, lora_a and lora_b are added to what stands there.
     """
     targets, mask = _flat(rows)
+    options = on_device(options, head)
     live = g != 0 if h is None else (g != 0) | (h != 0)
     if mask is not None:
         live &= mask

@@ -88,6 +88,8 @@ class TorchTiles:
                 e = kept.e[r, c.start : min(c.stop, kept.columns)]
                 _keep(z[:, : e.shape[1]], e, None if keep is None else keep[r])
 
+        # oneDNN reads some elements beyond a row of bfloat16, and multiplies them by 0
+        kept.e[:, kept.columns :].zero_()
         for_each(fold_tile, places(slice(0, self.of.V), self.of.n, self.blocks), self.of.x)
 
     def finish(self, sums: Sums, base: Tensor, target_logit: Tensor) -> tuple[Tensor, RowSums]:

@@ -1,12 +1,12 @@
-"""The products of `hidden.py` where a GPU copies boxes by itself (TMA: sm_90 and newer), in bf16.
+"""The products of `hidden.py` where a GPU copies boxes by itself (TMA: sm_90 and sm_100), in bf16.
 
 One program per multiprocessor goes through tiles of 128 x 256, in an order in which neighbours
-share operands in the L2 cache; the copies of a tile's operands run ahead of its products. Epilogues
-work on PART columns at a time, so that what they make of sums has registers beside them; with a soft
-cap, whose derivative takes as many again, a tile has no more columns than that. A box holds
-consecutive rows, so rows that count are not gathered: the forward has them in front (`count_ptr`),
-and the backward goes through a list of the blocks of rows that have one with a gradient
-(`blocks_ptr`). Rows without one in these blocks are 0, as exponentials and in x.
+share operands in the L2 cache; the copies of a tile's operands run ahead of its products.
+Epilogues work on PART columns at a time, so that what they make of sums has registers beside them;
+with a soft cap, whose derivative takes as many again, a tile has no more columns than that. A box
+holds consecutive rows, so rows that count are not gathered: the forward has them in front
+(`count_ptr`), and the backward goes through a list of the blocks of rows that have one with a
+gradient (`blocks_ptr`). Rows without one in these blocks are 0, as exponentials and in x.
 """
 
 import triton

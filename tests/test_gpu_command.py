@@ -78,16 +78,28 @@ def test_the_results_file_is_whole_after_each_step(tmp_path, monkeypatch):
         sizes.append(len(json.loads(out.read_text())["steps"]))
 
     def plan(folder, *, is_dry):
+        times = (
+            {"part": "whole", "dtype": "bfloat16", "f": 0.5, "products": name, "ms": ms}
+            for name, ms in (("mm", 3.0), ("triton", 2.0))
+        )
+        lines = "\n".join(map(json.dumps, times)) + "\n"
+        (folder / "experiments.jsonl").write_text(lines)
         code = f"import json; json.dump({bench!r}, open({str(folder / 'b.json')!r}, 'w'))"
         return [python("bench", code), python("bad", "raise SystemExit(1)")]
 
     monkeypatch.setattr(gpu, "write", watched)
+    table = tmp_path / "products.json"
+    table.write_text('{"Other GPU": {"float32": "mm"}}')
+    monkeypatch.setattr(gpu, "PRODUCTS_TABLE", table)
     monkeypatch.setattr(gpu, "plan", plan)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     monkeypatch.setattr(gpu, "provenance", lambda: {"environment": ["here"]})
     assert gpu.main(["--out", str(out)]) == 1
-    assert sizes == [1, 2]
+    assert sizes == [1, 2, 2]  # and the table of products
+    assert json.loads(table.read_text()) == {
+        "Other GPU": {"float32": "mm"}, "Some GPU": {"bfloat16": "triton"}
+    }  # fmt: skip
     report = json.loads(out.read_text())
     assert report["benchmarks"] == [bench]
     assert [step["result"] for step in report["steps"]] == ["passed", "failed with status 1"]
@@ -127,8 +139,8 @@ def test_tests_need_no_plugin_of_pytest(tmp_path):
     ran = subprocess.run(tests.command, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     # each of four processes has a part of its own
-    collected = re.findall(r"^tests/test_gpu.py::(\S+)", ran.stdout, re.MULTILINE)
-    assert len(collected) == len(set(collected)) > 100
+    collected = re.findall(r"^tests/test_gpu.py::(.+)$", ran.stdout, re.MULTILINE)
+    assert len(collected) == len(set(collected)) > 80
 
 
 def test_tensors_are_drawn_once_for_every_f(tmp_path, monkeypatch):
