@@ -36,13 +36,15 @@ def has_bf16(device: torch.device) -> bool:
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def has_tma(device: torch.device) -> bool:
+def has_tma(device: torch.device, is_capped: bool) -> bool:
     """Whether a GPU copies boxes by itself, has room for them, and this Triton can tell it to."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
-    # sm_120 copies boxes, too, but has less than half of the shared memory that tiles take
-    has_room = torch.cuda.get_device_capability(device)[0] in (9, 10)
-    return has_room and importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
+    # sm_120 has less than half of the shared memory that tiles take, and for sm_100 Triton fails to
+    # compile an epilogue with a soft cap
+    able = (9,) if is_capped else (9, 10)
+    is_able = torch.cuda.get_device_capability(device)[0] in able
+    return is_able and importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
 
 
 def device_guard(x: Tensor) -> contextlib.AbstractContextManager:

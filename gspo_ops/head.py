@@ -113,8 +113,9 @@ def on_device(options: HeadOptions, head: Head) -> HeadOptions:
         products = faster_products(hidden.device, hidden.dtype)
     is_bf16 = hidden.dtype == head.weight.dtype == torch.bfloat16
     # rows have to start at multiples of 16 bytes
-    has_boxes = is_bf16 and hidden.shape[-1] % 8 == 0 and options.softmax.softcap is None
-    if products == "triton" and has_boxes and has_tma(hidden.device):
+    has_boxes = is_bf16 and hidden.shape[-1] % 8 == 0
+    is_capped = options.softmax.softcap is not None
+    if products == "triton" and has_boxes and has_tma(hidden.device, is_capped):
         products = "tma"
     return options._replace(products=products)
 

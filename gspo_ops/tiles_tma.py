@@ -15,6 +15,7 @@ from .tiles_gpu import TritonTiles
 
 _ALIGN = 16  # bytes: where rows of an operand start
 _ROWS, _COLUMNS, _INNER = 128, 256, 64
+_PART = 128  # columns of an epilogue
 
 
 class LiveBlocks(NamedTuple):
@@ -30,6 +31,8 @@ class TmaTiles(TritonTiles):
     def __init__(self, operands: Operands) -> None:
         super().__init__(operands)
         self.of = self.of._replace(x=_aligned(self.of.x), weight=_aligned(self.of.weight))
+        # the cap's derivative takes the registers of half of the sums
+        self.logits_columns = _COLUMNS if self.of.options.softmax.softcap is None else _PART
         rows = operands.rows
         if isinstance(rows, FlaggedRows):
             self.live = loadable(rows.live)
@@ -53,10 +56,10 @@ class TmaTiles(TritonTiles):
             return
         e = None
         if kept.columns:
-            e = _boxes(kept.e[: of.n, : kept.columns], _ROWS, _COLUMNS // 2)
+            e = _boxes(kept.e[: of.n, : kept.columns], _ROWS, _PART)
         tma_fwd_kernel[(programs(of.x),)](
             x_desc=_boxes(of.x, _ROWS, _INNER),
-            weight_desc=_boxes(of.weight, _COLUMNS, _INNER),
+            weight_desc=_boxes(of.weight, self.logits_columns, _INNER),
             bias_ptr=of.bias,
             targets_ptr=of.targets,
             base_ptr=base,
@@ -71,7 +74,8 @@ class TmaTiles(TritonTiles):
             C=of.V,
             H=of.x.shape[1],
             scale=of.options.softmax.scale,
-            **sizes("N", "V", "H", of.x),
+            softcap=of.options.softmax.softcap,
+            **sizes("N", "V", "H", of.x, self.logits_columns),
         )
 
     def kept_tile(self, e: Tensor, among: Rows) -> Tile:
@@ -85,7 +89,7 @@ class TmaTiles(TritonTiles):
             return
         tma_weigh_kernel[(programs(of.x),)](
             x_desc=_boxes(of.x, _ROWS, _INNER),
-            weight_desc=_boxes(of.weight[columns], _COLUMNS, _INNER),
+            weight_desc=_boxes(of.weight[columns], self.logits_columns, _INNER),
             bias_ptr=None if of.bias is None else of.bias[columns],
             targets_ptr=of.targets,
             base_ptr=weighting.base,
@@ -95,13 +99,14 @@ class TmaTiles(TritonTiles):
             live_ptr=self.live,
             blocks_ptr=self.live_rows.listed,
             count_ptr=self.live_rows.number,
-            out_desc=_boxes(out, _ROWS, _COLUMNS // 2),
+            out_desc=_boxes(out, _ROWS, _PART),
             n=of.n,
             C=columns.stop - columns.start,
             H=of.x.shape[1],
             first_col=columns.start,
             scale=of.options.softmax.scale,
-            **sizes("N", "V", "H", of.x),
+            softcap=of.options.softmax.softcap,
+            **sizes("N", "V", "H", of.x, self.logits_columns),
         )
 
     def add_to_rows(self, out: Tensor, tile: Tile, w: Tensor, *, add: bool) -> None:
@@ -175,14 +180,14 @@ def programs(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
-def sizes(m: str, n: str, k: str, like: Tensor) -> dict[str, int]:
+def sizes(m: str, n: str, k: str, like: Tensor, columns: int = _COLUMNS) -> dict[str, int]:
     """Tile sizes of a product, by the letters of its dimensions."""
     return {
         f"BLOCK_{m}": _ROWS,
-        f"BLOCK_{n}": _COLUMNS,
+        f"BLOCK_{n}": columns,
         f"BLOCK_{k}": _INNER,
         "GROUP": 8,
         "PROGRAMS": programs(like),
         "num_warps": 8,
-        "num_stages": 4,
+        "num_stages": 4 if columns == _COLUMNS else 6,  # as many as shared memory holds
     }

@@ -413,11 +413,12 @@ def logits_tile(
 
 
 @triton.jit
-def store_target_logits(target_logit_ptr, z, rows, cols, y):
-    """Those of a tile z; few tiles have any."""
+def store_target_logits(target_logit_ptr, z, rows, cols, y, softcap):
+    """Those of a tile z that is not capped yet; few tiles have any."""
     has_target = (y >= tl.min(cols, axis=0)) & (y <= tl.max(cols, axis=0))
     if tl.max(has_target.to(tl.int32), axis=0) > 0:
         z_y = tl.sum(tl.where(cols[None, :] == y[:, None], z, 0.0), axis=1)
+        z_y, _ = capped(z_y, softcap)
         tl.store(target_logit_ptr + rows, z_y, mask=has_target)
 
 
@@ -433,8 +434,9 @@ def fold_tile(
     y = tl.load(targets_ptr + rows, mask=inside, other=-1)
     y = tl.where((y >= 0) & (y < C), y, -1).to(tl.int32)
     base = tl.load(base_ptr + rows, mask=inside, other=0.0)
+    # before the tile is capped, or its derivative would take registers meanwhile
+    store_target_logits(target_logit_ptr, z, rows, cols, y, softcap)
     z, derivative = capped(z, softcap)
-    store_target_logits(target_logit_ptr, z, rows, cols, y)
     a = (z - base[:, None]) * scale
     a = tl.where((cols < C)[None, :] & (cols[None, :] != y[:, None]), a, float("-inf"))
     shift, e = shifted(a, tl.max(a, axis=1, keep_dims=True))

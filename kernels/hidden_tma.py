@@ -1,18 +1,20 @@
-"""The products of `hidden.py` where a GPU copies boxes by itself (TMA: sm_90 and newer), in bf16.
+"""The products of `hidden.py` where a GPU copies boxes by itself (TMA: sm_90 and sm_100), in bf16.
 
 One program per multiprocessor goes through tiles of 128 x 256, in an order in which neighbours
-share operands in the L2 cache; the copies of a tile's operands run ahead of its products. A box
+share operands in the L2 cache; the copies of a tile's operands run ahead of its products.
+Epilogues work on PART columns at a time, so that what they make of sums has registers beside them;
+with a soft cap, whose derivative takes as many again, a tile has no more columns than that. A box
 holds consecutive rows, so rows that count are not gathered: the forward has them in front
 (`count_ptr`), and the backward goes through a list of the blocks of rows that have one with a
 gradient (`blocks_ptr`). Rows without one in these blocks are 0, as exponentials and in x.
-
-A soft cap needs more registers than there are, and is left to `hidden.py`.
 """
 
 import triton
 import triton.language as tl
 
 from .hidden import fold_tile, swizzled, weigh_tile
+
+PART = tl.constexpr(128)
 
 
 @triton.jit
@@ -57,9 +59,12 @@ def product_of_rows(
 
 
 @triton.jit
-def halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The left and the right columns of [BLOCK_M, BLOCK_N]: half as many registers at a time."""
-    return tl.split(tl.permute(tl.reshape(x, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))
+def part_of(x, index: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The columns of [BLOCK_M, BLOCK_N] from index * PART on; BLOCK_N is PART or twice that."""
+    if BLOCK_N > PART:
+        left, right = tl.split(tl.permute(tl.reshape(x, [BLOCK_M, 2, PART]), [0, 2, 1]))
+        x = left if index == 0 else right
+    return x
 
 
 @triton.jit
@@ -70,30 +75,28 @@ def tma_fwd_kernel(
     # the target's logit
     e_desc, shift_ptr, sum_ptr, log_sum_ptr, target_logit_ptr,
     n, C, H,
-    scale,
+    scale, softcap,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """Product, exponentials and their sums."""
-    HALF: tl.constexpr = BLOCK_V // 2
     count = tl.load(count_ptr)
     tiles_n, tiles_v = tl.cdiv(count, BLOCK_N), tl.cdiv(C, BLOCK_V)
     for tile in range(tl.program_id(0), number(tiles_n, tiles_v), PROGRAMS):
         tile_v, tile_n = swizzled(tile, tiles_v, tiles_n, GROUP)
         row, col = tile_n * BLOCK_N, tile_v * BLOCK_V
         z = product_of_rows(x_desc, weight_desc, row, col, H, BLOCK_N, BLOCK_V, BLOCK_H)
-        left, right = halves(z, BLOCK_N, BLOCK_V)
-        for half in tl.static_range(2):
-            z = left if half == 0 else right
-            first = col + half * HALF
+        for i in tl.static_range(BLOCK_V // PART):
+            part = part_of(z, i, BLOCK_N, BLOCK_V)
+            first = col + i * PART
             if first < C:
-                rows, cols = row + tl.arange(0, BLOCK_N), first + tl.arange(0, HALF)
+                rows, cols = row + tl.arange(0, BLOCK_N), first + tl.arange(0, PART)
                 if bias_ptr is not None:
                     bias = tl.load(bias_ptr + cols, mask=cols < C, other=0.0)
-                    z += bias.to(tl.float32)[None, :]
+                    part += bias.to(tl.float32)[None, :]
                 e = fold_tile(
-                    z, rows, cols, n, C, 2 * tile_v + half, targets_ptr, base_ptr,
-                    shift_ptr, sum_ptr, log_sum_ptr, target_logit_ptr, scale, None,
+                    part, rows, cols, n, C, first // PART, targets_ptr, base_ptr,
+                    shift_ptr, sum_ptr, log_sum_ptr, target_logit_ptr, scale, softcap,
                 )  # fmt: skip
                 if e_desc is not None:
                     wanted = rows < count
@@ -113,12 +116,11 @@ def tma_weigh_kernel(
     # output [n, C]
     out_desc,
     n, C, H, first_col,
-    scale,
+    scale, softcap,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """The logits of live blocks once more, turned into what the row's factor multiplies."""
-    HALF: tl.constexpr = BLOCK_V // 2
     tiles_n, tiles_v = tl.load(count_ptr), tl.cdiv(C, BLOCK_V)
     for tile in range(tl.program_id(0), number(tiles_n, tiles_v), PROGRAMS):
         tile_v, tile_n = swizzled(tile, tiles_v, tiles_n, GROUP)
@@ -126,16 +128,15 @@ def tma_weigh_kernel(
         z = product_of_rows(x_desc, weight_desc, row, col, H, BLOCK_N, BLOCK_V, BLOCK_H)
         rows = row + tl.arange(0, BLOCK_N)
         live = tl.load(live_ptr + rows, mask=rows < n, other=0) != 0
-        left, right = halves(z, BLOCK_N, BLOCK_V)
-        for half in tl.static_range(2):
-            z = left if half == 0 else right
-            first = col + half * HALF
-            cols = first + tl.arange(0, HALF)
+        for i in tl.static_range(BLOCK_V // PART):
+            part = part_of(z, i, BLOCK_N, BLOCK_V)
+            first = col + i * PART
+            cols = first + tl.arange(0, PART)
             if bias_ptr is not None:
-                z += tl.load(bias_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
+                part += tl.load(bias_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
             out = weigh_tile(
-                z, rows, cols, n, C, first_col, targets_ptr, base_ptr, shift_ptr, constant_ptr,
-                slope_ptr, scale, None,
+                part, rows, cols, n, C, first_col, targets_ptr, base_ptr, shift_ptr, constant_ptr,
+                slope_ptr, scale, softcap,
             )  # fmt: skip
             out = tl.where(live[:, None], out, 0.0)
             out_desc.store([row, first], out.to(out_desc.dtype))
@@ -163,7 +164,6 @@ def tma_dhidden_kernel(
     PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """out = (or +=) e weight, in live blocks of BLOCK_N rows."""
-    HALF: tl.constexpr = BLOCK_H // 2
     tiles_n, tiles_h = tl.load(count_ptr), tl.cdiv(H, BLOCK_H)
     for tile in range(tl.program_id(0), number(tiles_n, tiles_h), PROGRAMS):
         tile_n, tile_h = swizzled(tile, tiles_n, tiles_h, GROUP)
@@ -171,10 +171,10 @@ def tma_dhidden_kernel(
         acc = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
         for v in range(0, C, BLOCK_V):
             acc = tl.dot(e_desc.load([row, v]), weight_desc.load([v, col]), acc)
-        left, right = halves(acc, BLOCK_N, BLOCK_H)
-        rows, cols = row + tl.arange(0, BLOCK_N), col + tl.arange(0, HALF)
-        put(out_ptr, left, rows, cols, n, H, stride_on, ADD)
-        put(out_ptr, right, rows, cols + HALF, n, H, stride_on, ADD)
+        rows, cols = row + tl.arange(0, BLOCK_N), col + tl.arange(0, PART)
+        for i in tl.static_range(BLOCK_H // PART):
+            part = part_of(acc, i, BLOCK_N, BLOCK_H)
+            put(out_ptr, part, rows, cols + i * PART, n, H, stride_on, ADD)
 
 
 @triton.jit
@@ -189,7 +189,6 @@ def tma_dweight_kernel(
     PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """out = (or +=) e^T x, over live blocks of BLOCK_N rows."""
-    HALF: tl.constexpr = BLOCK_H // 2
     count = tl.load(count_ptr)
     tiles_v, tiles_h = tl.cdiv(C, BLOCK_V), tl.cdiv(H, BLOCK_H)
     for tile in range(tl.program_id(0), number(tiles_v, tiles_h), PROGRAMS):
@@ -202,7 +201,7 @@ def tma_dweight_kernel(
             e, x = e_desc.load([row, v]), x_desc.load([row, col])
             row = tl.load(blocks_ptr + i + 1) * BLOCK_N
             acc = tl.dot(e.T, x, acc)
-        left, right = halves(acc, BLOCK_V, BLOCK_H)
-        rows, cols = v + tl.arange(0, BLOCK_V), col + tl.arange(0, HALF)
-        put(out_ptr, left, rows, cols, C, H, stride_ov, ADD)
-        put(out_ptr, right, rows, cols + HALF, C, H, stride_ov, ADD)
+        rows, cols = v + tl.arange(0, BLOCK_V), col + tl.arange(0, PART)
+        for i in tl.static_range(BLOCK_H // PART):
+            part = part_of(acc, i, BLOCK_V, BLOCK_H)
+            put(out_ptr, part, rows, cols + i * PART, C, H, stride_ov, ADD)

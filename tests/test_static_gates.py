@@ -145,11 +145,13 @@ def test_products(name, target, table):
     assert not list(product_problems(name, target))
 
 
-HAVE_TMA = ("sm_90", "sm_100")
+HAVE_TMA = ("sm_90", "sm_100")  # the latter without a soft cap
 
 
-@pytest.mark.parametrize("target", HAVE_TMA)
-@pytest.mark.parametrize("name", TMA)
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [(name, target) for name in TMA for target in HAVE_TMA[: 1 if "softcap" in name else None]],
+)
 def test_tma_products(name, target, table):
     """Operands come by TMA, and exponentials leave by it; the rest is stored by threads."""
     compiled = compile_variant(name, target)
@@ -228,6 +230,7 @@ SAME_BITS = {
     "epilogue": ("fold", "fold no kept", "fold live", "fold entropy"),
     "product bf16": ("hidden fwd bf16", "hidden fwd no kept", "hidden fwd entropy"),
     "tma": ("tma fwd", "tma fwd no kept", "tma fwd entropy", "tma fwd bias entropy"),
+    "tma softcap": ("tma fwd softcap", "tma fwd softcap no kept", "tma fwd bias softcap entropy"),
 }  # fmt: skip
 
 
@@ -235,7 +238,7 @@ SAME_BITS = {
 @pytest.mark.parametrize("kernel", SAME_BITS)
 def test_additions_have_one_order(kernel, target):
     """The layout that a compiler picks is the order of additions, where kernels leave it to it."""
-    if kernel == "tma" and target not in HAVE_TMA:
+    if target not in {"tma": HAVE_TMA, "tma softcap": HAVE_TMA[:1]}.get(kernel, TARGETS):
         pytest.skip("has no TMA")
     first, *others = SAME_BITS[kernel]
     expected = compile_variant(first, target).orders()
