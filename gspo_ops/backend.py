@@ -40,8 +40,8 @@ def has_tma(device: torch.device, is_capped: bool) -> bool:
     """Whether a GPU copies boxes by itself, has room for them, and this Triton can tell it to."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
-    # sm_120 has less than half of the shared memory that tiles take, and for sm_100 Triton fails to
-    # compile an epilogue with a soft cap
+    # sm_120 has less than half of the shared memory that tiles take; an epilogue with a soft cap
+    # does not compile for sm_100 with Triton 3.6, and spills with 3.7
     able = (9,) if is_capped else (9, 10)
     is_able = torch.cuda.get_device_capability(device)[0] in able
     return is_able and importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
