@@ -122,8 +122,17 @@ HEAD_KERNELS = {
     ),
     "target counted twice": (
         "kernels/hidden.py",
-        "e = tl.where((at < C) & (at != y), tl.exp2(a), 0.0)",
-        "e = tl.where(at < C, tl.exp2(a), 0.0)",
+        "tl.where(inside & (at != y), (z - base) * scale,", "tl.where(inside, (z - base) * scale,",
+    ),
+    "target's logit of another precision": (
+        "kernels/hidden.py",
+        "tl.store(target_logit_ptr + row, z_y)", "tl.store(target_logit_ptr + row, z_y + 1e-5)",
+    ),
+    "missing row scale": (
+        "kernels/hidden.py", "total = factor * tl.load(at,", "total = tl.load(at,",
+    ),
+    "missing target term of rows": (
+        "kernels/hidden.py", "total += at_target * w.to(tl.float32)", "total += 0.0",
     ),
     "last tile of a product dropped": (
         "kernels/hidden.py",
@@ -138,12 +147,14 @@ HEAD_CPU_PATH = {
     "nothing": ("gspo_ops/tiles_torch.py", "_exp2(z)\n    s", "_exp2(z)\n    s"),
     "target in a recomputed tile": ("gspo_ops/tiles_torch.py", "z[hit] = 0.0", "pass"),
     "missing target term of rows": (
-        "gspo_ops/passes.py", "out[r] += w.index_select(0, y[r]) * at_target[r, None]", "pass"
+        "gspo_ops/tiles_torch.py", "out[r] += w.index_select(0, y[r]) * at_target[r, None]", "pass"
     ),
     "missing target term of columns": (
         "gspo_ops/tiles_torch.py", "out[y, c] = sums.add_(out[y, c]).to(out.dtype)", "pass"
     ),
-    "missing row scale": ("gspo_ops/passes.py", "total.mul_(factor[:, None])", "total"),
+    "missing row scale": (
+        "gspo_ops/tiles_torch.py", "out.mul_(row_grads.factor[:, None])", "pass"
+    ),
     "last tile dropped": (
         "gspo_ops/tiles.py",
         "range(whole.start, whole.stop, step)", "range(whole.start, whole.stop - step + 1, step)",
