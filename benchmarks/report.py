@@ -131,8 +131,8 @@ def static_table(report: dict) -> list[str]:
     given = report["given"]
     lines = [
         f"For {', '.join(targets)}: registers / spills / shared memory in KB; for kernels on "
-        f"logits bits of a load and instructions per logit, for products matrix instructions. "
-        f"Compiled, not run.",
+        f"logits bits of a load and instructions per logit, for products instructions that "
+        f"multiply matrices and that copy boxes. Compiled, not run.",
         "",
         f"| | kernel | {' | '.join(targets)} |",
         f"|{'---|' * (2 + len(targets))}",
@@ -200,6 +200,8 @@ def _static_cell(row: dict) -> str:
         text += f"; {bits}{row['per_logit']:.1f}"
     elif row["matrix_instructions"]:
         text += f"; {row['matrix_instructions']}"
+        if row["boxes"]:
+            text += f" and {row['boxes']} TMA"
     return text
 
 
