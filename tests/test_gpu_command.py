@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 
+from gspo_ops import head
 from gspo_ops.benchmarks import gpu
 from gspo_ops.benchmarks.gpu import Step, run_steps
 from gspo_ops.benchmarks.report import updated
@@ -187,6 +188,22 @@ def test_a_dry_run_takes_the_steps_that_a_gpu_would(tmp_path, monkeypatch):
     block = "<!-- results: gpu.json -->\nold\n<!-- end of results -->"
     with pytest.raises(SystemExit, match=r"gpu\.json is of a dry run"):
         updated(block)
+
+
+def test_auto_takes_what_was_faster(tmp_path, monkeypatch):
+    table = tmp_path / "products.json"
+    table.write_text("{}")
+    for module in (gpu, head):
+        monkeypatch.setattr(module, "PRODUCTS_TABLE", table)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(head, "_measured_products", head._measured_products.__wrapped__)
+    device = torch.device("cuda")
+    assert head.faster_products(device, torch.bfloat16) == "triton"
+    gpu.remember("Some GPU", {"bfloat16": "mm", "float32": "triton"})
+    assert head.faster_products(device, torch.bfloat16) == "mm"
+    assert head.faster_products(device, torch.float16) == "triton"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Other GPU")
+    assert head.faster_products(device, torch.bfloat16) == "triton"
 
 
 def test_half_a_line_is_left_out(tmp_path):
