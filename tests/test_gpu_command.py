@@ -173,7 +173,7 @@ def test_a_dry_run_takes_the_steps_that_a_gpu_would(tmp_path, monkeypatch):
     plan = gpu.plan
 
     def few(folder, *, is_dry):
-        names = ("probe", "profile", "host")
+        names = ("probe", "profile")
         return [step for step in plan(folder, is_dry=is_dry) if step.name in names]
 
     monkeypatch.setattr(gpu, "plan", few)
@@ -181,8 +181,8 @@ def test_a_dry_run_takes_the_steps_that_a_gpu_would(tmp_path, monkeypatch):
     assert gpu.main(["--dry-run", "--out", str(out)]) == 0
     report = json.loads(out.read_text())
     assert report["dry_run"]
-    assert [step["result"] for step in report["steps"]] == ["passed"] * 3
-    assert {finding["part"] for finding in report["experiments"]} == {"probe", "host"}
+    assert [step["result"] for step in report["steps"]] == ["passed"] * 2
+    assert {finding["part"] for finding in report["experiments"]} == {"probe"}
     assert report["profiles"].keys() >= {"logits, gspo_ops", "hidden, gspo_ops"}
     monkeypatch.setattr("gspo_ops.benchmarks.report.ROOT", tmp_path)
     block = "<!-- results: gpu.json -->\nold\n<!-- end of results -->"

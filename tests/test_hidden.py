@@ -1245,7 +1245,7 @@ def test_triton_products_leave_dead_rows_out(plan, frozen, monkeypatch):
         return dot(builder, a, b, *args)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", counting_dot)
-    N, H, V, T = 512, 128, 256, 32
+    N, H, V, T = 256, 128, 256, 32
     blocks = product_blocks("N", "V", "H", torch.bfloat16)
     rows_of_a_sum = product_blocks("V", "H", "N", torch.bfloat16)["BLOCK_N"]
     inputs = make(N, H, V, "cpu").map(Tensor.bfloat16)
