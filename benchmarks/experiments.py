@@ -40,7 +40,7 @@ from .measure import (
     seconds_each,
     synchronize,
 )
-from .workloads import Batch, draw
+from .workloads import Batch, draw, normal
 
 Finding = dict[str, Any]
 DEVICE = default_device()
@@ -50,12 +50,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 PRODUCTS: tuple[Products, ...] = ("mm", "triton")
 
 
-def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = BF16) -> Tensor:
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    out = torch.empty(shape, dtype=dtype, device=DEVICE)
-    for part in out.split(max((1 << 26) // shape[-1], 1)):
-        part.copy_(torch.randn(part.shape, generator=generator, device=DEVICE) * scale)
-    return out
+def draw_bf16(*size: int, scale: float = 1.0) -> Tensor:
+    return normal(*size, scale=scale, dtype=BF16, generator=torch.Generator(DEVICE).manual_seed(0))
 
 
 def rate(flops: float, run: Callable[[], object], calls: int = 10) -> float:
@@ -78,7 +74,7 @@ def probe() -> Iterator[Finding]:
 
 def products() -> Iterator[Finding]:
     """TFLOP/s of torch.mm at the shapes that the ops give it."""
-    x, w = normal(N, H), normal(V, H, scale=H**-0.5)
+    x, w = draw_bf16(N, H), draw_bf16(V, H, scale=H**-0.5)
     for rows, columns in ((1024, 8192), (2048, 4096), (2048, 8192), (4096, 8192), (8192, 8192)):
         if not IS_GPU:
             rows, columns = 16, 128
@@ -89,7 +85,7 @@ def products() -> Iterator[Finding]:
             "logits": [rows, columns], "bf16": rate(flops, partial(torch.mm, a, b)),
             "fp32": rate(flops, partial(matmul_fp32, a, b, out=z)),
         }  # fmt: skip
-    e, total = normal(N, V), torch.zeros(N, H, device=DEVICE)
+    e, total = draw_bf16(N, V), torch.zeros(N, H, device=DEVICE)
     whole = 2.0 * N * V * H
     yield {"dhidden, whole": rate(whole, lambda: matmul_fp32(e, w, out=total), 2)}
     tile = slice(0, min(8192, V))
@@ -114,7 +110,7 @@ def products() -> Iterator[Finding]:
 def fold() -> Iterator[Finding]:
     """Milliseconds of product and fold for 1e9 logits, as the size of a tile varies."""
     n, vocabulary = (N, 65536) if IS_GPU else (N, V)
-    head = Head(normal(n, H), normal(vocabulary, H, scale=H**-0.5), None, None, None)
+    head = Head(draw_bf16(n, H), draw_bf16(vocabulary, H, scale=H**-0.5), None, None, None)
     targets = torch.randint(vocabulary, (n,), device=DEVICE)
     options = HeadOptions(Softmax(1.0, None, False, None), "mm", False, 1.0, vocabulary)
     tiles = MatMulTiles(Operands.of(head, targets, AllRows(), options))

@@ -138,21 +138,22 @@ def draw(
     N, V, H = shape
     T = N // SEQUENCES
     generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*size: int, scale: float) -> Tensor:
-        """Part by part: all of it in fp32 would double the memory."""
-        out = torch.empty(size, dtype=dtype, device=device)
-        for part in out.split(max(_PART // out[0].numel(), 1)):
-            part.copy_(torch.randn(part.shape, generator=generator, device=device) * scale)
-        return out
-
     if path == "logits":
-        operands: tuple[Tensor, ...] = (normal(SEQUENCES, T, V, scale=3.0).requires_grad_(),)
+        logits = normal(SEQUENCES, T, V, scale=3.0, dtype=dtype, generator=generator)
+        operands: tuple[Tensor, ...] = (logits.requires_grad_(),)
     else:
-        weight = normal(V, H, scale=3 / H**0.5)
-        hidden = normal(SEQUENCES, T, H, scale=1.0)
+        weight = normal(V, H, scale=3 / H**0.5, dtype=dtype, generator=generator)
+        hidden = normal(SEQUENCES, T, H, scale=1.0, dtype=dtype, generator=generator)
         operands = hidden.requires_grad_(), weight.requires_grad_(not frozen_head)
     return Drawn(operands, *_sample(operands, generator))
+
+
+def normal(*size: int, scale: float, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Drawn on the generator's device, part by part: all of it in fp32 would double the memory."""
+    out = torch.empty(size, dtype=dtype, device=generator.device)
+    for part in out.split(max(_PART // out[0].numel(), 1)):
+        part.copy_(torch.randn(part.shape, generator=generator, device=out.device) * scale)
+    return out
 
 
 @torch.no_grad()

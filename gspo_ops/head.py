@@ -123,7 +123,7 @@ def on_device(options: HeadOptions, head: Head) -> HeadOptions:
 def faster_products(device: torch.device, dtype: torch.dtype) -> Products:
     """What `make gpu` has found to be faster there when half of the rows have a gradient.
 
-    Where nothing has been measured it is `"triton"`, which never multiplies a row without.
+    Where nothing has been measured it is `"triton"`, which leaves the other rows out.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
     return _measured_products().get(name, {}).get(str(dtype)[6:], "triton")

@@ -151,9 +151,8 @@ class Sums(NamedTuple):
         """
         own = torch.stack([target_logit, *[x for x in self.reduced() if x is not None]])
         target_logits, *parts = gathered(own, group).transpose(0, 1).contiguous().unbind(0)
-        return Sums(parts[0], parts[1], None if self.log is None else parts[2]), target_logits.sum(
-            0
-        )
+        whole = Sums(parts[0], parts[1], None if self.log is None else parts[2])
+        return whole, target_logits.sum(0)
 
 
 class Weighting(NamedTuple):

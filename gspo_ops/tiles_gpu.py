@@ -50,7 +50,7 @@ def product_columns(width: int) -> int:
 
 
 class KernelTiles:
-    """What both have in common: everything per row."""
+    """What all have in common: everything per row."""
 
     blocks: ClassVar[Blocks]
     of: Operands
@@ -58,7 +58,31 @@ class KernelTiles:
     count: Tensor | None  # 0-dim, of rows that count, which stand in front
 
     def target_logits(self) -> Tensor:
-        return _target_logits(self.of, self.live)
+        from .kernels.hidden import target_logits_kernel
+
+        of = self.of
+        out = of.x.new_empty(of.n, dtype=of.stats_dtype)
+        low_rank = None
+        if of.lora_x is not None and of.lora_b is not None:
+            rows = of.lora_b.index_select(0, of.targets.clamp(0, of.V - 1))
+            low_rank = (of.lora_x * rows).sum(1)
+        if of.n:
+            target_logits_kernel[(of.n,)](
+                hidden_ptr=of.x,
+                weight_ptr=of.weight,
+                bias_ptr=of.bias,
+                lora_ptr=low_rank,
+                targets_ptr=of.targets,
+                live_ptr=self.live,
+                target_logits_ptr=out,
+                H=of.x.shape[1],
+                V=of.V,
+                stride_hn=of.x.stride(0),
+                stride_wv=of.weight.stride(0),
+                softcap=of.options.softmax.softcap,
+                BLOCK_H=1024,
+            )
+        return out
 
     def finish(self, sums: Sums, base: Tensor, target_logit: Tensor) -> tuple[Tensor, RowSums]:
         from .kernels.hidden import row_sums_kernel
@@ -148,6 +172,26 @@ class KernelTiles:
                 stride_wv=w.stride(0),
                 BLOCK=block,
             )
+
+    def _add_column_sums(self, out: Tensor, tile: Tile, factor: Tensor, *, add: bool) -> None:
+        """out (C, 1) = the sum of the tile's rows, each times its factor (n, 1), or added to it."""
+        from .kernels.hidden import column_sums_kernel
+
+        columns = 128
+        column_sums_kernel[(-(-len(out) // columns),)](
+            e_ptr=tile.e,
+            rows_ptr=tile.rows,
+            count_ptr=self.count,
+            factor_ptr=factor,
+            out_ptr=out,
+            n=len(factor),
+            C=len(out),
+            stride_en=tile.e.stride(0),
+            stride_o=out.stride(0),
+            ADD=add,
+            ROWS=32,
+            COLS=columns,
+        )
 
     def add_targets(self, out: Tensor, x: Tensor, at_target: Tensor) -> None:
         from .kernels.hidden import add_targets_kernel
@@ -247,7 +291,7 @@ class MatMulTiles(KernelTiles):
     def add_to_columns(self, out: Tensor, tile: Tile, x: Tensor, *, add: bool) -> None:
         width = x.shape[1]
         if width == 1:
-            _add_column_sums(out, tile, x, None, add=add)
+            self._add_column_sums(out, tile, x, add=add)
             return
         for c in slices(len(out), product_columns(width)):
             matmul_fp32(tile.e[:, c].mT.to(x.dtype), x, out=out[c], add=add)
@@ -371,7 +415,7 @@ class TritonTiles(KernelTiles):
         from .kernels.hidden import dweight_kernel
 
         if x.shape[1] == 1:
-            _add_column_sums(out, tile, x, self.count, add=add)
+            self._add_column_sums(out, tile, x, add=add)
             return
         dweight_kernel[programs(out.shape[0], out.shape[1], x.dtype)](
             e_ptr=tile.e,
@@ -389,7 +433,7 @@ class TritonTiles(KernelTiles):
         )
 
 
-# What both share
+# What they share
 
 
 def _are_direct(
@@ -412,56 +456,6 @@ def _for_kernels(operands: Operands) -> Operands:
 
 def _with_contiguous_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _target_logits(of: Operands, live: Tensor | None) -> Tensor:
-    from .kernels.hidden import target_logits_kernel
-
-    out = of.x.new_empty(of.n, dtype=of.stats_dtype)
-    low_rank = None
-    if of.lora_x is not None and of.lora_b is not None:
-        rows = of.lora_b.index_select(0, of.targets.clamp(0, of.V - 1))
-        low_rank = (of.lora_x * rows).sum(1)
-    if of.n:
-        target_logits_kernel[(of.n,)](
-            hidden_ptr=of.x,
-            weight_ptr=of.weight,
-            bias_ptr=of.bias,
-            lora_ptr=low_rank,
-            targets_ptr=of.targets,
-            live_ptr=live,
-            target_logits_ptr=out,
-            H=of.x.shape[1],
-            V=of.V,
-            stride_hn=of.x.stride(0),
-            stride_wv=of.weight.stride(0),
-            softcap=of.options.softmax.softcap,
-            BLOCK_H=1024,
-        )
-    return out
-
-
-def _add_column_sums(
-    out: Tensor, tile: Tile, factor: Tensor, count: Tensor | None, *, add: bool
-) -> None:
-    """out (C, 1) = the sum of the tile's rows, each times its factor (n, 1), or added to it."""
-    from .kernels.hidden import column_sums_kernel
-
-    columns = 128
-    column_sums_kernel[(-(-len(out) // columns),)](
-        e_ptr=tile.e,
-        rows_ptr=tile.rows,
-        count_ptr=count,
-        factor_ptr=factor,
-        out_ptr=out,
-        n=len(factor),
-        C=len(out),
-        stride_en=tile.e.stride(0),
-        stride_o=out.stride(0),
-        ADD=add,
-        ROWS=32,
-        COLS=columns,
-    )
 
 
 # Sizes of Triton products, which never depend on the number of rows

@@ -94,8 +94,7 @@ def target_logits_kernel(
             z += tl.load(bias_ptr + target, mask=known, other=0.0).to(tl.float32)
         if lora_ptr is not None:
             z += tl.load(lora_ptr + row)
-        if softcap is not None:
-            z, _ = soft_cap(z, softcap)
+        z, _ = capped(z, softcap)
         # a target outside the vocabulary can't train silently
         z = tl.where(known, z, float("nan"))
     tl.store(target_logits_ptr + row, z)

@@ -129,3 +129,18 @@ def assert_accurate(
         assert_grads(grads, exact, eager)
         if "hidden" in grads:
             assert (grads["hidden"][1::3] == 0).all()
+
+
+def count_dots(monkeypatch) -> list[int]:
+    """The FLOPs of each `tl.dot` in Triton's interpreter, as they are spent from now on."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    spent = []
+    dot = InterpreterBuilder.create_dot
+
+    def counting_dot(builder, a, b, *arguments):
+        spent.append(2 * a.data.shape[0] * a.data.shape[1] * b.data.shape[1])
+        return dot(builder, a, b, *arguments)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", counting_dot)
+    return spent

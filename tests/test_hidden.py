@@ -12,6 +12,7 @@ from hidden_inputs import (
     Inputs,
     assert_accurate,
     assert_grads,
+    count_dots,
     make,
     plain,
     run,
@@ -1233,18 +1234,9 @@ def test_a_model_trains_to_the_same_weights():
 @pytest.mark.parametrize("plan", ["keep", "recompute"])
 def test_triton_products_leave_dead_rows_out(plan, frozen, monkeypatch):
     """(2 + 4f) N V H and so on, the live rows rounded up to whole tiles; counted, not timed."""
-    from triton.runtime.interpreter import InterpreterBuilder
-
     from gspo_ops.tiles_gpu import product_blocks
 
-    spent = []
-    dot = InterpreterBuilder.create_dot
-
-    def counting_dot(builder, a, b, *args):
-        spent.append(2 * a.data.shape[0] * a.data.shape[1] * b.data.shape[1])
-        return dot(builder, a, b, *args)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", counting_dot)
+    spent = count_dots(monkeypatch)
     N, H, V, T = 256, 128, 256, 32
     blocks = product_blocks("N", "V", "H", torch.bfloat16)
     rows_of_a_sum = product_blocks("V", "H", "N", torch.bfloat16)["BLOCK_N"]

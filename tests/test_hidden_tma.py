@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from hidden_inputs import assert_accurate, make, sample, with_budget
+from hidden_inputs import assert_accurate, count_dots, make, sample, with_budget
 from torch import Tensor
 
 import gspo_ops
@@ -163,16 +163,7 @@ def test_a_bad_row_with_a_gradient_shows(bad):
 )
 def test_dead_blocks_are_not_multiplied(plan, frozen, monkeypatch):
     """Live rows up to whole blocks, of 128 where they are rows of a product, of 64 in a sum."""
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    spent = []
-    dot = InterpreterBuilder.create_dot
-
-    def counting_dot(builder, a, b, *args):
-        spent.append(2 * a.data.shape[0] * a.data.shape[1] * b.data.shape[1])
-        return dot(builder, a, b, *args)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", counting_dot)
+    spent = count_dots(monkeypatch)
     N, H, V, T = 256, 64, 256, 64
     inputs = make_bf16(N, H, V)
     targets = sample(inputs)
