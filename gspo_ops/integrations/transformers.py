@@ -1,31 +1,49 @@
 """Policy losses of a causal language model of transformers, from the hidden states at its head.
 
-The model runs as it is, in whatever wraps it, but its head makes no logits. Written for
-transformers 5, of which nothing is imported.
+The model runs as it is, in whatever wraps it, but its head makes no logits; and it runs for the
+sequences alone that can have a gradient. Written for transformers 5, of which nothing is imported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from .. import PolicyLoss, log_probs_from_hidden, policy_loss_from_hidden
+from .. import (
+    GSPO,
+    Objective,
+    PolicyLoss,
+    global_denominator,
+    log_probs_from_hidden,
+    policy_loss_from_hidden,
+)
+from ..checks import check_choice
+from .batches import Batch, Part, require_separate
+from .checkpointing import live_checkpointing
 from .heads import OutputHead, hidden_to
 
-Result = TypeVar("Result")
+__all__ = ["Skip", "live_checkpointing", "log_probs_from_model", "loss_from_model"]
+
+Skip = Literal["auto", "dead", "none"]
+# statistics that are fractions of all sequences, and of all their tokens
+_OF_SEQUENCES = ("clip_frac_sequences",)
+_OF_TOKENS = ("clip_frac_tokens", "clip_frac_low", "clip_frac_high", "active_token_frac")
 
 
 def log_probs_from_model(
     model: Any,
     batch: Mapping[str, Any],
-    count: int,
+    count: int | None = None,
     *,
+    cu_seqlens: Tensor | None = None,
+    needed: Tensor | None = None,
     temperature: float = 1.0,
     check_model: bool = True,
     **options: Any,
-) -> Tensor:
+) -> Any:
     """Log-probs of each row's last `count` tokens, as `loss_from_model` sees them.
 
     Args:
@@ -33,23 +51,50 @@ def log_probs_from_model(
             peft, torch.compile, DDP, FSDP or DeepSpeed, or not.
         batch: arguments of its forward: `input_ids` (B, S), `attention_mask` and so on.
         count: T, tokens at the end of each row: the responses, padded on the right or not.
+        cu_seqlens: (B + 1,) in place of `count`, where sequences are packed in one row: the first
+            token of each, and S. `batch` then has `position_ids` that start again.
+        needed: (B,) bool: sequences for which the model runs; None for all. One host
+            synchronisation. For a loss, those with an advantage.
         temperature: sampling temperature, > 0.
         check_model: whether the head's logits are compared with the model's own before its first
-            use, on at most 8 tokens.
+            use, on at most 8 tokens, and whether packed sequences do not see each other.
         options: further ones of `log_probs_from_hidden`.
 
     Returns:
-        (B, T) float32.
+        (B, T) float32, or (S,) with 0 at first tokens where packed; NaN where not needed. With
+        `return_entropy`, the entropies too.
 
     Raises:
-        ValueError: `batch` or `count` does not fit, or the model's head is unknown.
+        ValueError: `batch` or `count` does not fit, an argument of the model can't be cut into
+            sequences, or the model's head is unknown.
     """
+    whole = Batch.of(batch, count, cu_seqlens)
+    if check_model:
+        require_separate(model, whole)
+    part = None if needed is None else _needed(whole, needed)
+    run = whole if part is None else part.batch
 
-    def of_head(head: OutputHead, hidden: Tensor, targets: Tensor, _: Any) -> Tensor:
+    def of_head(head: OutputHead, hidden: Tensor, _: Any) -> Any:
         own = head.options(temperature)
-        return log_probs_from_hidden(hidden, head.weight, targets, **own, **options)
+        found = log_probs_from_hidden(
+            run.hidden(hidden), head.weight, run.targets(), **own, **options
+        )
+        return tuple(map(whole_of, found)) if isinstance(found, tuple) else whole_of(found)
 
-    return hidden_to(model, batch, _responses(batch, count, of_head), check_model)
+    def whole_of(x: Tensor) -> Tensor:
+        by_token = run.of_tokens(x)
+        return by_token if part is None else part.by_token(by_token)
+
+    return hidden_to(model, run.arguments, of_head, check_model)
+
+
+def _needed(whole: Batch, needed: Tensor) -> Part:
+    if needed.shape != (whole.number,):
+        raise ValueError(
+            f"needed must have shape {(whole.number,)}, one per sequence, got {tuple(needed.shape)}"
+        )
+    _require_cuttable("needed", whole)
+    return whole.some(needed)
 
 
 def loss_from_model(
@@ -59,47 +104,154 @@ def loss_from_model(
     advantages: Tensor,
     *,
     mask: Tensor,
+    cu_seqlens: Tensor | None = None,
     temperature: float = 1.0,
     router_loss_coef: float = 0.0,
+    skip: Skip = "auto",
     check_model: bool = True,
     **options: Any,
 ) -> PolicyLoss:
     """The policy loss of the last T tokens of each row; see `policy_loss_from_hidden`.
 
+    The model runs, forward and backward, for the sequences that can have a gradient: those with a
+    token whose advantage, times its rollout weight, is not zero. With a KL term, a router loss or a
+    function as objective all can. Loss and gradients are those of all sequences, whose number or
+    tokens still divide the loss.
+
     Args:
         model: a causal language model of transformers, as it is called in training: wrapped by
             peft, torch.compile, DDP, FSDP or DeepSpeed, or not.
         batch: arguments of its forward: `input_ids` (B, S), `attention_mask` and so on.
-        old_log_probs: (B, T) float32 of the policy that sampled, or None for on-policy.
+        old_log_probs: (B, T) float32 of the policy that sampled, or None for on-policy; anything
+            where a sequence is left out.
         advantages: (B,), or (B, T) with an objective that takes one per token.
         mask: (B, T) non-zero at response tokens; T is taken from it.
+        cu_seqlens: (B + 1,) where sequences are packed in one row: the first token of each, and S.
+            `mask` and all else that is per token is (S,), by token, and is not read at the first
+            token of a sequence, where the mask is 0. `batch` has `position_ids` that start again.
         temperature: sampling temperature, > 0.
         router_loss_coef: of the load-balancing loss of a mixture of experts, `aux_loss` in its
             output, which is added; reported as `router_loss`.
+        skip: `"auto"` leaves sequences without a gradient out if the arguments of the model can be
+            cut into sequences, which those of text can, and images can't; `"dead"` refuses
+            arguments that can't; `"none"` runs all of them, without the one host synchronisation
+            and with a shape that does not change from batch to batch.
         check_model: whether the head's logits are compared with the model's own before its first
-            use, on at most 8 tokens.
+            use, on at most 8 tokens, and whether packed sequences do not see each other.
         options: further ones of `policy_loss_from_hidden`: `objective`, `denominator`, ...
 
     Returns:
-        PolicyLoss(loss, stats).
+        PolicyLoss(loss, stats), with `computed` (B,) bool in the statistics: the sequences for
+        which the model ran. Fractions (`clip_frac_...`, `active_token_frac`) are of all sequences;
+        what remains is of those computed, and `log_ratio` is NaN for others.
 
     Raises:
         ValueError: an argument does not fit, or the model's head is unknown.
     """
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
+    if not isinstance(mask, Tensor) or mask.ndim != (2 if cu_seqlens is None else 1):
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"mask must have shape (B, T), one per response token, got {got}")
+        shape = "(B, T)" if cu_seqlens is None else "(S,)"
+        raise ValueError(f"mask must have shape {shape}, one per response token, got {got}")
+    check_choice("skip", skip, ("auto", "dead", "none"))
+    whole = Batch.of(batch, mask.shape[1] if cu_seqlens is None else None, cu_seqlens)
+    if check_model:
+        require_separate(model, whole)
+    if router_loss_coef:
+        whole.arguments["output_router_logits"] = True
+    given: dict[str, Any] = {
+        "mask": mask, "old_log_probs": old_log_probs, "advantages": advantages,
+        "ref_log_probs": options.pop("ref_log_probs", None),
+        "rollout_weights": options.pop("rollout_weights", None),
+    }  # fmt: skip
+    part = None
+    if not router_loss_coef and _is_skipped(skip, whole, given, options):
+        part = whole.some(_can_have_gradient(whole, given))
+    run = whole if part is None else part.batch
+    if part is not None:
+        options.setdefault("denominator", _denominator(whole, mask, options))
+        given = _of_part(part, given)
 
-    def of_head(head: OutputHead, hidden: Tensor, targets: Tensor, output: Any) -> PolicyLoss:
+    def of_head(head: OutputHead, hidden: Tensor, output: Any) -> PolicyLoss:
+        rows: dict[str, Any] = {
+            name: None if x is None else run.of_rows(x) for name, x in given.items()
+        }
         found = policy_loss_from_hidden(
-            hidden, head.weight, targets, old_log_probs, advantages, mask=mask,
-            **head.options(temperature), **options,
+            run.hidden(hidden), head.weight, run.targets(), cu_seqlens=run.cu_seqlens,
+            **rows, **head.options(temperature), **options,
         )  # fmt: skip
         return _with_router_loss(found, output, router_loss_coef) if router_loss_coef else found
 
-    if router_loss_coef:
-        batch = {**batch, "output_router_logits": True}
-    return hidden_to(model, batch, _responses(batch, mask.shape[1], of_head), check_model)
+    loss, stats = hidden_to(model, run.arguments, of_head, check_model)
+    return PolicyLoss(loss, _stats_of_all(stats, whole, part, mask))
+
+
+def _require_cuttable(option: str, whole: Batch) -> None:
+    if name := whole.obstacle():
+        raise ValueError(
+            f"batch['{name}'] can't be cut into sequences, as {option} asks for: it is not known "
+            "what of it belongs to which"
+        )
+
+
+def _is_skipped(
+    skip: Skip, whole: Batch, given: Mapping[str, Any], options: Mapping[str, Any]
+) -> bool:
+    """Whether a sequence without an advantage has no gradient, and can be left out."""
+    objective = options.get("objective", GSPO())
+    if skip == "none" or not isinstance(objective, Objective) or objective.kl_coef > 0:
+        return False
+    if options.get("context_group") is not None:  # other ranks have tokens of it
+        return False
+    if skip == "dead":
+        _require_cuttable("skip='dead'", whole)
+    # what has another shape, the op refuses
+    shapes = {tuple(x.shape) for x in given.values() if isinstance(x, Tensor)}
+    mask = given["mask"]
+    fitting = {(whole.number,), tuple(mask.shape), (1, *mask.shape)}
+    return shapes <= fitting and whole.obstacle() is None
+
+
+def _can_have_gradient(whole: Batch, given: Mapping[str, Any]) -> Tensor:
+    """(B,) bool: whether a token that counts has an advantage and a weight."""
+    mask, advantages = given["mask"], given["advantages"]
+    factor = whole.by_token(advantages.detach())
+    if (weights := given["rollout_weights"]) is not None:
+        factor = factor * whole.by_token(weights)  # NaN, which is not 0, for an infinite one
+    return whole.sequences_with((factor != 0) & (mask != 0))
+
+
+def _denominator(whole: Batch, mask: Tensor, options: Mapping[str, Any]) -> Tensor:
+    objective = options.get("objective", GSPO())
+    batch = {"mask": mask} | ({} if whole.width else {"cu_seqlens": whole.cu_seqlens})
+    return global_denominator([batch], objective=objective)
+
+
+def _of_part(part: Part, given: Mapping[str, Any]) -> dict[str, Any]:
+    if not part.is_stand_in:
+        return {name: None if x is None else part.take(x) for name, x in given.items()}
+    nothing = given["advantages"].new_zeros(1)
+    return {"mask": nothing[:, None], "old_log_probs": None, "advantages": nothing}
+
+
+def _stats_of_all(
+    stats: dict[str, Tensor], whole: Batch, part: Part | None, mask: Tensor
+) -> dict[str, Tensor]:
+    """Fractions of all sequences, and which of them the rest is of."""
+    computed = torch.ones(whole.number, dtype=torch.bool, device=mask.device)
+    if part is None:
+        return stats | {"computed": computed}
+    computed = torch.zeros_like(computed).index_fill(0, part.sequences, True)
+    is_token = mask != 0
+    is_computed = whole.by_token(computed) & is_token
+    every, some = whole.sequences_with(is_token), whole.sequences_with(is_computed)
+    found = stats | {"log_ratio": part.by_sequence(stats["log_ratio"]), "computed": computed}
+    for names, part_, all_ in (
+        (_OF_SEQUENCES, some.sum(), every.sum()),
+        (_OF_TOKENS, is_computed.sum(), is_token.sum()),
+    ):
+        for name in names:
+            found[name] = stats[name] * (part_ / all_.clamp(min=1))
+    return found
 
 
 def _with_router_loss(found: PolicyLoss, output: Any, coef: float) -> PolicyLoss:
@@ -108,24 +260,3 @@ def _with_router_loss(found: PolicyLoss, output: Any, coef: float) -> PolicyLoss
         raise ValueError("router_loss_coef must be 0 for a model whose output has no aux_loss")
     stats = found.stats | {"router_loss": router_loss.detach()}
     return PolicyLoss(found.loss + coef * router_loss.to(found.loss), stats)
-
-
-def _responses(
-    batch: Mapping[str, Any], count: int, function: Callable[..., Result]
-) -> Callable[[OutputHead, Tensor, Any], Result]:
-    """function(head, hidden, targets, output) of each row's last tokens."""
-    if "input_ids" not in batch:
-        raise ValueError(f"batch must have input_ids, got {sorted(batch)}")
-    if "labels" in batch:
-        raise ValueError("batch must have no labels: the model makes no logits for its own loss")
-    ids = batch["input_ids"]
-    if ids.ndim != 2 or not 0 < count < ids.shape[1]:
-        raise ValueError(
-            f"batch['input_ids'] must have shape (B, S) with S > T={count} response tokens, got "
-            f"{tuple(ids.shape)}"
-        )
-
-    def of_hidden(head: OutputHead, hidden: Tensor, output: Any) -> Result:
-        return function(head, hidden[:, -count - 1 : -1], ids[:, -count:], output)
-
-    return of_hidden

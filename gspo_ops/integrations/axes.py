@@ -1,0 +1,208 @@
+"""Which axes of what a model's layers are given count sequences, and which count tokens.
+
+Names and layouts differ between models, so that this is not read from them, but learnt: the model
+runs on a few tokens in batches of three sizes, and the sizes that change with them tell.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path
+
+# sequences and tokens of the batches on which axes are learnt
+_SIZES = (2, 5), (3, 5), (2, 7)
+PLAIN = type(None), bool, int, float, str  # what is the same for all sequences
+_BORDERS = "cu_seq_lens_q", "cu_seq_lens_k"  # of packed sequences, for FlashAttention
+
+
+class Axes(NamedTuple):
+    """Of one tensor. A size may be a multiple, as that of (B * S, E).
+
+    Attributes:
+        sequences: the axis of sequences, if there is one.
+        tokens: those of tokens.
+        is_known: whether there is no axis that follows neither, though its size changes.
+    """
+
+    sequences: int | None = None
+    tokens: tuple[int, ...] = ()
+    is_known: bool = True
+
+
+UNKNOWN = Axes(is_known=False)
+# by class of the layer, path of the tensor and number of its dimensions
+KnownAxes = dict[tuple[str, str, int], Axes]
+
+
+def leaves_of(tree: Any) -> list[tuple[str, Any]]:
+    """Path and value of all that is in nested tuples, lists and dictionaries."""
+    return [(keystr(path), x) for path, x in tree_flatten_with_path(tree)[0]]
+
+
+def class_of(layer: nn.Module) -> str:
+    """Its name, where FSDP2 makes a class of its own of it too."""
+    names = (kind.__name__ for kind in type(layer).__mro__)
+    return next(name for name in names if not name.startswith("FSDP"))
+
+
+@torch.no_grad()
+def learn_axes(model: Any, layers: Sequence[nn.Module]) -> KnownAxes:
+    """Axes of all tensors that these layers of a model are given, and that they return.
+
+    Args:
+        model: takes `input_ids` (B, S), and `attention_mask` where it knows that.
+        layers: parts of it.
+
+    Returns:
+        Of arguments, with paths as in (args, kwargs), and of results, as in {"output": ...}.
+    """
+    runs: list[dict[tuple[str, str, int], list[torch.Size]]] = []
+
+    def record(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        for path, x in leaves_of((args, kwargs)) + leaves_of({"output": output}):
+            if isinstance(x, Tensor):
+                runs[-1].setdefault((class_of(layer), path, x.ndim), []).append(x.shape)
+
+    hooks = [layer.register_forward_hook(record, with_kwargs=True) for layer in layers]
+    device = next(model.parameters()).device
+    try:
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),  # dropout's
+            torch.compiler.set_stance("force_eager"),
+        ):
+            for size in _SIZES:
+                runs.append({})
+                model(**_tokens(model, size, device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {
+        key: _agreed([_axes(*shapes) for shapes in zip(*(run[key] for run in runs), strict=True)])
+        for key in runs[0]
+        if all(len(run.get(key, ())) == len(runs[0][key]) for run in runs)
+    }
+
+
+def _tokens(model: Any, size: tuple[int, int], device: torch.device) -> dict[str, Any]:
+    mask = torch.ones(size, dtype=torch.long, device=device)
+    mask[0, 0] = 0  # some models make no mask of tokens without padding
+    parameters = inspect.signature(type(model).forward).parameters.values()
+    known = {p.name for p in parameters}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        known.add("use_cache")
+    batch = {"input_ids": mask.cumsum(1), "attention_mask": mask, "use_cache": False}
+    return {name: x for name, x in batch.items() if name in known}
+
+
+def _axes(shape: torch.Size, more_sequences: torch.Size, more_tokens: torch.Size) -> Axes:
+    """Of a tensor that has these shapes in the three batches."""
+    (b, s), (more_b, _), (_, more_s) = _SIZES
+    follows_b = [i for i, n in enumerate(shape) if more_sequences[i] != n]
+    follows_s = [i for i, n in enumerate(shape) if more_tokens[i] != n]
+    if len(follows_b) > 1 or any(shape[i] * more_b != more_sequences[i] * b for i in follows_b):
+        return UNKNOWN
+    if any(shape[i] * more_s != more_tokens[i] * s for i in follows_s):
+        return UNKNOWN
+    return Axes(follows_b[0] if follows_b else None, tuple(follows_s))
+
+
+def _agreed(found: list[Axes]) -> Axes:
+    """Of a tensor in several calls; in some, the axis of sequences may have size 1."""
+    sequences = {axes.sequences for axes in found} - {None}
+    tokens = {axes.tokens for axes in found}
+    if UNKNOWN in found or len(sequences) > 1 or len(tokens) > 1:
+        return UNKNOWN
+    return Axes(sequences.pop() if sequences else None, tokens.pop())
+
+
+class Place(NamedTuple):
+    """Of a tensor among those that a layer is given or returns."""
+
+    path: str
+    axes: Axes
+
+    def is_called(self, *names: str) -> bool:
+        return any(self.path.endswith(f"['{name}']") for name in names)
+
+
+class Units(NamedTuple):
+    """What a batch is cut into: the sequences of a padded one, the tokens of a packed one.
+
+    Attributes:
+        number: how many there are.
+        sequence: (number,) the sequence of each token, where they are packed in one row.
+    """
+
+    number: int
+    sequence: Tensor | None = None
+
+    @classmethod
+    def of(cls, given: Sequence[tuple[Place, Tensor]]) -> Units:
+        """Those of a call with these arguments."""
+        rows = (
+            (x.shape[of.axes.sequences], x.shape[of.axes.tokens[0]])
+            for of, x in given
+            if of.axes.sequences is not None and of.axes.tokens
+        )
+        sequences, tokens = next(rows, (1, 0))
+        if sequences > 1:
+            return cls(sequences)
+        for of, x in given:
+            if of.is_called(*_BORDERS):
+                place = torch.arange(tokens, device=x.device)
+                return cls(tokens, torch.searchsorted(x[1:].long(), place, right=True))
+            if of.is_called("position_ids"):
+                starts = x.reshape(-1, tokens)[0].diff() != 1
+                return cls(tokens, nn.functional.pad(starts.cumsum(0), (1, 0)))
+        return cls(sequences)
+
+    def axes(self, of: Place) -> tuple[int, ...]:
+        """Those along which a tensor is cut."""
+        if self.sequence is not None:
+            return of.axes.tokens
+        return () if of.axes.sequences is None else (of.axes.sequences,)
+
+    def fit(self, x: Tensor, of: Place) -> bool:
+        """Whether the tensor can be cut, or is of all."""
+        if of.is_called(*_BORDERS):
+            return True
+        sizes = [x.shape[axis] for axis in self.axes(of)]
+        return of.axes.is_known and all(n == 1 or n % self.number == 0 for n in sizes)
+
+    def take(self, x: Tensor, of: Place, index: Tensor) -> Tensor:
+        """The part of the units in `index`."""
+        if self.sequence is not None and of.is_called(*_BORDERS):
+            lengths = torch.zeros_like(x[1:], dtype=torch.long)
+            lengths.scatter_add_(0, self.sequence[index], torch.ones_like(index))
+            return nn.functional.pad(lengths.cumsum(0), (1, 0)).to(x.dtype)
+        for axis in self.axes(of):
+            if x.shape[axis] >= self.number:
+                x = x.unflatten(axis, (self.number, -1)).index_select(axis, index)
+                x = x.flatten(axis, axis + 1)
+        return x
+
+    def put(self, part: Tensor, of: Place, index: Tensor, shape: torch.Size) -> Tensor:
+        """A tensor of this shape with that part, and 0 elsewhere."""
+        for axis in self.axes(of):
+            if shape[axis] >= self.number:
+                part = part.unflatten(axis, (len(index), -1))
+                size = [*part.shape[:axis], self.number, *part.shape[axis + 1 :]]
+                part = part.new_zeros(size).index_copy_(axis, index, part).flatten(axis, axis + 1)
+        return part
+
+    def are_live(self, gradient: Tensor, of: Place) -> Tensor:
+        """(number,) bool: whether the gradient is not 0 somewhere in the unit's sequence."""
+        live, axes = gradient != 0, self.axes(of)
+        if not axes or live.shape[axes[0]] < self.number:
+            return live.any().expand(self.number)
+        live = live.movedim(axes[0], 0).reshape(self.number, -1).any(1)
+        if self.sequence is None:
+            return live
+        of_sequence = torch.zeros_like(self.sequence)
+        of_sequence.scatter_reduce_(0, self.sequence, live.to(of_sequence.dtype), "amax")
+        return of_sequence[self.sequence] != 0

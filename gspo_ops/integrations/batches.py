@@ -1,0 +1,273 @@
+"""A batch of a causal language model, and the part of it that holds some of its sequences."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from ..constants import IGNORED
+from .axes import PLAIN, Axes, Place, Units
+from .heads import hidden_to, unwrapped
+
+# of a model's arguments, by name and number of dimensions
+_ROWS = Axes(sequences=0, tokens=(1,))
+_AXES = {
+    **{(name, 2): _ROWS for name in (
+        "input_ids", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids",
+        "seq_idx",
+    )},
+    ("position_ids", 3): Axes(sequences=1, tokens=(2,)),  # one for each axis of images
+    ("attention_mask", 4): Axes(sequences=0, tokens=(2, 3)),
+    ("cu_seq_lens_q", 1): Axes(),
+    ("cu_seq_lens_k", 1): Axes(),
+}  # fmt: skip
+_FEW = 4  # tokens of a sequence on which it is looked at what packed sequences see
+_separate: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+class Batch(NamedTuple):
+    """Sequences that end in responses.
+
+    Attributes:
+        arguments: of the model's forward, `input_ids` (B, S), or (1, S) where they are packed.
+        width: T, tokens at the end of each row that responses may have; None where packed.
+        cu_seqlens: (B + 1,) first tokens of packed sequences, and S; None where padded.
+    """
+
+    arguments: dict[str, Any]
+    width: int | None
+    cu_seqlens: Tensor | None
+
+    @classmethod
+    def of(
+        cls, arguments: Mapping[str, Any], width: int | None, cu_seqlens: Tensor | None
+    ) -> Batch:
+        """Check the arguments.
+
+        Raises:
+            ValueError: one does not fit; the message names it.
+        """
+        if "input_ids" not in arguments:
+            raise ValueError(f"batch must have input_ids, got {sorted(arguments)}")
+        if "labels" in arguments:
+            raise ValueError(
+                "batch must have no labels: the model makes no logits for its own loss"
+            )
+        ids = arguments["input_ids"]
+        if cu_seqlens is None:
+            if ids.ndim != 2 or width is None or not 0 < width < ids.shape[1]:
+                raise ValueError(
+                    f"batch['input_ids'] must have shape (B, S) with S > T={width} response "
+                    f"tokens, got {tuple(ids.shape)}"
+                )
+            return cls(dict(arguments), width, None)
+        if ids.ndim != 2 or len(ids) != 1:
+            raise ValueError(
+                f"batch['input_ids'] must have shape (1, S) with cu_seqlens, got {tuple(ids.shape)}"
+            )
+        if not {"position_ids", "cu_seq_lens_q"} & arguments.keys():
+            raise ValueError(
+                "batch must have position_ids, which start again at each sequence, or "
+                "cu_seq_lens_q with cu_seqlens: else its sequences attend to each other"
+            )
+        return cls(dict(arguments), None, cu_seqlens)
+
+    @property
+    def ids(self) -> Tensor:
+        return self.arguments["input_ids"]
+
+    @property
+    def number(self) -> int:
+        """Of sequences."""
+        return len(self.ids) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+
+    # Rows of hidden states, each of which predicts a token
+
+    def hidden(self, hidden: Tensor) -> Tensor:
+        """Those of (B, S, H), or more than S in front, that predict tokens."""
+        if self.width is None:
+            return hidden[0, -self.ids.shape[1] :]
+        return hidden[:, -self.width - 1 : -1]
+
+    def targets(self) -> Tensor:
+        """The token that each of them predicts."""
+        if self.width is not None:
+            return self.ids[:, -self.width :]
+        assert self.cu_seqlens is not None
+        firsts = self.ids[0].index_fill(0, self.cu_seqlens[:-1].long(), IGNORED)
+        return self.of_rows(firsts)
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """By row, what has a value per token or sequence."""
+        return x if self.width is not None or not self._is_per_token(x) else x.roll(-1, -1)
+
+    def of_tokens(self, x: Tensor) -> Tensor:
+        """By token, what has a value per row."""
+        return x if self.width is not None else x.roll(1, -1)
+
+    def _is_per_token(self, x: Tensor) -> bool:
+        return x.shape[-1:] == self.ids.shape[1:] and x.shape != (self.number,)
+
+    # Some of the sequences
+
+    def obstacle(self) -> str | None:
+        """The name of an argument that can't be cut."""
+        units = self._units()
+        for name, x in self.arguments.items():
+            if isinstance(x, Tensor) and x.ndim:
+                place = self._place(name, x)
+                if place is None or not units.fit(x, place):
+                    return name
+            elif not isinstance(x, (Tensor, *PLAIN)):
+                return name
+        return None
+
+    def _place(self, name: str, x: Tensor) -> Place | None:
+        axes = _AXES.get((name, x.ndim))
+        return None if axes is None else Place(f"['{name}']", axes)
+
+    def _units(self) -> Units:
+        if self.cu_seqlens is None:
+            return Units(self.number)
+        token = torch.arange(self.ids.shape[1], device=self.ids.device)
+        sequence = torch.searchsorted(self.cu_seqlens[1:].long(), token, right=True)
+        return Units(len(token), sequence)
+
+    def some(self, is_live: Tensor) -> Part:
+        """The sequences of which this is true. Synchronises once."""
+        borders = [] if self.cu_seqlens is None else [self.cu_seqlens.long()]
+        found = torch.cat([is_live.long(), *borders]).tolist()
+        index = [b for b, live in enumerate(found[: self.number]) if live]
+        sequences = tokens = torch.tensor(index, dtype=torch.long, device=self.ids.device)
+        if not index:
+            return Part(self, self.stand_in(), sequences, tokens)
+        cu_seqlens = self.cu_seqlens
+        if cu_seqlens is not None:
+            first = found[self.number :]
+            tokens = torch.cat([torch.arange(first[b], first[b + 1]) for b in index])
+            tokens = tokens.to(sequences.device)
+            lengths = cu_seqlens.diff()[sequences]
+            cu_seqlens = pad(lengths.cumsum(0), (1, 0)).to(cu_seqlens.dtype)
+        batch = Batch(self._arguments_of(tokens), self.width, cu_seqlens)
+        return Part(self, batch, sequences, tokens)
+
+    def few(self) -> Batch:
+        """The first tokens of the first two packed sequences."""
+        assert self.cu_seqlens is not None
+        lengths = self.cu_seqlens[:3].diff().clamp(max=_FEW)
+        tokens = torch.cat([torch.arange(n) for n in lengths.tolist()]).to(self.ids.device)
+        tokens[lengths[0] :] += self.cu_seqlens[1]
+        return Batch(self._arguments_of(tokens), None, pad(lengths.cumsum(0), (1, 0)))
+
+    def _arguments_of(self, index: Tensor) -> dict[str, Any]:
+        """Those of some sequences, or of some tokens where they are packed."""
+        units, arguments = self._units(), dict(self.arguments)
+        for name, x in self.arguments.items():
+            place = self._place(name, x) if isinstance(x, Tensor) else None
+            if place is not None:
+                arguments[name] = units.take(x, place, index)
+        return arguments
+
+    def stand_in(self) -> Batch:
+        """Two tokens, for what has a gradient of 0 in every parameter.
+
+        A rank without a live sequence takes part in what its model exchanges, and an optimizer is
+        given the zeros that it would have been given.
+        """
+        cut = "input_ids", "token_type_ids", "mm_token_type_ids"
+        few = {name: x for name, x in self.arguments.items() if not isinstance(x, Tensor)}
+        few |= {name: self.arguments[name][:1, :2] for name in cut if name in self.arguments}
+        return Batch(few, 1, None)
+
+    def sequences_with(self, tokens: Tensor) -> Tensor:
+        """(B,) bool: which have a token, of those that responses may have, that is True."""
+        if self.width is not None:
+            return tokens.any(1)
+        sequence = self._units().sequence
+        assert sequence is not None
+        found = sequence.new_zeros(self.number).scatter_reduce(0, sequence, tokens.long(), "amax")
+        return found != 0
+
+    def by_token(self, x: Tensor) -> Tensor:
+        """What has a value per sequence or per token, by token."""
+        if self.width is not None:
+            return x[:, None] if x.ndim == 1 else x
+        sequence = self._units().sequence
+        assert sequence is not None
+        return x.reshape(-1) if self._is_per_token(x) else x[sequence]
+
+
+class Part(NamedTuple):
+    """Some sequences of a batch; or none, for which others stand in.
+
+    Attributes:
+        whole, batch: all sequences, and those for which the model runs.
+        sequences: (b,) indices of these.
+        tokens: (s,) those of their tokens where they are packed, else the same.
+    """
+
+    whole: Batch
+    batch: Batch
+    sequences: Tensor
+    tokens: Tensor
+
+    @property
+    def is_stand_in(self) -> bool:
+        return not len(self.sequences)
+
+    def take(self, x: Tensor) -> Tensor:
+        """Of what has a value per token or sequence."""
+        if self.whole.width is None and self.whole._is_per_token(x):
+            return x[..., self.tokens]
+        return x[self.sequences]
+
+    def by_token(self, x: Tensor) -> Tensor:
+        """By token of the whole, what has a value per token of the part; NaN elsewhere."""
+        width = self.whole.width
+        tokens = self.whole.ids if width is None else self.whole.ids[:, -width:]
+        whole = x.new_full(tokens.shape[width is None :], torch.nan)
+        if self.is_stand_in:
+            return whole + 0.0 * x.sum()  # whose gradient reaches the model
+        return whole.index_copy(0, self.tokens, x)
+
+    def by_sequence(self, x: Tensor) -> Tensor:
+        """The same of what has a value per sequence."""
+        whole = x.new_full((self.whole.number,), torch.nan)
+        return whole.index_copy(0, self.sequences, x[: len(self.sequences)])
+
+
+@torch.no_grad()
+def require_separate(model: Any, batch: Batch) -> None:
+    """Refuse a model whose packed sequences see each other; looked at once, on a few tokens.
+
+    Raises:
+        ValueError: hidden states of a sequence are others when one stands in front of it.
+    """
+    inner = unwrapped(model)
+    if batch.cu_seqlens is None or batch.number < 2 or inner in _separate or batch.obstacle():
+        return
+    few = batch.few()
+    alone = few.some(torch.tensor([False, True], device=batch.ids.device)).batch
+
+    def last(of: Batch) -> Tensor:
+        return hidden_to(model, of.arguments, lambda _, x, __: x[0, -alone.ids.shape[1] :].double())
+
+    training = [part for part in inner.modules() if part.training]
+    for part in training:
+        part.training = False  # whose dropout would differ
+    try:
+        together, expected = last(few), last(alone)
+    finally:
+        for part in training:
+            part.training = True
+    if not (together - expected).norm() <= 0.05 * expected.norm():
+        raise ValueError(
+            f"{type(inner).__name__} lets packed sequences see each other, given "
+            f"{', '.join(sorted(batch.arguments))}: pad them"
+        )
+    _separate.add(inner)

@@ -1,0 +1,399 @@
+"""Activation checkpointing that recomputes and differentiates live sequences only.
+
+In the backward, transformers runs a checkpointed layer again on all of its input, although the
+gradient of a clipped sequence is exactly zero. Here a layer runs again on the sequences whose
+upstream gradient is not zero: a fraction f of the recomputation and of the backward.
+
+Nothing of transformers is imported.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
+
+from .axes import PLAIN, UNKNOWN, KnownAxes, Place, Units, class_of, learn_axes, leaves_of
+from .heads import unwrapped
+from .surroundings import Surroundings
+
+# Of the squared L2 norm of what a layer adds to its input, how much rounding may change it when it
+# is computed for fewer sequences; experts that rounding has changed for a token included.
+_ROUNDING = {4: 1e-4, 2: 0.02}
+
+
+def live_checkpointing(model: Any, *, strict: bool = True) -> None:
+    """Checkpoint a model's layers, and run only live sequences through them again.
+
+        time = (1 + 3 f) / 4 of ordinary checkpointing's
+
+    A sequence is live if the gradient with respect to a layer's result is not zero at one of its
+    tokens; f is their fraction. Gradients are those of ordinary checkpointing, up to the rounding
+    of products of other shapes. Sequences are the rows of a padded batch, or lie in one row, with
+    `position_ids` that start again. Masks, positions and whatever else a layer is given are cut as
+    the model itself shows on a few tokens; at its first use, what a layer makes of the live
+    sequences is compared with what it made of all.
+
+    It stays in place of transformers' own function when checkpointing is disabled and enabled
+    again. The backward has one host synchronisation, and one more for each layer whose gradient
+    does not come straight from the next.
+
+    Args:
+        model: a model of transformers, wrapped by peft, DDP or FSDP2, or not.
+        strict: whether what can't be cut is refused; else it is checkpointed as transformers does.
+
+    Raises:
+        ValueError: the model has no layers that transformers checkpoints; its sequences depend on
+            one another (batch normalisation, experts with a capacity); its weights are sharded by
+            FSDP1 or ZeRO-3. In a forward: a layer is given an argument that can't be cut.
+        RuntimeError: in the backward, a layer makes something else of some sequences than it made
+            of all; or a second derivative is asked for.
+    """
+    inner = unwrapped(model)
+    layers = [part for part in inner.modules() if _is_checkpointed(part)]
+    if not layers:
+        raise ValueError(f"{type(inner).__name__} has no layers that transformers checkpoints")
+    why = _obstacle(model, layers)
+    if why is None:
+        live = _LiveCheckpointing(learn_axes(inner, layers), strict)
+        inner._set_gradient_checkpointing = MethodType(partial(_set, live), inner)
+    elif strict:
+        raise ValueError(f"{type(inner).__name__} can't be cut into sequences: {why}")
+    enable = getattr(inner, "activation_checkpointing_enable", inner.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+
+
+def _set(
+    live: _LiveCheckpointing, model: Any, enable: bool = True,
+    gradient_checkpointing_func: Callable[..., Any] = checkpoint, **options: Any,
+) -> None:  # fmt: skip
+    """transformers' method of this name, with another function of the layers."""
+    live.ordinary = gradient_checkpointing_func
+    type(model)._set_gradient_checkpointing(model, enable, live, **options)
+
+
+def _is_checkpointed(module: nn.Module) -> bool:
+    return any(kind.__name__ == "GradientCheckpointingLayer" for kind in type(module).__mro__)
+
+
+def _obstacle(model: Any, layers: list[nn.Module]) -> str | None:
+    for part in (part for layer in layers for part in layer.modules()):
+        kind = type(part).__name__
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            return f"{kind} normalises over all of them"
+        if any("capacity" in name for name in vars(part)):
+            return f"the experts of {kind} have a capacity, which they share"
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        return "ZeRO-3 has sharded the weights"
+    if any(type(part).__name__ == "FullyShardedDataParallel" for part in model.modules()):
+        return "FSDP1 has sharded the weights; FSDP2 can be used"
+    return None
+
+
+class _LiveCheckpointing:
+    """What transformers calls in place of `torch.utils.checkpoint.checkpoint`.
+
+    Attributes:
+        ordinary: the function in whose place this is.
+        traced: layers whose gradients are those of their arguments and parameters alone.
+        tested: layers whose results for some sequences are those for all.
+        uncut: layers that are left to `ordinary`, since theirs are not.
+        last: the gradient that a layer has returned last.
+    """
+
+    def __init__(self, axes: KnownAxes, strict: bool) -> None:
+        self.axes, self.strict = axes, strict
+        self.classes = {kind for kind, *_ in axes}
+        self.ordinary: Callable[..., Any] = checkpoint
+        self.traced: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.tested: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.uncut: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.last: _Gradient | None = None
+
+    @torch.compiler.disable
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        layer = getattr(function, "args", (None,))[0]
+        if (
+            not isinstance(function, partial)
+            or not isinstance(layer, nn.Module)
+            or class_of(layer) not in self.classes  # vision, for example
+            or layer in self.uncut
+            or _captures()
+            or not torch.is_grad_enabled()
+        ):
+            return self.ordinary(function, *args)
+        call = _Call(self, layer, function, args)
+        if why := call.obstacle():
+            self.refuse(layer, why, ValueError)
+            return self.ordinary(function, *args)
+        self.traced.add(layer)
+        parameters = [p for p in layer.parameters() if p.requires_grad]
+        return call.result(_Function.apply(call, *call.tensors, *parameters))
+
+    def refuse(self, layer: nn.Module, why: str, error: type[Exception]) -> None:
+        """Raise; or, if not strict, leave the layer to the ordinary function from now on."""
+        message = f"live sequences can't be recomputed alone: {class_of(layer)} {why}"
+        if self.strict:
+            raise error(
+                f"{message}; live_checkpointing(model, strict=False) recomputes them with all"
+            )
+        if layer not in self.uncut:
+            warnings.warn(f"{message}; they are recomputed with all", stacklevel=2)
+        self.uncut.add(layer)
+
+
+def _captures() -> bool:
+    """Whether transformers takes results from within layers, router logits for example, to which
+    a layer that is run without a graph would give no gradient."""
+    module = sys.modules.get("transformers.utils.output_capturing")
+    collector = getattr(module, "_active_collector", None)
+    return bool(((collector and collector.get()) or {}).keys() - {"hidden_states"})
+
+
+class _Gradient(NamedTuple):
+    """Attributes:
+    tensor: one that a layer has returned.
+    version: of the tensor.
+    live: units in which it is not zero; None for all.
+    """
+
+    tensor: weakref.ref[Tensor]
+    version: int
+    live: Tensor | None
+
+    def is_(self, x: Tensor | None) -> bool:
+        return x is not None and self.tensor() is x and x._version == self.version
+
+
+class _Function(torch.autograd.Function):
+    """A call without a graph, of which the backward makes one for live sequences."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *inputs: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        given, ctx.parameters = inputs[: len(call.given)], inputs[len(call.given) :]
+        ctx.call = call
+        ctx.save_for_backward(*given)
+        ctx.set_materialize_grads(False)
+        outputs = call.first_run(given)
+        ctx.mark_non_differentiable(*(x for x in outputs if not x.is_floating_point()))
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("live_checkpointing has no second derivatives (create_graph=True)")
+        pairs = zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=False)
+        given = [x.detach().requires_grad_(is_needed) for x, is_needed in pairs]
+        return None, *ctx.call.gradients(given, ctx.parameters, grads)
+
+
+class _Call:
+    """One call of a layer.
+
+    Attributes:
+        leaves: its arguments, but for tensors, in the structure `spec`.
+        given: where the tensors among them stand, by their index.
+        returned: the same of its results that are tensors; the rest is in `others`.
+        units: what the batch is cut into.
+    """
+
+    def __init__(
+        self, owner: _LiveCheckpointing, layer: nn.Module, function: partial[Any], args: tuple
+    ) -> None:
+        self.owner, self.layer = owner, layer
+        self.function = partial(function.func, *function.args)
+        found = leaves_of((args, function.keywords))
+        self.spec = tree_flatten((args, function.keywords))[1]
+        self.given = self._places(found)
+        self.tensors = [found[i][1] for i in self.given]
+        self.leaves = [None if i in self.given else x for i, (_, x) in enumerate(found)]
+        self.units = Units.of(list(zip(self.given.values(), self.tensors, strict=True)))
+        self.paths = [path for path, _ in found]
+
+    def _places(self, leaves: list[tuple[str, Any]]) -> dict[int, Place]:
+        """Of those that are tensors."""
+        kind, axes = class_of(self.layer), self.owner.axes
+        return {
+            i: Place(path, axes.get((kind, path, x.ndim), UNKNOWN))
+            for i, (path, x) in enumerate(leaves)
+            if isinstance(x, Tensor)
+        }
+
+    def obstacle(self) -> str | None:
+        """What keeps it from being cut."""
+        for path, x in zip(self.paths, self.leaves, strict=True):
+            if not isinstance(x, PLAIN):
+                return f"is given {path}, a {type(x).__name__}, which can't be cut"
+        for of, x in zip(self.given.values(), self.tensors, strict=True):
+            if not self.units.fit(x, of):
+                return f"is given {of.path} {tuple(x.shape)}, which can't be cut"
+        return None if self.layer in self.owner.traced else self._foreign()
+
+    def _foreign(self) -> str | None:
+        """What has a gradient beside arguments and parameters, as a run of its own shows."""
+        given = [x.detach().requires_grad_(x.requires_grad) for x in self.tensors]
+        with torch.enable_grad(), Surroundings(given[0].device).again():
+            outputs = self.run(given)
+        own = {id(x) for x in [*given, *self.layer.parameters()]}
+        foreign = next((x for x in _variables(outputs) if id(x) not in own), None)
+        if foreign is None:
+            return None
+        return f"has a gradient for a tensor {tuple(foreign.shape)} that is not its own"
+
+    # Running it
+
+    def run(self, given: Iterable[Tensor]) -> list[Tensor]:
+        """Its results that are tensors."""
+        leaves = list(self.leaves)
+        for i, x in zip(self.given, given, strict=True):
+            leaves[i] = x
+        args, keywords = tree_unflatten(leaves, self.spec)
+        results = self.function(*args, **keywords)
+        found = leaves_of({"output": results})
+        self.returned, self.results_spec = self._places(found), tree_flatten(results)[1]
+        self.others = [None if i in self.returned else x for i, (_, x) in enumerate(found)]
+        return [found[i][1] for i in self.returned]
+
+    def first_run(self, given: tuple[Tensor, ...]) -> list[Tensor]:
+        self.tensors = []  # autograd keeps them
+        self.surroundings = Surroundings(given[0].device)
+        with self.surroundings.recorded():
+            outputs = self.run(given)
+        places = self.returned.values()
+        self.is_cut = all(map(self.units.fit, outputs, places))
+        is_tested = self.layer in self.owner.tested
+        self.outputs = [] if is_tested else [x.detach() for x in outputs]
+        return outputs
+
+    def result(self, outputs: tuple[Tensor, ...]) -> Any:
+        """The layer's own result, of these."""
+        leaves = list(self.others)
+        for i, x in zip(self.returned, outputs, strict=True):
+            leaves[i] = x
+        return tree_unflatten(leaves, self.results_spec)
+
+    # Its gradients
+
+    def gradients(
+        self, given: list[Tensor], parameters: tuple[Tensor, ...],
+        grads: tuple[Tensor | None, ...],
+    ) -> list[Tensor | None]:  # fmt: skip
+        """With respect to what was given and the parameters, from those of the results."""
+        live = self._live(grads)
+        if live is None:
+            found = self._whole(given, parameters, grads)
+        elif len(live):
+            found = self._part(given, parameters, grads, live)
+        else:
+            inputs = [*given, *parameters]
+            found = [torch.zeros_like(x) if x.requires_grad else None for x in inputs]
+        first = found[0]
+        if first is not None:
+            self.owner.last = _Gradient(weakref.ref(first), first._version, live)
+        return found
+
+    def _live(self, grads: tuple[Tensor | None, ...]) -> Tensor | None:
+        """Units whose sequence has a gradient; None for all."""
+        if not self.is_cut or self.layer in self.owner.uncut:
+            return None
+        places = self.returned.values()
+        found = [(x, of) for x, of in zip(grads, places, strict=True) if x is not None]
+        last = self.owner.last
+        if last is not None and len(found) == 1 and last.is_(found[0][0]):
+            return last.live
+        is_live = torch.stack([self.units.are_live(x, of) for x, of in found]).any(0)
+        live = is_live.nonzero().squeeze(1)
+        return None if len(live) == len(is_live) else live
+
+    def _whole(
+        self, given: list[Tensor], parameters: tuple[Tensor, ...],
+        grads: tuple[Tensor | None, ...],
+    ) -> list[Tensor | None]:  # fmt: skip
+        with torch.enable_grad(), self.surroundings.again():
+            outputs = self.run(given)
+        return _gradients(outputs, [*given, *parameters], grads)
+
+    def _part(
+        self, given: list[Tensor], parameters: tuple[Tensor, ...],
+        grads: tuple[Tensor | None, ...], live: Tensor,
+    ) -> list[Tensor | None]:  # fmt: skip
+        """From the live units alone."""
+
+        def take(x: Tensor | None, of: Place) -> Tensor | None:
+            return None if x is None else self.units.take(x, of, live)
+
+        places = list(self.given.values())
+        some = [
+            self.units.take(x, of, live).detach().requires_grad_(x.requires_grad)
+            for x, of in zip(given, places, strict=True)
+        ]
+        with torch.enable_grad(), self.surroundings.again(self.units, live) as replay:
+            outputs = self.run(some)
+        if not replay.is_same or not self._is_same(some, outputs, live):
+            return self._whole(given, parameters, grads)
+        some_grads = list(map(take, grads, self.returned.values()))
+        found = _gradients(outputs, [*some, *parameters], some_grads)
+        for i, (x, of) in enumerate(zip(given, places, strict=True)):
+            if (part := found[i]) is not None:
+                found[i] = self.units.put(part, of, live, x.shape)
+        return found
+
+    def _is_same(self, some: list[Tensor], outputs: list[Tensor], live: Tensor) -> bool:
+        """Whether the results are those for all, up to rounding; looked at once for each layer."""
+        if self.layer in self.owner.tested:
+            return True
+        for x, whole, of in zip(outputs, self.outputs, self.returned.values(), strict=True):
+            if not _is_close(x, self.units.take(whole, of, live), some[0]):
+                self.owner.refuse(
+                    self.layer, "makes something else of them than of all sequences", RuntimeError
+                )
+                return False
+        self.owner.tested.add(self.layer)
+        return True
+
+
+def _gradients(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """With respect to each input that needs one."""
+    both = zip(outputs, grads, strict=True)
+    pairs = [(x, grad) for x, grad in both if grad is not None and x.requires_grad]
+    wanted = [x for x in inputs if x.requires_grad]
+    found = iter(torch.autograd.grad(
+        [x for x, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True
+    ))  # fmt: skip
+    return [next(found) if x.requires_grad else None for x in inputs]
+
+
+def _variables(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Leaves of the graph of these."""
+    nodes = [x.grad_fn for x in outputs if x.grad_fn is not None]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if hasattr(node, "variable"):
+            yield node.variable
+        more = [x for x, _ in node.next_functions if x is not None and x not in seen]
+        seen.update(more)
+        nodes += more
+
+
+def _is_close(x: Tensor, expected: Tensor, given: Tensor) -> bool:
+    """Up to rounding, of the result and of what the layer has added to its input."""
+    if not x.is_floating_point():
+        return torch.equal(x, expected)
+    eps, rounding = torch.finfo(x.dtype).eps, _ROUNDING[min(x.itemsize, 4)]
+    if torch.is_autocast_enabled(x.device.type):
+        rounding = _ROUNDING[2]
+    added = expected - given if expected.shape == given.shape else expected
+    size = (4 * eps * expected.double().norm()) ** 2 + rounding * added.double().norm() ** 2
+    return bool((x - expected).double().norm() ** 2 <= size)
