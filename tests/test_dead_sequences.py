@@ -64,6 +64,12 @@ def padded(model):
     return {"input_ids": ids, "attention_mask": attention}, {"mask": mask}
 
 
+def with_positions(model):
+    batch, where = padded(model)
+    positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    return batch | {"position_ids": positions}, where
+
+
 def packed(model):
     lengths = torch.tensor([7, 5, 9, 4, 6])
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
@@ -177,6 +183,19 @@ def test_clipped_sequences(layout, family):
     whole, live = batch["input_ids"].numel(), 2 * S if layout == "padded" else 7 + 9
     assert set(rows[0]) == {whole}
     assert set(rows[1]) == {live}
+
+
+def test_positions_of_each_row():
+    """A single row whose positions start again at more than 0, as a tree's do, is not packed."""
+    model = build("Llama")
+    live_checkpointing(model)
+    batch, where = with_positions(model)
+    old, advantages = arguments(model, batch, where, "clipped")
+    assert set(run(model, batch, where, old, advantages)[3][1]) == {2 * S}
+    tree = {"input_ids": batch["input_ids"][:1], "position_ids": torch.tensor([[0, 1, 2] * 4])}
+    tree["position_ids"][0, 3:] += 3
+    mask = torch.tensor([[False, True]]).repeat_interleave(T, 1)[:, T:]
+    assert set(run(model, tree, {"mask": mask}, None, advantages[:1])[3][1]) == {S}
 
 
 # What is trained, and how

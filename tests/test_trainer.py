@@ -24,6 +24,7 @@ from gspo_ops.integrations.heads import output_head  # noqa: E402
 from gspo_ops.trainer.config import TaskConfig  # noqa: E402
 from gspo_ops.trainer.learner import Batch  # noqa: E402
 from gspo_ops.trainer.loop import Trainer  # noqa: E402
+from gspo_ops.trainer.metrics import combine  # noqa: E402
 from gspo_ops.trainer.model import load_model  # noqa: E402
 from gspo_ops.trainer.report import Summary, pass_at_k  # noqa: E402
 from gspo_ops.trainer.rollout import (  # noqa: E402
@@ -502,6 +503,58 @@ class TestSettings:
             learner.update(*[learner.prepare(*pair)[0] for pair in zip(*parts, strict=True)])
         for a, b in zip(*grads, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+    @pytest.mark.parametrize("layout", ["shared", "separate"])
+    @pytest.mark.parametrize("objective", ["gspo", "gspo-token", "grpo"])
+    def test_groups_without_advantage_are_left_out(
+        self, model, tokenizer, tmp_path, objective, layout
+    ):
+        """The same gradient and statistics; no row of the body for them."""
+        settings = {
+            "dtype": "float32", "objective__name": objective, "update__max_grad_norm": 1e9,
+            "update__gradient_checkpointing": True,
+        }  # fmt: skip
+        grads, stats, seen = [], [], []
+        for skip in (True, False):
+            settings["update__skip_dead"] = skip
+            own = copy.deepcopy(model)
+            trainer = Trainer(config(tmp_path, **settings), own, tokenizer, task(answer=""))
+            learner = trainer.learner
+            groups = trainer.sampler.groups(trainer.random_numbers("training"))
+            advantages = groups.advantages()
+            size = groups.rollout.group_size
+            advantages[:size] = advantages[2 * size :] = 0
+            advantages[size] = 1.0
+            learner._choose_layout(groups.rollout)
+            learner.layout = layout
+            rows, layer = [], own.model.layers[0].mlp
+            with layer.register_forward_pre_hook(lambda _, x, to=rows: to.append(len(x[0]))):
+                batch, mismatch = learner.prepare(groups.rollout, advantages)
+                old = batch.old_log_probs
+                batch = batch._replace(old_log_probs=old + 1e-3 * (batch.rollout.targets() % 3))
+                learner.optimizer.step = lambda own=own: grads.append(
+                    {n: p.grad.clone() for n, p in own.named_parameters()}
+                )
+                stats.append(combine([learner.update(batch) | mismatch | {"log_ratio": 0.0}]))
+            seen.append(rows)
+        each = 1 if layout == "shared" else size
+        assert set(seen[0]) == {each}
+        assert seen[1] == [each * len(groups.rollout.prompts)] * 3
+        assert stats[0].pop("left_out_frac") == 1 - 1 / len(groups.rollout.prompts)
+        assert stats[1].pop("left_out_frac") == 0
+        assert 0 < stats[0]["active_token_frac"] < 1
+        for name in ("loss", "grad_norm", "clip_frac_tokens", "clip_frac_sequences",
+                     "active_token_frac", "mismatch_clip_frac"):  # fmt: skip
+            assert stats[0][name] == pytest.approx(stats[1][name], rel=1e-4, abs=1e-7), name
+        for a, b in zip(grads[0].values(), grads[1].values(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+    def test_a_step_without_any_advantage(self, model, tokenizer, tmp_path):
+        trainer = Trainer(config(tmp_path), model, tokenizer, task(answer="99"))
+        row = trainer.step()
+        assert row["left_out_frac"] == 1
+        assert row["grad_norm"] == row["loss"] == row["active_token_frac"] == 0
+        assert all(math.isfinite(x) for x in row.values())
 
     def test_checkpointing_changes_nothing_and_runs_layers_again(self, model, tokenizer, tmp_path):
         calls = []

@@ -94,7 +94,7 @@ def batch_of(trainer, rollout, advantages):
     if batch.routing is not None:
         batch.routing.indices = [(x + 1) % EXPERTS for x in batch.routing.indices]
     # by the token, not by its place: the same on whichever rank it is
-    shift = torch.where(rollout.targets() % 3 == 0, 4e-4, -4e-4)
+    shift = torch.where(batch.rollout.targets() % 3 == 0, 4e-4, -4e-4)
     return batch._replace(old_log_probs=batch.old_log_probs + shift)
 
 

@@ -7,7 +7,7 @@ runs on a few tokens in batches of three sizes, and the sizes that change with t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,13 +24,15 @@ class Axes(NamedTuple):
     """Of one tensor. A size may be a multiple, as that of (B * S, E).
 
     Attributes:
-        sequences: the axis of sequences, if there is one.
+        sequences: the axis of sequences, if there is one; its size may be 1 all the same.
         tokens: those of tokens.
+        others: sizes that are known of each axis besides.
         is_known: whether there is no axis that follows neither, though its size changes.
     """
 
     sequences: int | None = None
     tokens: tuple[int, ...] = ()
+    others: tuple[frozenset[int], ...] = ()
     is_known: bool = True
 
 
@@ -77,7 +79,8 @@ def learn_axes(model: Any, layers: Sequence[nn.Module]) -> KnownAxes:
         ):
             for size in _SIZES:
                 runs.append({})
-                model(**_tokens(model, size, device))
+                for batch in _batches(model, size, device):
+                    model(**batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -88,7 +91,8 @@ def learn_axes(model: Any, layers: Sequence[nn.Module]) -> KnownAxes:
     }
 
 
-def _tokens(model: Any, size: tuple[int, int], device: torch.device) -> dict[str, Any]:
+def _batches(model: Any, size: tuple[int, int], device: torch.device) -> Iterator[dict[str, Any]]:
+    """Text as the model takes it, with positions of all rows, and with its own."""
     mask = torch.ones(size, dtype=torch.long, device=device)
     mask[0, 0] = 0  # some models make no mask of tokens without padding
     parameters = inspect.signature(type(model).forward).parameters.values()
@@ -96,7 +100,10 @@ def _tokens(model: Any, size: tuple[int, int], device: torch.device) -> dict[str
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         known.add("use_cache")
     batch = {"input_ids": mask.cumsum(1), "attention_mask": mask, "use_cache": False}
-    return {name: x for name, x in batch.items() if name in known}
+    own = {name: x for name, x in batch.items() if name in known}
+    yield own
+    if "position_ids" in known:
+        yield own | {"position_ids": mask.cumsum(1)}
 
 
 def _axes(shape: torch.Size, more_sequences: torch.Size, more_tokens: torch.Size) -> Axes:
@@ -108,16 +115,20 @@ def _axes(shape: torch.Size, more_sequences: torch.Size, more_tokens: torch.Size
         return UNKNOWN
     if any(shape[i] * more_s != more_tokens[i] * s for i in follows_s):
         return UNKNOWN
-    return Axes(follows_b[0] if follows_b else None, tuple(follows_s))
+    others = [frozenset([n] if i not in follows_b + follows_s else []) for i, n in enumerate(shape)]
+    return Axes(follows_b[0] if follows_b else None, tuple(follows_s), tuple(others))
 
 
 def _agreed(found: list[Axes]) -> Axes:
     """Of a tensor in several calls; in some, the axis of sequences may have size 1."""
     sequences = {axes.sequences for axes in found} - {None}
     tokens = {axes.tokens for axes in found}
-    if UNKNOWN in found or len(sequences) > 1 or len(tokens) > 1:
+    if any(not axes.is_known for axes in found) or len(sequences) > 1 or len(tokens) > 1:
         return UNKNOWN
-    return Axes(sequences.pop() if sequences else None, tokens.pop())
+    others = (
+        frozenset().union(*sizes) for sizes in zip(*(axes.others for axes in found), strict=True)
+    )
+    return Axes(sequences.pop() if sequences else None, tokens.pop(), tuple(others))
 
 
 class Place(NamedTuple):
@@ -141,6 +152,10 @@ class Units(NamedTuple):
     number: int
     sequence: Tensor | None = None
 
+    @property
+    def are_packed(self) -> bool:
+        return self.sequence is not None
+
     @classmethod
     def of(cls, given: Sequence[tuple[Place, Tensor]]) -> Units:
         """Those of a call with these arguments."""
@@ -157,8 +172,8 @@ class Units(NamedTuple):
                 place = torch.arange(tokens, device=x.device)
                 return cls(tokens, torch.searchsorted(x[1:].long(), place, right=True))
             if of.is_called("position_ids"):
-                starts = x.reshape(-1, tokens)[0].diff() != 1
-                return cls(tokens, nn.functional.pad(starts.cumsum(0), (1, 0)))
+                starts = x.reshape(-1, tokens)[0] == 0
+                return cls(tokens, starts.cumsum(0).sub(1).clamp(min=0))
         return cls(sequences)
 
     def axes(self, of: Place) -> tuple[int, ...]:
@@ -171,8 +186,12 @@ class Units(NamedTuple):
         """Whether the tensor can be cut, or is of all."""
         if of.is_called(*_BORDERS):
             return True
-        sizes = [x.shape[axis] for axis in self.axes(of)]
-        return of.axes.is_known and all(n == 1 or n % self.number == 0 for n in sizes)
+        axes, (sequences, tokens, others, is_known) = self.axes(of), of.axes
+        follow = {sequences, *tokens}
+        return is_known and all(
+            n == 1 or n % self.number == 0 if i in axes else i in follow or n in others[i]
+            for i, n in enumerate(x.shape)
+        )
 
     def take(self, x: Tensor, of: Place, index: Tensor) -> Tensor:
         """The part of the units in `index`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,17 +15,21 @@ from .axes import PLAIN, Axes, Place, Units
 from .heads import hidden_to, unwrapped
 
 # of a model's arguments, by name and number of dimensions
+_ANY: frozenset[int] = frozenset()
 _ROWS = Axes(sequences=0, tokens=(1,))
 _AXES = {
     **{(name, 2): _ROWS for name in (
         "input_ids", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids",
         "seq_idx",
     )},
-    ("position_ids", 3): Axes(sequences=1, tokens=(2,)),  # one for each axis of images
-    ("attention_mask", 4): Axes(sequences=0, tokens=(2, 3)),
+    ("position_ids", 3): Axes(1, (2,), (frozenset([3, 4]), *2 * [_ANY])),  # by axis of images
+    ("attention_mask", 4): Axes(0, (2, 3), (_ANY, frozenset([1]), *2 * [_ANY])),
     ("cu_seq_lens_q", 1): Axes(),
     ("cu_seq_lens_k", 1): Axes(),
 }  # fmt: skip
+# statistics that are fractions of sequences, and of tokens
+_OF_SEQUENCES = ("clip_frac_sequences",)
+_OF_TOKENS = ("clip_frac_tokens", "clip_frac_low", "clip_frac_high", "active_token_frac")
 _FEW = 4  # tokens of a sequence on which it is looked at what packed sequences see
 _separate: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -239,6 +243,25 @@ class Part(NamedTuple):
         """The same of what has a value per sequence."""
         whole = x.new_full((self.whole.number,), torch.nan)
         return whole.index_copy(0, self.sequences, x[: len(self.sequences)])
+
+
+def fractions_of_all(
+    stats: Mapping[str, Tensor], sequences: Sequence[Tensor], tokens: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """Statistics of some sequences, whose fractions become those of all.
+
+    What is left out is neither clipped nor has it a gradient.
+
+    Args:
+        stats: of a loss.
+        sequences, tokens: how many there are in some sequences, and in all.
+    """
+    found = dict(stats)
+    for counts, names in ((sequences, _OF_SEQUENCES), (tokens, _OF_TOKENS)):
+        some, every = counts
+        for name in stats.keys() & set(names):
+            found[name] = stats[name] * (some / every.clamp(min=1))
+    return found
 
 
 @torch.no_grad()

@@ -105,7 +105,8 @@ class _LiveCheckpointing:
     Attributes:
         ordinary: the function in whose place this is.
         traced: layers whose gradients are those of their arguments and parameters alone.
-        tested: layers whose results for some sequences are those for all.
+        tested: layers whose results for some sequences are those for all, with padded sequences
+            (False) and with packed ones (True).
         uncut: layers that are left to `ordinary`, since theirs are not.
         last: the gradient that a layer has returned last.
     """
@@ -115,7 +116,9 @@ class _LiveCheckpointing:
         self.classes = {kind for kind, *_ in axes}
         self.ordinary: Callable[..., Any] = checkpoint
         self.traced: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self.tested: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.tested: dict[bool, weakref.WeakSet[nn.Module]] = {
+            are_packed: weakref.WeakSet() for are_packed in (False, True)
+        }
         self.uncut: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.last: _Gradient | None = None
 
@@ -270,7 +273,7 @@ class _Call:
             outputs = self.run(given)
         places = self.returned.values()
         self.is_cut = all(map(self.units.fit, outputs, places))
-        is_tested = self.layer in self.owner.tested
+        is_tested = self.layer in self.owner.tested[self.units.are_packed]
         self.outputs = [] if is_tested else [x.detach() for x in outputs]
         return outputs
 
@@ -349,7 +352,8 @@ class _Call:
 
     def _is_same(self, some: list[Tensor], outputs: list[Tensor], live: Tensor) -> bool:
         """Whether the results are those for all, up to rounding; looked at once for each layer."""
-        if self.layer in self.owner.tested:
+        tested = self.owner.tested[self.units.are_packed]
+        if self.layer in tested:
             return True
         for x, whole, of in zip(outputs, self.outputs, self.returned.values(), strict=True):
             if not _is_close(x, self.units.take(whole, of, live), some[0]):
@@ -357,7 +361,7 @@ class _Call:
                     self.layer, "makes something else of them than of all sequences", RuntimeError
                 )
                 return False
-        self.owner.tested.add(self.layer)
+        tested.add(self.layer)
         return True
 
 
@@ -389,7 +393,7 @@ def _variables(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
 
 def _is_close(x: Tensor, expected: Tensor, given: Tensor) -> bool:
     """Up to rounding, of the result and of what the layer has added to its input."""
-    if not x.is_floating_point():
+    if x.shape != expected.shape or not x.is_floating_point():
         return torch.equal(x, expected)
     eps, rounding = torch.finfo(x.dtype).eps, _ROUNDING[min(x.itemsize, 4)]
     if torch.is_autocast_enabled(x.device.type):

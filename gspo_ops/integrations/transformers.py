@@ -21,16 +21,13 @@ from .. import (
     policy_loss_from_hidden,
 )
 from ..checks import check_choice
-from .batches import Batch, Part, require_separate
+from .batches import Batch, Part, fractions_of_all, require_separate
 from .checkpointing import live_checkpointing
 from .heads import OutputHead, hidden_to
 
 __all__ = ["Skip", "live_checkpointing", "log_probs_from_model", "loss_from_model"]
 
 Skip = Literal["auto", "dead", "none"]
-# statistics that are fractions of all sequences, and of all their tokens
-_OF_SEQUENCES = ("clip_frac_sequences",)
-_OF_TOKENS = ("clip_frac_tokens", "clip_frac_low", "clip_frac_high", "active_token_frac")
 
 
 def log_probs_from_model(
@@ -243,15 +240,9 @@ def _stats_of_all(
     computed = torch.zeros_like(computed).index_fill(0, part.sequences, True)
     is_token = mask != 0
     is_computed = whole.by_token(computed) & is_token
-    every, some = whole.sequences_with(is_token), whole.sequences_with(is_computed)
+    sequences = [whole.sequences_with(x).sum() for x in (is_computed, is_token)]
     found = stats | {"log_ratio": part.by_sequence(stats["log_ratio"]), "computed": computed}
-    for names, part_, all_ in (
-        (_OF_SEQUENCES, some.sum(), every.sum()),
-        (_OF_TOKENS, is_computed.sum(), is_token.sum()),
-    ):
-        for name in names:
-            found[name] = stats[name] * (part_ / all_.clamp(min=1))
-    return found
+    return fractions_of_all(found, sequences, [is_computed.sum(), is_token.sum()])
 
 
 def _with_router_loss(found: PolicyLoss, output: Any, coef: float) -> PolicyLoss:

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from .. import (
+    PolicyLoss,
     log_probs_from_hidden,
     log_probs_from_logits,
     policy_loss_from_hidden,
@@ -22,7 +23,9 @@ from .. import (
     policy_loss_from_logits,
     reference,
 )
+from ..integrations.batches import fractions_of_all
 from ..integrations.heads import as_forward, output_head
+from ..integrations.transformers import live_checkpointing
 from .config import TrainConfig
 from .metrics import combine
 from .model import add_lora
@@ -64,12 +67,14 @@ class Batch(NamedTuple):
     with.
 
     Attributes:
-        rollout: B responses.
+        rollout: B responses: those of groups with a gradient, or a stand-in if there is none.
         advantages: (B,) fp32, or (N,) with an objective that takes one per token.
         old_log_probs: (N,) fp32, packed.
         ref_log_probs: (N,) of the model before training, for the KL term.
         rollout_weights: (B,) or (N,) importance weights from sampling to old log-probs.
         routing: what `RoutingReplay` recorded with the old log-probs.
+        lengths: of all responses, whose number or tokens divide the loss; None if all are here.
+        left_out: fraction of all responses that are not here.
     """
 
     rollout: Rollout
@@ -78,6 +83,11 @@ class Batch(NamedTuple):
     ref_log_probs: Tensor | None = None
     rollout_weights: Tensor | None = None
     routing: RoutingReplay | None = None
+    lengths: Tensor | None = None
+    left_out: float = 0.0
+
+    def all_lengths(self) -> Tensor:
+        return self.rollout.mask.sum(1) if self.lengths is None else self.lengths
 
 
 class Learner:
@@ -111,7 +121,10 @@ class Learner:
         self.config, self.model, self.ranks = config, model, ranks
         output_head(model)  # is learnt from the whole model
         if config.update.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            if config.update.skip_dead:
+                live_checkpointing(model, strict=False)
+            else:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
         self.objective = config.objective.build()
         rank = config.model.lora_rank
         self.adapter = add_lora(model, rank, config.seed) if rank else None
@@ -142,6 +155,14 @@ class Learner:
             ValueError: training's log-probs can't be made those of the model itself.
         """
         self._choose_layout(rollout)
+        lengths = rollout.mask.sum(1)
+        groups = self._with_gradient(advantages.view(len(rollout.prompts), -1))
+        if len(groups):
+            advantages = advantages.view(len(rollout.prompts), rollout.group_size, -1)[groups]
+            rollout, advantages = rollout.select(groups), advantages.flatten(0, 1)
+        else:
+            rollout, advantages = rollout.stand_in(), advantages[:1]
+        left_out = 1 - len(groups) * rollout.group_size / len(lengths)
         if advantages.shape[1] == 1:
             advantages = advantages[:, 0]
         else:
@@ -153,6 +174,7 @@ class Learner:
             recomputed = self.log_probs(rollout)
         sampled = rollout.log_probs[rollout.mask]
         mismatch = self._mismatch(rollout, advantages, recomputed, sampled)
+        mismatch["mismatch_clip_frac"] *= len(sampled) / lengths.sum()
         is_rollout = self.config.update.old_log_probs == "rollout"
         batch = Batch(
             rollout,
@@ -161,8 +183,17 @@ class Learner:
             self._ref_log_probs(rollout),
             self.rollout_weights(rollout, recomputed - sampled),
             routing,
+            lengths,
+            left_out,
         )
-        return batch, mismatch
+        return batch, mismatch | {"left_out_frac": torch.tensor(left_out)}
+
+    def _with_gradient(self, advantages: Tensor) -> Tensor:
+        """(q,) groups of (Q, ...) that can have one: with a KL term all, else by advantage."""
+        is_live = (advantages != 0).any(1)
+        if not self.config.update.skip_dead or self.objective.kl_coef > 0:
+            is_live = torch.ones_like(is_live)
+        return is_live.nonzero().squeeze(1)
 
     @torch.no_grad()
     def log_probs(self, rollout: Rollout, model: PreTrainedModel | None = None) -> Tensor:
@@ -195,8 +226,7 @@ class Learner:
         Raises:
             Diverged: `update.max_bad_updates` in a row were skipped.
         """
-        cu_seqlens = [part.rollout.cu_seqlens() for part in parts]
-        denominator = self.ranks.denominator(self.objective, cu_seqlens)
+        denominator = self.ranks.denominator(self.objective, [part.all_lengths() for part in parts])
         found = [self._backward(part, denominator) for part in parts]
         loss = torch.stack([of_part for of_part, _ in found]).sum()
         trained = self.optimizer.param_groups[0]["params"]
@@ -210,9 +240,7 @@ class Learner:
         self.optimizer.zero_grad()
         return _together([stats for _, stats in found]) | {"loss": loss, "grad_norm": norm}
 
-    def _backward(
-        self, part: Batch, denominator: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _backward(self, part: Batch, denominator: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         replay = nullcontext() if part.routing is None else part.routing.replay(self.model)
         with replay, self._checkpointing():
             loss, stats = self.loss(part, denominator)
@@ -231,18 +259,20 @@ class Learner:
             for layer in layers:
                 layer.training = False
 
-    def loss(
-        self, batch: Batch, denominator: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Batch, denominator: Tensor | None = None) -> PolicyLoss:
         """Of a part of a mini-batch, its share of the whole's mean, and the statistics.
 
         Args:
             batch: the part.
             denominator: of the whole; None if the part is all that this process has of it.
+
+        Returns:
+            The loss; and its statistics, of which fractions are of all responses, and the rest of
+            those whose fraction `left_out_frac` is not left out.
         """
         cu_seqlens = batch.rollout.cu_seqlens()
         if denominator is None:
-            denominator = self.ranks.denominator(self.objective, [cu_seqlens])
+            denominator = self.ranks.denominator(self.objective, [batch.all_lengths()])
 
         def forward() -> tuple[Tensor, dict[str, Tensor]]:
             inputs, options = self._distributions(self.model, batch.rollout)
@@ -253,7 +283,12 @@ class Learner:
                 **options,
             )  # fmt: skip
 
-        return as_forward(self.model, forward)
+        loss, stats = as_forward(self.model, forward)
+        lengths = cu_seqlens.diff() * (batch.left_out < 1)
+        all_lengths = batch.all_lengths()
+        sequences = [(n > 0).sum() for n in (lengths, all_lengths)]
+        stats = fractions_of_all(stats, sequences, [lengths.sum(), all_lengths.sum()])
+        return PolicyLoss(loss, stats | {"left_out_frac": loss.new_tensor(batch.left_out)})
 
     def rollout_weights(self, rollout: Rollout, difference: Tensor) -> Tensor | None:
         """min(exp(sum of the differences), cap): of a sequence, or of each token for GRPO."""

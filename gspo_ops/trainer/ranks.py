@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.functional import pad
 
 from .. import Objective, global_denominator
 from ..integrations.heads import as_forward
@@ -103,11 +104,11 @@ class Ranks:
         start = sum(counts[: self.rank])
         return list(items[start : start + counts[self.rank]])
 
-    def denominator(self, objective: Objective, parts: Sequence[Tensor]) -> Tensor | None:
-        """What makes the losses of all parts, by their `cu_seqlens`, that of the whole batch."""
-        if self.size == len(parts) == 1:
-            return None
-        batches: list[Mapping[str, Tensor | None]] = [{"cu_seqlens": x} for x in parts]
+    def denominator(self, objective: Objective, parts: Sequence[Tensor]) -> Tensor:
+        """What makes the losses of all parts, with (B,) lengths, that of the whole batch."""
+        batches: list[Mapping[str, Tensor | None]] = [
+            {"cu_seqlens": pad(n.cumsum(0), (1, 0))} for n in parts
+        ]
         group = dist.group.WORLD if self.size > 1 else None
         return global_denominator(batches, objective=objective, group=group)
 

@@ -117,6 +117,12 @@ class Rollout(NamedTuple):
         rows = (groups[:, None] * self.group_size + members).view(-1)
         return Rollout(*(x[groups if x.shape[0] == len(self.prompts) else rows] for x in self))
 
+    def stand_in(self) -> Rollout:
+        """One token after one, where no group has a gradient but a forward is due."""
+        first = Rollout(*(x[:1] for x in self))
+        prompts, mask = first.prompts[:, -1:], first.prompt_mask[:, -1:]
+        return Rollout(prompts, mask, *(x[:, :1] for x in first[2:]))
+
     def targets(self) -> Tensor:
         """(N,) sampled tokens, packed."""
         return self.responses[self.mask]
