@@ -538,7 +538,8 @@ class TestSettings:
                 stats.append(combine([learner.update(batch) | mismatch | {"log_ratio": 0.0}]))
             seen.append(rows)
         each = 1 if layout == "shared" else size
-        assert set(seen[0]) == {each}
+        assert set(seen[0][:-1]) == {each}
+        assert seen[0][-1] == 1  # the only response with an advantage is run again
         assert seen[1] == [each * len(groups.rollout.prompts)] * 3
         assert stats[0].pop("left_out_frac") == 1 - 1 / len(groups.rollout.prompts)
         assert stats[1].pop("left_out_frac") == 0
