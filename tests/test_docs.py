@@ -28,7 +28,7 @@ def needs(package):
 
 def test_every_block_is_run(python_blocks):
     assert {heading: len(codes) for heading, codes in python_blocks(INTEGRATIONS).items()} == {
-        "Any causal language model of transformers": 1, "TRL": 1, "verl": 1, "slime": 1,
+        "Any causal language model of transformers": 1, "TRL": 1, "verl": 2, "slime": 1,
         "NeMo-RL": 1,
     }  # fmt: skip
     assert {heading: len(codes) for heading, codes in python_blocks(PARALLEL).items()} == {
@@ -94,13 +94,20 @@ def test_trl(python_blocks, tmp_path, monkeypatch):
 
 
 @needs("verl")
-def test_verl(python_blocks):
-    (code,) = python_blocks(INTEGRATIONS)["verl"]
-    scope = {}
-    exec(code, scope)
+def test_verl(python_blocks, monkeypatch):
     from verl.trainer.ppo.core_algos import get_policy_loss_fn
+    from verl.workers.engine_workers import ActorRolloutRefWorker
 
+    worker = ActorRolloutRefWorker.actor_worker_cls
+    monkeypatch.setattr(ActorRolloutRefWorker, "actor_worker_cls", worker)
+    register, skip = python_blocks(INTEGRATIONS)["verl"]
+    scope = {}
+    exec(register, scope)
     assert get_policy_loss_fn("gspo_ops") is scope["verl"].policy_loss
+    assert ActorRolloutRefWorker.actor_worker_cls is worker
+    exec(skip, scope)
+    assert issubclass(ActorRolloutRefWorker.actor_worker_cls, worker)
+    assert ActorRolloutRefWorker.actor_worker_cls is not worker
 
 
 # docs/parallel.md, on two ranks that hold parts of the same batch

@@ -2,7 +2,11 @@
 
 import contextlib
 import copy
+import functools
 import importlib.util
+import os
+import re
+import sys
 
 import pytest
 import torch
@@ -19,7 +23,10 @@ core_algos = pytest.importorskip("verl.trainer.ppo.core_algos")
 transformers = pytest.importorskip("transformers")
 import verl  # noqa: E402
 from verl.models.transformers import dense_common, monkey_patch  # noqa: E402
+from verl.utils import tensordict_utils  # noqa: E402
 from verl.workers.config import ActorConfig, FSDPActorConfig, PolicyLossConfig  # noqa: E402
+from verl.workers.utils import padding  # noqa: E402
+from verl.workers.utils.losses import ppo_loss  # noqa: E402
 
 MODES = list(ours._AGGREGATIONS)
 INFOS = {
@@ -333,7 +340,9 @@ def test_what_the_forward_is_not_for_is_refused(monkeypatch):
         ours.fuse_forward(model)
     for version in ("0.8.2", "0.10.0", "1.0"):
         monkeypatch.setattr(verl, "__version__", version)
-        for function, arguments in ((ours.register, ()), (ours.fuse_forward, (model,))):
+        for function, arguments in (
+            (ours.register, ()), (ours.skip_zero_advantages, ()), (ours.fuse_forward, (model,))
+        ):  # fmt: skip
             with pytest.raises(ImportError, match=f"is for verl 0.9, got {version}"):
                 function(*arguments)
 
@@ -367,8 +376,8 @@ def on_rank_engine(directory, packed, dtype):
             assert relative(x, theirs[name]) <= {"fp32": 5e-6, "bf16": 0.1}[dtype], name
 
 
-def make_engine(directory, dtype, backend):
-    """verl's, from its configs; told that there is a CPU, and no TRL, whose 1.16 it can't use."""
+def on_a_cpu():
+    """Tell verl that there is a CPU, and no TRL, whose 1.16 it can't use."""
     from verl.plugin.platform import set_platform
     from verl.plugin.platform.platform_cuda import PlatformCUDA
 
@@ -380,6 +389,11 @@ def make_engine(directory, dtype, backend):
 
     set_platform(PlatformCPU())
     monkey_patch.is_trl_available = lambda: False
+
+
+def make_engine(directory, dtype, backend):
+    """verl's, from its configs."""
+    on_a_cpu()
     from verl.workers.config import FSDPEngineConfig, HFModelConfig
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
@@ -395,13 +409,12 @@ def make_engine(directory, dtype, backend):
     return engine
 
 
+def nested(parts):
+    return torch.nested.as_nested_tensor(parts, layout=torch.jagged)
+
+
 def step(engine, packed):
     """What verl's loss function gets, and gradients as averaged over ranks."""
-    from verl.utils import tensordict_utils
-
-    def nested(parts):
-        return torch.nested.as_nested_tensor(parts, layout=torch.jagged)
-
     rank = dist.get_rank()
     lengths = LENGTHS if rank == 0 else (2, 9)
     batch = tensordict_utils.get_tensordict(
@@ -433,3 +446,213 @@ def step(engine, packed):
             dist.all_reduce(p.grad)
             found[name] = p.grad / dist.get_world_size()
     return {name: x.detach() for name, x in found.items()}
+
+
+# Updates without zero advantages, by verl's workers
+
+# Two mini-batches on each rank: who has an advantage, and how long responses are
+WITH_ADVANTAGE = [[1, 0, 1, 1, 0, 0] + [0] * 6, [0] * 12]
+RESPONSES = [5, 3, 8, 1, 4, 2, 6, 7, 2, 1, 8, 5]
+PROMPT, RESPONSE, MINI_BATCH = 3, max(RESPONSES), 6
+NAMES = 38  # the first token of sequence i is NAMES + i
+CUTS = {
+    "by tokens": {"use_dynamic_bsz": True, "max_token_len_per_gpu": PROMPT + RESPONSE},
+    "by rows": {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 2},
+}
+# What verl asks a device for, and torch.cpu has not
+MEASURED = ("empty_cache", "memory_allocated", "memory_reserved", "max_memory_allocated",
+            "max_memory_reserved")  # fmt: skip
+# The sequences that run, on each rank and in each mini-batch
+RUN = {
+    "by tokens": [[[0, 2, 3], [9]], [[3, 3, 3], [9]]],
+    "by rows": [[[0, 2, 3, 5], [9, 9]], [[3, 3, 3, 3], [9, 9]]],
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize(
+    ("size", "layout"), [(1, "packed"), (2, "packed"), (2, "padded"), (2, "nested")]
+)
+def test_updates_without_zero_advantages(ranks, tmp_path, python_blocks, size, layout, cut):
+    make_model("Llama").save_pretrained(tmp_path)
+    library = "\n".join(python_blocks("docs/integrations.md")["verl"])
+    (tmp_path / "external.py").write_text(library)
+    assert ranks(size)(on_rank_update, str(tmp_path), layout, cut) == RUN[cut][:size]
+
+
+def on_rank_update(directory, layout, cut):
+    """Loss and gradients with and without zero advantages. Returns who ran without them."""
+    plain, skipping = make_worker(directory), make_worker(directory, external_lib="external")
+    old = old_log_probs(plain, layout, cut)
+    assert torch.equal(old_log_probs(skipping, layout, cut), old)  # of everyone
+    old += torch.linspace(-2e-4, 2e-4, old.numel()).view_as(old)
+    cases = [(mode, ours.NAME) for mode in MODES]
+    cases += [("token-mean", name) for name in ours._PROPORTIONAL]
+    for mode, name in cases:
+        (theirs, everyone), (mine, ran) = (
+            update(worker, make_loss(mode, name), make_sequences(layout, cut, old))
+            for worker in (plain, skipping)
+        )
+        assert everyone == [[*range(MINI_BATCH)], [*range(MINI_BATCH, 2 * MINI_BATCH)]]
+        assert mine.keys() == theirs.keys()
+        for key, (first, second) in mine.items():
+            assert relative(first, theirs[key][0]) <= 2e-5, (mode, name, key)
+            assert theirs[key][0].any()
+            assert not second.any()
+            assert not theirs[key][1].any()
+    return ran
+
+
+def make_worker(directory, external_lib="null"):
+    """verl's, from its configuration files, as its trainer makes it."""
+    import hydra
+
+    on_a_cpu()
+    register_engine()
+    from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+
+    for name in MEASURED:
+        setattr(torch.cpu, name, lambda: 0)
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    settings = (
+        f"model.path={directory}", f"model.external_lib={external_lib}",
+        "+model.load_tokenizer=False", "+model.override_config.attn_implementation=eager",
+        "rollout.name=vllm", "rollout.log_prob_micro_batch_size_per_gpu=1",
+        "actor.strategy=fsdp2", "actor.ppo_micro_batch_size_per_gpu=1",
+        "actor.fsdp_config.use_torch_compile=False",
+        "+actor.fsdp_config.mixed_precision.param_dtype=fp32",
+    )  # fmt: skip
+    with hydra.initialize_config_module("verl.trainer.config", version_base=None):
+        names = [re.sub(r"^\+?", r"\g<0>actor_rollout_ref.", setting) for setting in settings]
+        config = hydra.compose("ppo_trainer", names).actor_rollout_ref
+    ActorRolloutRefWorker.actor_worker_cls = TrainingWorker
+    sys.modules.pop(external_lib, None)  # of another test
+    worker = ActorRolloutRefWorker(config, "actor")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(directory)
+        worker.init_model()
+    return worker
+
+
+@functools.cache  # once
+def register_engine():
+    from verl.workers.engine import EngineRegistry
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+    EngineRegistry.register("language_model", "fsdp2", device="cpu")(FSDPEngineWithLMHead)
+
+
+def make_loss(mode="token-mean", name=ours.NAME, **options):
+    config = FSDPActorConfig(
+        rollout_n=1, ppo_micro_batch_size_per_gpu=1, loss_agg_mode=mode,
+        clip_ratio_low=3e-4, clip_ratio_high=4e-4, policy_loss=PolicyLossConfig(loss_mode=name),
+        **{"strategy": "fsdp2", "loss_scale_factor": 50} | options,
+    )  # fmt: skip
+    return functools.partial(ppo_loss, config=config)
+
+
+def make_sequences(layout, cut, old_log_probs=None):
+    """A rank's part of a batch, as verl's trainers give it: padded, or nested throughout."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    rows = range(len(RESPONSES))
+    prompts, responses = (
+        [make_tokens(lengths[i], seed=20 * rank + i) % (NAMES - 2) + 2 for i in rows]
+        for lengths in ([PROMPT - i % 2 for i in rows], RESPONSES)
+    )
+    for i, prompt in enumerate(prompts):
+        prompt[0] = NAMES + i
+    mask = torch.arange(RESPONSE) < torch.tensor(RESPONSES)[:, None]
+    live = torch.tensor(WITH_ADVANTAGE[rank]).float()[:, None]
+    per_token = {
+        "response_mask": mask.long(),
+        "advantages": live * upstream(live, 7 + rank) * torch.ones(RESPONSE),
+    }
+    per_token["advantages"][~mask] = 5.0  # nobody's
+    if old_log_probs is not None:
+        per_token["old_log_probs"] = old_log_probs
+    if layout == "nested":
+        per_token["loss_mask"] = per_token["response_mask"]
+        data = {name: nested([x[:n] for x, n in zip(values, RESPONSES, strict=True)])
+                for name, values in per_token.items()}  # fmt: skip
+        ids = [torch.cat(parts) for parts in zip(prompts, responses, strict=True)]
+        data |= {
+            "prompts": nested(prompts), "responses": nested(responses), "input_ids": nested(ids),
+            "position_ids": nested([torch.arange(len(x)) for x in ids]),
+        }  # fmt: skip
+        data = tensordict_utils.get_tensordict(data)
+    else:
+        pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+        parts = {"prompts": pad(prompts, padding_side="left"), "responses": pad(responses)}
+        ids = torch.cat([*parts.values()], dim=1)
+        attention_mask = (ids != 0).long()
+        parts |= {
+            "input_ids": ids, "attention_mask": attention_mask,
+            "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0),
+        }  # fmt: skip
+        data = padding.left_right_2_no_padding(tensordict_utils.get_tensordict(parts | per_token))
+    tensordict_utils.assign_non_tensor(
+        data, temperature=TEMPERATURE, use_remove_padding=layout != "padded",
+        global_batch_size=MINI_BATCH * size, mini_batch_size=MINI_BATCH * size, epochs=1, seed=42,
+        dataloader_kwargs={"shuffle": False}, compute_loss=old_log_probs is not None, **CUTS[cut],
+    )  # fmt: skip
+    return data
+
+
+def old_log_probs(worker, layout, cut):
+    data = make_sequences(layout, cut)
+    log_probs = tensordict_utils.get(worker.compute_log_prob(data), "log_probs")
+    return padding.no_padding_2_padding(log_probs, data)
+
+
+def update(worker, loss_function, data):
+    """Gradients and losses of an update's mini-batches, and whose tokens the body got in them."""
+    worker.set_loss_fn(loss_function)
+    engine, grads, ran = worker.actor.engine, [], [[]]
+
+    def optimizer_step():  # without a step: all cases have the same weights
+        parameters = engine.module.named_parameters()
+        grads.append({name: p.grad.full_tensor().clone() for name, p in parameters})
+        ran.append([])
+        return 0.0
+
+    def before_body(_, args, batch):
+        ids = batch["input_ids"]
+        ran[-1] += (ids[ids >= NAMES] - NAMES).tolist()
+
+    engine.optimizer_step = optimizer_step
+    hook = engine.module.model.register_forward_pre_hook(before_body, with_kwargs=True)
+    metrics = tensordict_utils.get(worker.update_actor(data), "metrics")
+    hook.remove()
+    found = {name: [of_step[name] for of_step in grads] for name in grads[0]}
+    found["loss"] = torch.tensor(metrics["loss"])
+    return found, [sorted(names) for names in ran[:-1]]
+
+
+def test_what_can_t_be_skipped_exactly_is_refused_by_name(monkeypatch):
+    from verl.workers.engine_workers import ActorRolloutRefWorker
+
+    plain = ActorRolloutRefWorker.actor_worker_cls
+    monkeypatch.setattr(ActorRolloutRefWorker, "actor_worker_cls", plain)
+    assert plain.__module__.startswith("verl.")  # importing patches nothing
+    ours.skip_zero_advantages()
+    skipping = ActorRolloutRefWorker.actor_worker_cls
+    assert issubclass(skipping, plain)
+    ours.skip_zero_advantages()
+    assert ActorRolloutRefWorker.actor_worker_cls is skipping
+    worker = object.__new__(skipping)
+    refused = [
+        ("strategy='megatron'", {"strategy": "megatron"}),
+        ("use_kl_loss=True", {"use_kl_loss": True}),
+        ("entropy_coeff=0.001", {"entropy_coeff": 1e-3}),
+        ("loss_agg_mode='seq-mean-token-sum-norm' without loss_scale_factor",
+         {"mode": "seq-mean-token-sum-norm", "loss_scale_factor": None}),
+    ]  # fmt: skip
+    others = set(core_algos.POLICY_LOSS_REGISTRY) - set(ours._PROPORTIONAL)
+    assert others == {"bypass_mode", "clip_cov", "dro", "geo_mean", "kl_cov"}
+    refused += [(f"policy_loss.loss_mode='{name}'", {"name": name}) for name in others]
+    for setting, options in refused:
+        with pytest.raises(ValueError, match=re.escape(setting)):
+            worker.set_loss_fn(make_loss(**options))
+    with pytest.raises(ValueError, match=r"needs verl's ppo_loss.*distillation"):
+        worker.set_loss_fn(functools.partial(print, config=None))
+    worker.set_loss_fn(make_loss())

@@ -1,9 +1,10 @@
-"""GSPO for verl: one of its policy losses, and one of the backends of its fused forward.
+"""GSPO for verl: a policy loss, a backend of its fused forward, and shorter updates.
 
-Written for verl 0.9; `register()` makes both known. Log-probs are gathered already when verl calls
-a policy loss, so that what is fused there is the loss: ratio, clipping, aggregation and gradient in
-one kernel, with ratios that stay finite and padding that may hold anything. The fused forward is
-where the log-probs come from: hidden states and the head, without logits.
+Written for verl 0.9; `register()` makes loss and backend known. Log-probs are gathered already when
+verl calls a policy loss, so that what is fused there is the loss: ratio, clipping, aggregation and
+gradient in one kernel, with ratios that stay finite and padding that may hold anything. The fused
+forward is where the log-probs come from: hidden states and the head, without logits.
+`skip_zero_advantages()` spares both, and the body, the sequences that have no gradient.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .. import GSPOToken, log_probs_from_hidden, policy_loss_from_log_probs
@@ -31,6 +34,11 @@ _AGGREGATIONS: dict[str, tuple[Aggregation, str | None]] = {
     "seq-mean-token-sum-norm": ("seq-mean-token-sum", "global_batch_size"),
     "seq-mean-token-mean": ("seq-mean-token-mean", "global_batch_size"),
 }
+
+_ALL_TOKENS = "gspo_ops_batch_num_tokens"  # of the mini-batch before sequences were left out
+# Losses in which each sequence is a term of its own, times its advantage. Of verl's others, dro
+# adds a square, clip_cov, kl_cov and bypass_mode look at a whole micro-batch, geo_mean averages it.
+_PROPORTIONAL = ("vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "cispo", NAME)
 
 
 def register() -> str:
@@ -88,6 +96,30 @@ def fuse_forward(model: Any, *, check_model: bool = True) -> None:
         )
     if getattr(model.forward, "func", None) is not _forward:  # once
         model.forward = partial(_forward, model, model.forward, check_model)
+
+
+def skip_zero_advantages() -> None:
+    """Leave sequences whose advantages are all zero out of the actor's updates, exactly.
+
+    They have no gradient. verl has no registry of workers either: the one that trains the actor is
+    replaced by one that leaves them out of each mini-batch, before the engine cuts it into
+    micro-batches. What divides the loss still counts everyone. Ranks run equally many sequences,
+    of which copies of a rank's shortest without an advantage make up for missing ones. Once per
+    mini-batch the host waits for two counts of each rank.
+
+    The actor that is built later raises ValueError where a zero advantage may have a gradient or
+    a part in that of others: with `use_kl_loss`, `entropy_coeff`, distillation, some `loss_mode`s,
+    and a `strategy` other than FSDP, whose engine may have losses of routers.
+
+    Raises:
+        ImportError: verl is not installed, or is not verl 0.9.
+    """
+    _require_verl()
+    from verl.workers.engine_workers import ActorRolloutRefWorker
+
+    theirs = ActorRolloutRefWorker.actor_worker_cls
+    if theirs.__module__ != __name__:
+        ActorRolloutRefWorker.actor_worker_cls = _without_zero_advantages(theirs)
 
 
 def _require_verl() -> None:
@@ -221,3 +253,84 @@ def _denominator(
     if given is None:  # counted here
         return None if norm == 1 else norm * (mask.sum(-1) > 0).sum().float().clamp(min=1)
     return given * norm / ranks
+
+
+def _without_zero_advantages(theirs: Any) -> Any:
+    """verl's TrainingWorker, for an actor."""
+
+    class SkippingWorker(theirs):
+        def set_loss_fn(self, loss_fn: Any) -> None:
+            _require_proportional(loss_fn)
+            super().set_loss_fn(partial(_loss_of_all, loss_fn))
+
+        def train_batch(self, data: Any) -> Any:
+            return super().train_batch(_with_advantages(data, self.engine, self.engine_config))
+
+    return SkippingWorker
+
+
+def _require_proportional(loss_fn: Any) -> None:
+    """Refuse a loss to which a sequence without an advantage makes a difference."""
+    from verl.workers.utils.losses import ppo_loss
+
+    if getattr(loss_fn, "func", None) is not ppo_loss:
+        raise ValueError(
+            f"skip_zero_advantages() needs verl's ppo_loss, got {loss_fn} (distillation?)"
+        )
+    config = loss_fn.keywords["config"]
+    mode, aggregation = config.policy_loss.loss_mode, config.loss_agg_mode
+    scaled = aggregation != "seq-mean-token-sum-norm" or config.loss_scale_factor is not None
+    allowed = {
+        f"strategy={config.strategy!r}": config.strategy in ("fsdp", "fsdp2"),
+        f"use_kl_loss={config.use_kl_loss}": not config.use_kl_loss,
+        f"entropy_coeff={config.entropy_coeff:g}": config.entropy_coeff == 0,
+        f"policy_loss.loss_mode={mode!r}": mode in _PROPORTIONAL,
+        # verl would divide by the longest response that is left in a micro-batch
+        f"loss_agg_mode={aggregation!r} without loss_scale_factor": scaled,
+    }
+    for setting, is_allowed in allowed.items():
+        if not is_allowed:
+            raise ValueError(f"skip_zero_advantages() changes the gradient with {setting}")
+
+
+def _with_advantages(data: Any, engine: Any, settings: Any) -> Any:
+    """A mini-batch's sequences with an advantage, filled up to as many on every rank."""
+    from verl.utils import tensordict_utils
+    from verl.utils.device import get_device_name
+
+    tokens = data.select("advantages", "response_mask").to_padded_tensor()
+    live = ((tokens["advantages"] != 0) & (tokens["response_mask"] != 0)).any(dim=1)
+    counts = torch.stack([live.sum(), data["loss_mask"].sum().long()]).to(get_device_name())
+    of_ranks = counts.repeat(engine.get_data_parallel_size())
+    dist.all_gather_into_tensor(of_ranks, counts, group=engine.get_data_parallel_group())
+    rows, num_tokens = of_ranks.view(-1, 2).T.tolist()
+
+    index = live.nonzero().squeeze(1)
+    lengths = data["input_ids"].offsets().diff()
+    shortest = lengths.masked_fill(live, lengths.max() + 1).argmin()
+    missing = _whole_micro_batches(max(1, *rows), data, settings) - len(index)
+    kept = tensordict_utils.index_select_tensor_dict(
+        data, torch.cat([index, shortest.expand(missing)])
+    )
+    tensordict_utils.assign_non_tensor(kept, **{_ALL_TOKENS: sum(num_tokens)})
+    return kept
+
+
+def _whole_micro_batches(rows: int, data: Any, settings: Any) -> int:
+    """`rows`, rounded up to a multiple of what verl cuts mini-batches into."""
+    from verl.utils.tensordict_utils import get
+
+    if get(data, "use_dynamic_bsz", settings.use_dynamic_bsz):
+        return rows
+    size = get(data, "micro_batch_size_per_gpu", settings.micro_batch_size_per_gpu)
+    return -(-rows // size) * size
+
+
+def _loss_of_all(loss_fn: Callable[..., Any], *, data: Any, **arguments: Any) -> Any:
+    """verl's loss, divided by the tokens of the whole batch: its engine counts what it is given."""
+    from verl.utils import tensordict_utils
+
+    num_tokens = tensordict_utils.get(data, _ALL_TOKENS)
+    if num_tokens is not None:  # it is None in inference
+        tensordict_utils.assign_non_tensor(data, batch_num_tokens=num_tokens)
+    return loss_fn(data=data, **arguments)
