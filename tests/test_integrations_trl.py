@@ -130,11 +130,32 @@ def assert_same(trainer, inputs):
         torch.testing.assert_close(
             grad, grads[name], atol=1e-6 * grads[name].abs().max().item(), rtol=1e-3, msg=name
         )
+    # of the sequences for which the model ran
+    computed = our_metrics["gspo_ops/computed_frac"]
+    if computed < 1:
+        is_live = inputs["advantages"] != 0
+        metrics["entropy"] = entropy_of(trainer, inputs, is_live)
+        assert computed == (is_live & (trained_mask(inputs).sum(1) > 0)).float().mean()
     skipped = set(metrics) - set(our_metrics)
     assert skipped <= {"clip_ratio/low_min", "clip_ratio/high_max"}
     for name in set(metrics) - skipped:
         assert our_metrics[name] == pytest.approx(metrics[name], abs=1e-5), name
     return our_metrics
+
+
+def trained_mask(inputs):
+    return inputs["completion_mask"] * inputs.get("tool_mask", 1)
+
+
+@torch.no_grad()
+def entropy_of(trainer, inputs, sequences):
+    tokens, attention = (
+        torch.cat([inputs[f"prompt_{of}"], inputs[f"completion_{of}"]], 1) for of in ("ids", "mask")
+    )
+    entropy = GRPOTrainer._get_per_token_logps_and_entropies(
+        trainer, trainer.model, tokens, attention, 6, compute_entropy=True
+    )[1]
+    return entropy[(trained_mask(inputs) * sequences[:, None]) != 0].mean().item()
 
 
 @pytest.mark.filterwarnings("ignore:aggregation")
@@ -266,6 +287,62 @@ def test_a_policy_is_the_same_as_itself(make_trainer, precision):
     row = trainer.state.log_history[0]
     assert row["gspo_ops/ratio_min"] == row["gspo_ops/ratio_max"] == 1.0
     assert row["kl"] == 0.0
+
+
+# Sequences without a gradient
+
+
+def rows_of(trainer, inputs):
+    """Sequences that the first layer's MLP sees, in the forward and in the backward."""
+    rows = []
+    layer = trainer.model.get_decoder().layers[0].mlp
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.zero_grad()
+    with layer.register_forward_pre_hook(lambda _, args: rows.append(len(args[0]))):
+        loss = trainer._compute_loss(trainer.model, inputs)
+        forward = len(rows)
+        loss.backward()
+    grads = [p.grad.clone() for p in trainer.model.parameters()]
+    return set(rows[:forward]), set(rows[forward:]), grads
+
+
+@pytest.mark.parametrize(
+    ("skip", "on_policy", "dtype", "rows"),
+    [
+        ("auto", False, "float32", ({4}, {2})),
+        ("none", False, "float32", ({6}, {6})),
+        ("auto", False, "bfloat16", ({6}, {2})),  # as old log-probs were rounded
+        ("auto", True, "bfloat16", ({4}, {4})),
+        ("dead", False, "bfloat16", ({4}, {2})),
+    ],
+)  # fmt: skip
+def test_sequences_without_a_gradient(make_trainer, skip, on_policy, dtype, rows):
+    trainers = [
+        make_trainer(
+            partial(GSPOTrainer, skip=of), loss_type="grpo", gradient_checkpointing=True,
+            model_init_kwargs={"dtype": dtype}, **LEVELS["GSPO"],
+        )
+        for of in (skip, "none")
+    ]  # fmt: skip
+    inputs = make_inputs(trainers[0], on_policy)  # one has no advantage, one no token
+    for trainer in trainers:
+        trainer.model.gradient_checkpointing_enable()  # as transformers does to train
+    *seen, grads = rows_of(trainers[0], inputs)
+    assert tuple(seen) == rows
+    trainers[0].model.gradient_checkpointing_disable()  # as TRL does to sample
+    trainers[0].model.gradient_checkpointing_enable()
+    assert tuple(rows_of(trainers[0], inputs)[:2]) == rows
+    expected = rows_of(trainers[1], inputs)[2]
+    norm = torch.stack([x.norm() for x in expected]).norm()
+    difference = torch.stack([(x - y).norm() for x, y in zip(grads, expected, strict=True)]).norm()
+    assert norm > 0
+    assert difference <= (2e-6 if dtype == "float32" else 2e-2) * norm
+
+
+def test_skip_is_checked(make_trainer):
+    with pytest.raises(ValueError, match="skip must be one of 'auto', 'dead', 'none', got True"):
+        make_trainer(partial(GSPOTrainer, skip=True))
 
 
 # Other models

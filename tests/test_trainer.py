@@ -551,7 +551,7 @@ class TestSettings:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
     def test_a_step_without_any_advantage(self, model, tokenizer, tmp_path):
-        trainer = Trainer(config(tmp_path), model, tokenizer, task(answer="99"))
+        trainer = Trainer(config(tmp_path), model, tokenizer, task(answer="99999"))
         row = trainer.step()
         assert row["left_out_frac"] == 1
         assert row["grad_norm"] == row["loss"] == row["active_token_frac"] == 0

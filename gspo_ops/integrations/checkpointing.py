@@ -53,8 +53,9 @@ def live_checkpointing(model: Any, *, strict: bool = True) -> None:
 
     Raises:
         ValueError: the model has no layers that transformers checkpoints; its sequences depend on
-            one another (batch normalisation, experts with a capacity); its weights are sharded by
-            FSDP1 or ZeRO-3. In a forward: a layer is given an argument that can't be cut.
+            one another (batch normalisation, experts with a capacity); FSDP1 has sharded its
+            weights. In a forward: a layer is given an argument that can't be cut, or has weights of
+            ZeRO-3.
         RuntimeError: in the backward, a layer makes something else of some sequences than it made
             of all; or a second derivative is asked for.
     """
@@ -92,8 +93,6 @@ def _obstacle(model: Any, layers: list[nn.Module]) -> str | None:
             return f"{kind} normalises over all of them"
         if any("capacity" in name for name in vars(part)):
             return f"the experts of {kind} have a capacity, which they share"
-    if any(hasattr(p, "ds_id") for p in model.parameters()):
-        return "ZeRO-3 has sharded the weights"
     if any(type(part).__name__ == "FullyShardedDataParallel" for part in model.modules()):
         return "FSDP1 has sharded the weights; FSDP2 can be used"
     return None
@@ -243,6 +242,8 @@ class _Call:
 
     def _foreign(self) -> str | None:
         """What has a gradient beside arguments and parameters, as a run of its own shows."""
+        if any(hasattr(p, "ds_id") for p in self.layer.parameters()):
+            return "has weights that ZeRO-3 has sharded"
         given = [x.detach().requires_grad_(x.requires_grad) for x in self.tensors]
         with torch.enable_grad(), Surroundings(given[0].device).again():
             outputs = self.run(given)

@@ -17,10 +17,12 @@ import trl
 from packaging.version import Version
 from torch import Tensor
 from trl import GRPOTrainer
+from trl.trainer.utils import nanmax, nanmin
 
 from .. import Objective, PolicyLoss
+from ..checks import check_choice
 from ..objective import Aggregation
-from .transformers import log_probs_from_model, loss_from_model
+from .transformers import Skip, live_checkpointing, log_probs_from_model, loss_from_model
 
 if not Version("1.16") <= Version(trl.__version__) < Version("2"):
     raise ImportError(f"gspo_ops.integrations.trl is for TRL 1.16 to 1.x, got {trl.__version__}")
@@ -33,10 +35,10 @@ _AGGREGATIONS: dict[str, Aggregation] = {
     "dapo": "token-sum",
     "luspo": "seq-mean-token-sum",
 }
-# our statistics, and how they are put together over ranks
+# our statistics, and how they are put together over ranks, NaN on one that has computed nothing
 _OURS: dict[str, Callable[[Tensor], Tensor]] = {
-    "ratio_mean": Tensor.mean, "ratio_min": Tensor.min, "ratio_max": Tensor.max,
-    "effective_sample_size": Tensor.mean, "active_token_frac": Tensor.mean,
+    "ratio_mean": Tensor.nanmean, "ratio_min": nanmin, "ratio_max": nanmax,
+    "effective_sample_size": Tensor.nanmean,
 }  # fmt: skip
 
 
@@ -49,17 +51,28 @@ class GSPOTrainer(GRPOTrainer):
     kept, but for `clip_ratio/low_min` and `clip_ratio/high_max` of ratios per token; ours are
     logged as `gspo_ops/...`.
 
+    The model runs for the sequences alone that can have a gradient, and with
+    `gradient_checkpointing` runs again for those alone that have one; `entropy` and ratios are of
+    the sequences that it ran for, whose fraction is `gspo_ops/computed_frac`. All run for a KL
+    term, a router loss or images, and where old log-probs are given to a model in 16 bit: in
+    batches of another size it would round them in another way.
+
     Raises:
         ValueError: a setting is not supported; the message names it.
     """
 
-    def __init__(self, *args: Any, check_model: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, check_model: bool = True, skip: Skip = "auto", **kwargs: Any
+    ) -> None:
         """Args:
         args, kwargs: those of GRPOTrainer.
         check_model: whether the head's logits are compared with the model's own at its first use.
+        skip: `"auto"` leaves out what has no gradient where that is exact, `"dead"` also with old
+            log-probs in 16 bit, and refuses what can't be cut into sequences; `"none"` nothing.
         """
+        check_choice("skip", skip, ("auto", "dead", "none"))
         super().__init__(*args, **kwargs)
-        self._check_model = check_model
+        self._check_model, self._skip = check_model, skip
         config = self.args
         refused = {
             "loss_type": self.loss_type not in _AGGREGATIONS,
@@ -74,6 +87,8 @@ class GSPOTrainer(GRPOTrainer):
                 f"{name}={getattr(config, name, None)!r} is not supported by GSPOTrainer: "
                 "use GRPOTrainer for it"
             )
+        if config.gradient_checkpointing and skip != "none":
+            live_checkpointing(self.model, strict=skip == "dead")
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         mask = inputs["completion_mask"]
@@ -139,8 +154,14 @@ class GSPOTrainer(GRPOTrainer):
                 ref_log_probs=inputs["ref_per_token_logps"] if self.beta != 0.0 else None,
                 rollout_weights=weights, denominator=self._denominator(inputs, mask),
                 router_loss_coef=self._router_loss_coef(), return_entropy=True,
-                check_model=self._check_model,
+                check_model=self._check_model, skip=self._skip_of(inputs),
             )  # fmt: skip
+
+    def _skip_of(self, inputs: dict[str, Any]) -> Skip:
+        """In 16 bit, old log-probs of all sequences are rounded otherwise than those of some."""
+        is_narrow = self.accelerator.mixed_precision != "no" or self.model.dtype != torch.float32
+        has_old = inputs.get("old_per_token_logps") is not None
+        return "none" if self._skip == "auto" and is_narrow and has_old else self._skip
 
     def _steps(self) -> int:
         """Calls whose gradients are added up."""
@@ -173,9 +194,10 @@ class GSPOTrainer(GRPOTrainer):
 
     def _log_stats(self, stats: dict[str, Tensor], inputs: dict[str, Any], mask: Tensor) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]
-        gather, tokens = self.accelerator.gather, mask.sum().float()
+        gather, computed = self.accelerator.gather, stats["computed"]
 
-        def mean_of_tokens(x: Tensor) -> float:
+        def mean_of_tokens(x: Tensor, mask: Tensor = mask) -> float:
+            tokens = mask.sum().float()
             totals = self.accelerator.reduce(torch.stack([x * tokens, tokens]), reduction="sum")
             return (totals[0] / totals[1].clamp(min=1.0)).item()
 
@@ -183,7 +205,7 @@ class GSPOTrainer(GRPOTrainer):
             metrics["aux_loss"].append(gather(stats["router_loss"]).mean().item())
         if self.beta != 0.0:
             metrics["kl"].append(mean_of_tokens(stats["ref_kl"]))
-        metrics["entropy"].append(mean_of_tokens(stats["entropy"]))
+        metrics["entropy"].append(mean_of_tokens(stats["entropy"], mask * computed[:, None]))
         low, high = (mean_of_tokens(stats[f"clip_frac_{side}"]) for side in ("low", "high"))
         if self.importance_sampling_level == "sequence" and inputs["advantages"].ndim == 1:
             # of sequences, each counting once, as TRL has it
@@ -198,4 +220,10 @@ class GSPOTrainer(GRPOTrainer):
         metrics["clip_ratio/high_mean"].append(high)
         metrics["clip_ratio/region_mean"].append(low + high)
         for name, over_ranks in _OURS.items():
-            metrics[f"gspo_ops/{name}"].append(over_ranks(gather(stats[name])).item())
+            of_rank = torch.where(computed.any(), stats[name], torch.nan)
+            metrics[f"gspo_ops/{name}"].append(over_ranks(gather(of_rank)).item())
+        for name, x in (
+            ("computed", computed.float()),
+            ("active_token", stats["active_token_frac"]),
+        ):
+            metrics[f"gspo_ops/{name}_frac"].append(gather(x).mean().item())
