@@ -47,6 +47,7 @@ SHAPES = {"cpu": (512, 49152, 576), "cuda": (8192, 151936, 4096)}
 # Relative L2 of a gradient, and absolute of a loss: beyond it a provider computes something else,
 # and beyond the tighter ones for fp32, or eager's error and an ulp for 16 bits, ours is not timed.
 DIFFERENT, FP32_ERROR, ULP = 0.05, 5e-6, {2: 2**-8, 4: 0.0}
+MODEL = "model"  # in place of a path
 _CACHE = 256 << 20  # bytes, larger than any machine's last level
 _COPY = {"cpu": 256 << 20, "cuda": 2 << 30}
 
@@ -352,6 +353,10 @@ def positive(text: str) -> int:
     return value
 
 
+def _fractions(on_gpu: bool) -> list[float]:
+    return [1, 0.6, 0.35, 0.1] if on_gpu else [1, 0.5]
+
+
 def parser() -> argparse.ArgumentParser:
     device = default_device().type
     on_gpu = device == "cuda"
@@ -363,19 +368,24 @@ def parser() -> argparse.ArgumentParser:
         "torch.compile and peers, on this machine. Peers come with pip install 'gspo-ops[bench]'.",
     )
     add = found.add_argument
-    add("--path", choices=LOSSES, nargs="+", default=list(LOSSES), help="default: both")
+    add(
+        "--path", choices=[*LOSSES, MODEL], nargs="+", default=list(LOSSES),
+        help=f"default: {' and '.join(LOSSES)}; {MODEL}, alone: whole updates of a model, by the "
+        "trainers",
+    )  # fmt: skip
+    add("--model", default="smollm2", help=f"of --path {MODEL}: smollm2, or a local directory")
     add(
         "--shape", type=shape_of, nargs="+", metavar="N,V,H", default=[SHAPES[device]],
         help=f"rows, vocabulary, hidden size (default here: {','.join(map(str, SHAPES[device]))})",
     )  # fmt: skip
     add("--dtype", choices=DTYPES, nargs="+", default=[dtype], help=f"default here: {dtype}")
     add(
-        "--f", type=fraction, nargs="+", default=[1, 0.6, 0.35, 0.1] if on_gpu else [1, 0.5],
-        help="fractions of sequences with a gradient (default here: %(default)s)",
+        "--f", type=fraction, nargs="+",
+        help=f"fractions of sequences with a gradient (default here: {_fractions(on_gpu)})",
     )  # fmt: skip
     add("--lengths", choices=("square", "ragged"), default="square", help="of the sequences")
     add("--frozen-head", action="store_true", help="no gradient for the head's weight")
-    add("--rounds", type=positive, default=20 if on_gpu else 4, help="default here: %(default)s")
+    add("--rounds", type=positive, help=f"default here: {20 if on_gpu else 4}; models: 3")
     add("--against", nargs="+", metavar="NAME", help=f"parts of names, of: {names}")
     add("--out", type=Path, help="JSON file to write")
     add("--plot", type=Path, help="PNG file to write")
@@ -386,6 +396,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `gspo-ops bench`; returns the exit status."""
     of = parser()
     args = of.parse_args(argv)
+    is_terminal = sys.stderr.isatty()
+
+    def progress(line: str) -> None:
+        if is_terminal:
+            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+
+    if MODEL in args.path:
+        if args.path != [MODEL]:
+            of.error(f"--path {MODEL} stands alone")
+        from . import updates
+
+        fractions = args.f or updates.FRACTIONS
+        updates.run(args.model, fractions, args.rounds or 3, args.out, args.plot, progress)
+        return 0
+    on_gpu = default_device().type == "cuda"
+    rounds = args.rounds or (20 if on_gpu else 4)
     against = args.against and [word for text in args.against for word in text.split(",")]
     try:
         chosen = {path: select(path, against) for path in args.path}
@@ -394,11 +420,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_a_gpu_computes()
     report = {"benchmark": "bench", **provenance(), "peers": versions(), "results": []}
     print("\n".join(report["environment"]), flush=True)
-    is_terminal = sys.stderr.isatty()
-
-    def progress(line: str) -> None:
-        if is_terminal:
-            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
     def keep(row: dict) -> None:
         """After every round: an interrupted run leaves what it has."""
@@ -409,9 +430,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         whole = Case(path, shape, DTYPES[dtype], 1.0, args.lengths, args.frozen_head)
         progress(f"{path} {shape}: inputs")
         drawn = whole.draw(default_device())
-        for f in args.f:
+        for f in args.f or _fractions(on_gpu):
             row = measure(
-                whole._replace(f=f), drawn, chosen[path], args.rounds,
+                whole._replace(f=f), drawn, chosen[path], rounds,
                 progress=progress, after=keep,
             )  # fmt: skip
             progress("")

@@ -90,6 +90,41 @@ def _style(name: str, place: int) -> dict:
     }  # fmt: skip
 
 
+def updates(report: dict, path: Path) -> None:
+    """Time of an update against f, for sequences that are dead for either reason."""
+    from .updates import DEAD, ratio
+
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
+    theory = {DEAD[0]: (lambda f: f, "f"), DEAD[1]: (lambda f: (1 + 3 * f) / 4, "(1 + 3f) / 4")}
+    for axis, dead in zip(axes, DEAD, strict=True):
+        rows = [row for row in report["results"] if row["dead"] == dead]
+        names = list(rows[0]["contenders"])
+        for place, name in enumerate(names):
+            points = [(row["f"], ratio(row, name, row, names[0])) for row in rows]
+            is_ours = name in ("GSPOTrainer", "reference trainer")
+            color = {"GSPOTrainer": "red", "reference trainer": "darkorange"}.get(name, f"C{place}")
+            axis.plot(
+                *zip(*points, strict=True), marker=_MARKERS[place], mfc="none", color=color,
+                lw=2.5 if is_ours else 1.2, label=name,
+            )  # fmt: skip
+        function, label = theory[dead]
+        top = max(rows, key=lambda row: row["f"])
+        ours = ratio(top, "GSPOTrainer" if "GSPOTrainer" in names else names[-1], top, names[0])
+        fs = [k / 50 for k in range(51)]
+        axis.plot(
+            fs, [ours * function(f) / function(top["f"]) for f in fs], ":", color="grey",
+            label=f"proportional to {label}",
+        )  # fmt: skip
+        axis.set(xlabel="f, fraction of sequences with a gradient", title=f"The others: {dead}")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, loc="lower right")
+    axes[0].set_ylabel(f"time of an update, fraction of {names[0]}'s")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
 def memory(report: dict, path: Path) -> None:
     """Peak memory of each plan against N, measured and predicted."""
     pyplot = _pyplot()

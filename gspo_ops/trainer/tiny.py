@@ -99,6 +99,7 @@ def build(name: str, seed: int) -> PreTrainedModel:
     return Qwen3MoeForCausalLM(config).eval()
 
 
+@torch.enable_grad()  # whatever it is asked for from
 def teach(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
     """The supervised warm-up: next-token loss on the answers, most of them those of others."""
     task = make_task(TaskConfig(name="digit_sums", examples=0, train_size=150, eval_size=2), seed)

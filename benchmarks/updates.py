@@ -1,0 +1,313 @@
+"""`gspo-ops bench --path model`: whole updates of a real model, whose sequences are partly dead.
+
+Loss, backward, clipping of the gradient and a step of AdamW, with activation checkpointing, on
+responses that the model has sampled. A fraction f of them has a gradient; the others have no
+advantage, or are clipped. Everybody gets the same tokens and weights, which an update leaves as
+they are: the learning rate is next to nothing. Rounds are interleaved over all cases.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import importlib.util
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gspo_ops.integrations.transformers import log_probs_from_model
+from gspo_ops.testing import relative
+
+from .measure import interleaved, peak_bytes, provenance, release_memory, seconds, write
+
+DEAD = ("no advantage", "clipped")
+FRACTIONS = (1.0, 0.75, 0.5, 0.35, 0.25, 0.1)
+SEQUENCES, TOKENS = 20, 64
+_STILL = 1e-30  # a learning rate that changes no weight
+
+
+class Sampled(NamedTuple):
+    """Attributes:
+    model: fp32, which has sampled; is copied.
+    ids: (B, P + T) prompts of P tokens and responses.
+    prompt: P.
+    log_probs: (B, T) of the responses.
+    """
+
+    model: Any
+    ids: Tensor
+    prompt: int
+    log_probs: Tensor
+
+
+class Case(NamedTuple):
+    """Attributes:
+    dead: why sequences have no gradient.
+    f: fraction of those that have one.
+    advantages: (B,).
+    old_log_probs: (B, T).
+    """
+
+    dead: str
+    f: float
+    advantages: Tensor
+    old_log_probs: Tensor
+
+
+def sampled(name: str, sequences: int = SEQUENCES, tokens: int = TOKENS) -> Sampled:
+    """Responses of a model, by its name or directory, none of which ends."""
+    from .clip_error import sample_tokens
+
+    model, ids, prompt = sample_tokens(name, sequences, tokens, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        log_probs = log_probs_from_model(model, {"input_ids": ids}, tokens)
+    return Sampled(model, ids, prompt, log_probs)
+
+
+def make_case(data: Sampled, dead: str, f: float) -> Case:
+    """Ratios of live sequences are within the clip range, those of clipped ones far outside."""
+    generator = torch.Generator().manual_seed(1)
+    count = len(data.ids)
+    advantages = torch.randn(count, generator=generator)
+    is_live = torch.zeros(count, dtype=torch.bool)
+    is_live[torch.randperm(count, generator=generator)[: round(f * count)]] = True
+    log_ratio = 1e-4 * torch.randn(count, generator=generator).clamp(-2, 2)
+    if dead == "clipped":
+        log_ratio = torch.where(is_live, log_ratio, 0.1 * advantages.sign())
+    else:
+        advantages = advantages * is_live
+    return Case(dead, f, advantages, data.log_probs - log_ratio[:, None])
+
+
+class Contender(NamedTuple):
+    """Attributes:
+    optimizer: of its own copy of the model.
+    update: makes of a case one update of it.
+    """
+
+    optimizer: torch.optim.Optimizer
+    update: Callable[[Case], Callable[[], object]]
+
+
+def of_trl(data: Sampled, out: str, kind: Any, **options: Any) -> Contender:
+    """The loss step of one of TRL's trainers."""
+    from datasets import Dataset
+    from trl import GRPOConfig
+
+    from gspo_ops.trainer.tiny import character_tokenizer
+
+    prompt, tokens = data.prompt, data.log_probs.shape[1]
+    trainer = kind(
+        model=copy.deepcopy(data.model), reward_funcs=lambda completions, **_: completions,
+        train_dataset=Dataset.from_list([{"prompt": ""}]),
+        processing_class=character_tokenizer(),  # nothing is sampled or read
+        args=GRPOConfig(
+            output_dir=out, use_cpu=True, bf16=False, report_to="none", loss_type="grpo",
+            importance_sampling_level="sequence", epsilon=3e-4, epsilon_high=4e-4,
+            learning_rate=_STILL, max_completion_length=tokens,
+        ),
+        **options,
+    )  # fmt: skip
+    model = trainer.model.train()
+    model.activation_checkpointing_enable()  # TRL's default, which its train() makes so
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_STILL, weight_decay=0.0, fused=True)
+    trainer.current_gradient_accumulation_steps = 1
+    shared = {
+        "prompt_ids": data.ids[:, :prompt], "completion_ids": data.ids[:, prompt:],
+        "prompt_mask": torch.ones_like(data.ids[:, :prompt]),
+        "completion_mask": torch.ones_like(data.ids[:, prompt:]),
+        "num_items_in_batch": torch.tensor(data.log_probs.numel()),
+    }  # fmt: skip
+
+    def update(case: Case) -> Callable[[], object]:
+        inputs = shared | {"advantages": case.advantages, "old_per_token_logps": case.old_log_probs}
+
+        def step() -> None:
+            optimizer.zero_grad()
+            trainer._metrics["train"].clear()
+            trainer._compute_loss(model, inputs).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+            optimizer.step()
+
+        return step
+
+    return Contender(optimizer, update)
+
+
+def of_reference_trainer(data: Sampled, *options: str) -> Contender:
+    """An update of `gspo_ops.trainer`."""
+    from gspo_ops.trainer.config import load_config
+    from gspo_ops.trainer.learner import Learner
+    from gspo_ops.trainer.ranks import Ranks
+    from gspo_ops.trainer.rollout import Rollout
+
+    config = load_config(None, [
+        "dtype=float32", "device=cpu", "update.gradient_checkpointing=true",
+        f"update.learning_rate={_STILL}", "update.max_grad_norm=1e9", *options,
+    ])  # fmt: skip
+    model = copy.deepcopy(data.model)
+    learner = Learner(config, model, Ranks(torch.device("cpu")))
+    prompts, responses = data.ids.split([data.prompt, data.log_probs.shape[1]], 1)
+    rollout = Rollout(
+        prompts, torch.ones_like(prompts, dtype=torch.bool), responses,
+        torch.ones_like(responses, dtype=torch.bool), torch.zeros_like(responses), data.log_probs,
+    )  # fmt: skip
+
+    def update(case: Case) -> Callable[[], object]:
+        batch, _ = learner.prepare(rollout, case.advantages[:, None])
+        is_there = case.advantages != 0 if batch.left_out else slice(None)
+        old = case.old_log_probs[is_there].flatten()
+        return partial(learner.update, batch._replace(old_log_probs=old))
+
+    return Contender(learner.optimizer, update)
+
+
+def contenders(data: Sampled, out: str) -> dict[str, Contender]:
+    """By name; those of TRL where it is installed."""
+    found = {}
+    if importlib.util.find_spec("trl") is not None:
+        from trl import GRPOTrainer
+
+        from gspo_ops.integrations.trl import GSPOTrainer
+
+        found["TRL GRPOTrainer"] = of_trl(data, out, GRPOTrainer)
+        found["GSPOTrainer"] = of_trl(data, out, GSPOTrainer)
+    eager = "update.loss_from=eager", "update.skip_dead=false"
+    found["reference trainer, eager loss, none left out"] = of_reference_trainer(data, *eager)
+    found["reference trainer"] = of_reference_trainer(data)
+    return found
+
+
+class Sample(NamedTuple):
+    """Of one update: seconds, and bytes at the peak beyond what stands there before."""
+
+    seconds: float
+    peak_bytes: int
+
+
+def sample(step: Callable[[], object], device: torch.device) -> Sample:
+    release_memory()
+    taken: list[float] = []
+    peak = peak_bytes(lambda: taken.append(seconds(step, device)), device)
+    return Sample(taken[0], peak)
+
+
+def gradient(contender: Contender, step: Callable[[], object]) -> Tensor:
+    """(parameters,) of an update; also its first, warming call."""
+    optimizer = contender.optimizer
+    found: list[Tensor] = []
+
+    def keep(*_: object) -> None:
+        found.extend(p.grad.flatten().clone() for p in optimizer.param_groups[0]["params"])
+
+    hook = optimizer.register_step_pre_hook(keep)
+    try:
+        step()
+    finally:
+        hook.remove()
+    optimizer.zero_grad()
+    return torch.cat(found)
+
+
+def measure(
+    data: Sampled,
+    cases: Sequence[Case],
+    out: str,
+    rounds: int,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[dict]:
+    """A row for each case: every contender's time, memory and distance in the gradient.
+
+    The distance is that from an update that leaves nothing out, in the same fp32.
+    """
+    device = data.ids.device
+    everybody = contenders(data, out)
+    exact = of_reference_trainer(data, "update.skip_dead=false")
+    steps, errors = {}, {}
+    for case in cases:
+        progress(f"{case.dead}, f={case.f:g}: gradients")
+        expected = gradient(exact, exact.update(case))
+        for name, contender in everybody.items():
+            steps[case, name] = step = contender.update(case)
+            errors[case, name] = relative(gradient(contender, step), expected)
+    del exact
+    progress(f"{rounds} rounds of {len(steps)} updates")
+    names = {f"{i} {name}": (case, name) for i, case in enumerate(cases) for name in everybody}
+    taken = interleaved(
+        {key: partial(sample, steps[of], device) for key, of in names.items()}, rounds
+    )
+    samples = {of: taken[key] for key, of in names.items()}
+    return [
+        {
+            "dead": case.dead, "f": case.f, "live": int(len(case.advantages) * case.f + 0.5),
+            "contenders": {
+                name: {
+                    "seconds": [of.seconds for of in samples[case, name]],
+                    "peak_bytes": statistics.median(of.peak_bytes for of in samples[case, name]),
+                    "gradient": errors[case, name],
+                }
+                for name in everybody
+            },
+        }
+        for case in cases
+    ]  # fmt: skip
+
+
+def ratio(row: dict, name: str, base: dict, of: str) -> float:
+    """Median over rounds of a contender's time to another's, maybe in another case."""
+    pairs = zip(row["contenders"][name]["seconds"], base["contenders"][of]["seconds"], strict=True)
+    return statistics.median(a / b for a, b in pairs)
+
+
+def lines(report: dict) -> list[str]:
+    """The results as a table for the terminal."""
+    found = []
+    for dead in DEAD:
+        rows = [row for row in report["results"] if row["dead"] == dead]
+        if not rows:
+            continue
+        fs = "".join(f"{row['f']:>8g}" for row in rows)
+        found += ["", f"{dead}; seconds, then of its own time at f={rows[0]['f']:g}; f =", ""]
+        found.append(f"{'':46}{fs}")
+        for name in rows[0]["contenders"]:
+            times = [statistics.median(row["contenders"][name]["seconds"]) for row in rows]
+            found.append(f"  {name:44}" + "".join(f"{x:8.2f}" for x in times))
+            of_own = [ratio(row, name, rows[0], name) for row in rows]
+            found.append(f"  {'':44}" + "".join(f"{x:8.2f}" for x in of_own))
+    return found
+
+
+def run(
+    model: str, fractions: Sequence[float], rounds: int, out: Path | None, plot: Path | None,
+    progress: Callable[[str], None],
+) -> None:  # fmt: skip
+    """`gspo-ops bench --path model`."""
+    progress(f"{model}: {SEQUENCES} responses of {TOKENS} tokens")
+    data = sampled(model)
+    cases = [make_case(data, dead, f) for dead in DEAD for f in fractions]
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(data, cases, folder, rounds, progress)
+    report = {
+        "benchmark": "updates", **provenance(), "peers": versions(), "model": model,
+        "sequences": SEQUENCES, "tokens": TOKENS, "prompt": data.prompt, "dtype": "float32",
+        "rounds": rounds, "results": rows,
+    }  # fmt: skip
+    progress("")
+    print("\n".join(lines(report)), flush=True)
+    if out:
+        write(out, report)
+    if plot:
+        from . import plots
+
+        plots.updates(report, plot)
+
+
+def versions() -> dict[str, str]:
+    names = [name for name in ("trl", "transformers") if importlib.util.find_spec(name)]
+    return {name: importlib.metadata.version(name) for name in names}
