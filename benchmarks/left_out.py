@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from pathlib import Path
 
 from .measure import in_a_process, provenance, write
+from .plots import pyplot
+from .trainer import train
 
 ARMS = {"left out": "true", "computed": "false"}
 SEEDS = (0, 1)
@@ -21,22 +22,10 @@ SERIES = ("left_out_frac", "update_s", "old_log_probs_s", "step_s", "reward", "a
 DEMO = ["--preset", "demo", "time_limit=inf", "logging.samples=0"]
 
 
-def train(arguments: list[str]) -> dict:
-    """Run `gspo-ops train` here, and tell what came of it by step."""
-    from gspo_ops.trainer import COMMANDS
-    from gspo_ops.trainer.report import read_metrics
-
-    if COMMANDS["train"](arguments):
-        raise SystemExit(1)
-    out = Path(next(a.partition("=")[2] for a in arguments if a.startswith("out=")))
-    rows = read_metrics(out)
-    series = {name: [row[name] for row in rows] for name in SERIES}
-    return series | {"summary": json.loads((out / "summary.json").read_text())}
-
-
-def run(arguments: list[str]) -> dict:
-    with tempfile.TemporaryDirectory() as folder:
-        return in_a_process(__spec__.name, ["--run", *arguments, f"out={folder}/run"])
+def measured(arguments: list[str]) -> dict:
+    """What comes of `gspo-ops train` here, by step and in all."""
+    rows, summary = train(arguments)
+    return {name: [row[name] for row in rows] for name in SERIES} | {"summary": summary}
 
 
 def saved(runs: dict[str, list[dict]]) -> list[float]:
@@ -52,6 +41,38 @@ def saved(runs: dict[str, list[dict]]) -> list[float]:
     return [sum(of_step) / len(of_step) for of_step in zip(*of_seeds, strict=True)]
 
 
+def draw(report: dict, path: Path) -> None:
+    """By step of the demo: what is left out, and the seconds that this saves."""
+
+    figure, (share, time) = pyplot().subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    runs = report["runs"]
+    steps = range(1, 1 + len(runs["left out"][0]["left_out_frac"]))
+    for place, run in enumerate(runs["left out"]):
+        label = "left out" if not place else None
+        share.plot(steps, run["left_out_frac"], color="C0", alpha=0.6, label=label)
+        share.plot(
+            steps, run["active_token_frac"], color="C1", alpha=0.6,
+            label="tokens with a gradient" if not place else None,
+        )  # fmt: skip
+    share.set(title="Groups without an advantage", ylabel="fraction", ylim=(0, 1))
+    for place, (arm, of_arm) in enumerate(runs.items()):
+        seconds = [
+            sum(a[i] for run in of_arm for a in (run["update_s"], run["old_log_probs_s"]))
+            / len(of_arm)
+            for i in range(len(steps))
+        ]
+        label = "left out" if arm == "left out" else "computed all the same"
+        time.plot(steps, seconds, color=f"C{place}", label=label)
+    time.bar(steps, saved(runs), color="grey", alpha=0.3, label="saved")
+    time.set(title="Old log-probs and updates", ylabel="seconds")
+    for axis in (share, time):
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
@@ -59,14 +80,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     if args.run is not None:
-        print("\n" + json.dumps(train(args.run)))
+        print("\n" + json.dumps(measured(args.run)))
         return
     runs: dict[str, list[dict]] = {arm: [] for arm in ARMS}
     report = {"benchmark": "left_out", **provenance(), "seeds": SEEDS, "runs": runs}
     for seed in SEEDS:
         for arm in sorted(ARMS, reverse=bool(seed % 2)):  # neither is always first
             options = [f"steps={args.steps}", f"seed={seed}", f"update.skip_dead={ARMS[arm]}"]
-            runs[arm].append(run([*DEMO, *options]))
+            runs[arm].append(in_a_process(__spec__.name, ["--run", *DEMO, *options]))
             print(seed, arm, runs[arm][-1]["summary"], flush=True)
     print("seconds saved by step:", " ".join(f"{x:.1f}" for x in saved(runs)))
     if args.out:

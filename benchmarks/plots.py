@@ -25,7 +25,7 @@ def groups(report: dict) -> dict[str, list[dict]]:
     return found
 
 
-_MARKERS = "ov^Dsx*P<>h+d18p"
+MARKERS = "ov^Dsx*P<>h+d18p"
 _OURS = "red"
 _COLORS = (
     "black", "tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink",
@@ -35,9 +35,8 @@ _COLORS = (
 
 def bench(report: dict, path: Path) -> None:
     """Time, memory and share of the roof against f, and error against the clip range."""
-    pyplot = _pyplot()
     tables = groups(report)
-    figure, axes = pyplot.subplots(
+    figure, axes = pyplot().subplots(
         len(tables), 4, figsize=(16, 4.4 * len(tables)), layout="constrained", squeeze=False
     )
     for row, (title, rows) in zip(axes, tables.items(), strict=True):
@@ -86,49 +85,13 @@ def _points(rows: list[dict], name: str, *keys: str) -> list[tuple[float, float]
 def _style(name: str, place: int) -> dict:
     color, width = (_OURS, 2.5) if name == "gspo_ops" else (_COLORS[place % len(_COLORS)], 1.0)
     return {
-        "marker": _MARKERS[place % len(_MARKERS)], "mfc": "none", "color": color, "lw": width
+        "marker": MARKERS[place % len(MARKERS)], "mfc": "none", "color": color, "lw": width
     }  # fmt: skip
-
-
-def updates(report: dict, path: Path) -> None:
-    """Time of an update against f, for sequences that are dead for either reason."""
-    from .updates import DEAD, ratio
-
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
-    theory = {DEAD[0]: (lambda f: f, "f"), DEAD[1]: (lambda f: (1 + 3 * f) / 4, "(1 + 3f) / 4")}
-    for axis, dead in zip(axes, DEAD, strict=True):
-        rows = [row for row in report["results"] if row["dead"] == dead]
-        names = list(rows[0]["contenders"])
-        for place, name in enumerate(names):
-            points = [(row["f"], ratio(row, name, row, names[0])) for row in rows]
-            is_ours = name in ("GSPOTrainer", "reference trainer")
-            color = {"GSPOTrainer": "red", "reference trainer": "darkorange"}.get(name, f"C{place}")
-            axis.plot(
-                *zip(*points, strict=True), marker=_MARKERS[place], mfc="none", color=color,
-                lw=2.5 if is_ours else 1.2, label=name,
-            )  # fmt: skip
-        function, label = theory[dead]
-        top = max(rows, key=lambda row: row["f"])
-        ours = ratio(top, "GSPOTrainer" if "GSPOTrainer" in names else names[-1], top, names[0])
-        fs = [k / 50 for k in range(51)]
-        axis.plot(
-            fs, [ours * function(f) / function(top["f"]) for f in fs], ":", color="grey",
-            label=f"proportional to {label}",
-        )  # fmt: skip
-        axis.set(xlabel="f, fraction of sequences with a gradient", title=f"The others: {dead}")
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc="lower right")
-    axes[0].set_ylabel(f"time of an update, fraction of {names[0]}'s")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
 
 
 def memory(report: dict, path: Path) -> None:
     """Peak memory of each plan against N, measured and predicted."""
-    pyplot = _pyplot()
-    figure, axis = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
+    figure, axis = pyplot().subplots(figsize=(6.4, 4.2), layout="constrained")
     plans = dict.fromkeys(row["plan"] for row in report["results"])
     for place, plan in enumerate(plans):
         rows = [row for row in report["results"] if row["plan"] == plan]
@@ -152,9 +115,8 @@ def memory(report: dict, path: Path) -> None:
 
 def clip_error(report: dict, path: Path) -> None:
     """Error of s_i by length, with the clip range's narrower side as a line."""
-    pyplot = _pyplot()
     methods = {n: of for n, of in report["methods"].items() if "exact" in of}
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
+    figure, axes = pyplot().subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
     for axis, (case, title) in zip(axes, CASES.items(), strict=True):
         for place, (name, of) in enumerate(methods.items()):
             lengths = [int(n) for n in of[case]]
@@ -176,8 +138,7 @@ def clip_error(report: dict, path: Path) -> None:
 
 def mismatch(report: dict, path: Path) -> None:
     """Noise of s_i by source and length, for each dtype of the body."""
-    pyplot = _pyplot()
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
+    figure, axes = pyplot().subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
     names = dict.fromkeys(name for of in report["bodies"].values() for name in of)
     for axis, (dtype, sources) in zip(axes, report["bodies"].items(), strict=True):
         for place, name in enumerate(names):
@@ -186,7 +147,7 @@ def mismatch(report: dict, path: Path) -> None:
             points = sources[name]["by_length"]
             lengths = [int(n) for n in points]
             errors = [of["rms"] or float("nan") for of in points.values()]
-            style = _MARKERS[place] + "-"
+            style = MARKERS[place] + "-"
             label = name if max(of["rms"] for of in points.values()) else f"{name}: 0"
             axis.plot(lengths, errors, style, color=f"C{place}", mfc="none", label=label)
         axis.axhline(GSPO().clip_low, color="black", ls="--", label="clip range, lower side")
@@ -204,7 +165,7 @@ def mismatch(report: dict, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _pyplot() -> ModuleType:
+def pyplot() -> ModuleType:
     import matplotlib
 
     matplotlib.use("Agg")

@@ -15,7 +15,7 @@ from statistics import mean, median, stdev
 from gspo_ops import GSPO
 from gspo_ops.trainer import compare
 
-from . import plots
+from . import left_out, plots, updates
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
@@ -333,6 +333,71 @@ def trl_table(report: dict) -> list[str]:
     return lines
 
 
+def updates_table(report: dict) -> list[str]:
+    """Of `gspo-ops bench --path model`."""
+    lines = [
+        f"Updates of {report['model']} in {report['dtype']}: loss, backward with activation "
+        f"checkpointing, clipping of the gradient, AdamW; {report['sequences']} responses of "
+        f"{report['tokens']} tokens that it has sampled after {report['prompt']} of a prompt. A "
+        f"fraction f of them has a gradient; the others have no advantage, or are clipped. Medians "
+        f"of {report['rounds']} rounds, interleaved over all cases: seconds, the time relative to "
+        f"f=1 of the same contender and to the first contender at the same f, both round by round, "
+        f"peak memory beyond what stands there before, and the distance (relative L2) of the "
+        f"gradient from that of the reference trainer's fused loss with nothing left out.",
+        "",
+        "| the others | | f | s | to its f=1 | to the first | MiB | gradient |",
+        f"|{'---|' * 8}",
+    ]
+    for dead in updates.DEAD:
+        rows = [row for row in report["results"] if row["dead"] == dead]
+        first = next(iter(rows[0]["contenders"]))
+        for name in rows[0]["contenders"]:
+            for row in rows:
+                of = row["contenders"][name]
+                lines.append(
+                    f"| {dead} | {name} | {row['f']:g} | {median(of['seconds']):.2f} "
+                    f"| {updates.ratio(row, name, rows[0], name):.2f} "
+                    f"| {updates.ratio(row, name, row, first):.2f} "
+                    f"| {of['peak_bytes'] / 2**20:.0f} | {of['gradient']:.1e} |"
+                )
+    return lines
+
+
+def left_out_table(report: dict) -> list[str]:
+    """Of `benchmarks/left_out.py`."""
+    lines = [
+        f"The demo's training from {len(report['seeds'])} seeds, with groups that have no gradient "
+        f"left out of body and head, and without. Held-out accuracy and its standard error; then "
+        f"seconds of old log-probs and updates over the run, mean over seeds.",
+        "",
+        "| groups without a gradient | accuracy before | after | old log-probs, s | updates, s |",
+        f"|{'---|' * 5}",
+    ]
+    for arm, runs in report["runs"].items():
+        summaries = [run["summary"] for run in runs]
+        before, after = (
+            " ".join(f"{of[key]:.3f} ± {of[f'{key}_se']:.3f}" for of in summaries)
+            for key in ("before", "after")
+        )
+        old, update = (mean(sum(run[f"{k}_s"]) for run in runs) for k in _STAGES)
+        lines.append(f"| {arm} | {before} | {after} | {old:.0f} | {update:.0f} |")
+    seconds = left_out.saved(report["runs"])
+    share = [
+        mean(of)
+        for of in zip(*(r["left_out_frac"] for r in report["runs"]["left out"]), strict=True)
+    ]
+    lines += [
+        "",
+        f"Left out: {share[0]:.0%} of the responses in the first step, {share[-1]:.0%} in the last "
+        f"one, {mean(share):.0%} on average; saved are {seconds[0]:.1f} s, {seconds[-1]:.1f} s and "
+        f"{sum(seconds):.0f} s in all.",
+    ]
+    return lines
+
+
+_STAGES = ("old_log_probs", "update")
+
+
 def gpu_table(report: dict) -> list[str]:
     """Of `make gpu`: what each step came to."""
     lines = ["| step | | s |", "|---|---|---|"]
@@ -348,11 +413,13 @@ TABLES: dict[str, Callable[[dict], list[str]]] = {
     "clip_error": clip_error_table,
     "compare": compare.report,
     "gpu": gpu_table,
+    "left_out": left_out_table,
     "memory": memory_table,
     "mismatch": mismatch_table,
     "static": static_table,
     "trainer": trainer_table,
     "trl_run": trl_table,
+    "updates": updates_table,
 }
 
 
@@ -367,6 +434,8 @@ def pictures() -> dict[Path, tuple[Path, Callable[[dict, Path], None]]]:
         "clip_error.png": ("cpu-clip-error.json", plots.clip_error),
         "compare.png": ("cpu-compare.json", compare.draw),
         "mismatch.png": ("cpu-mismatch.json", plots.mismatch),
+        "updates.png": ("cpu-updates.json", updates.draw),
+        "left_out.png": ("cpu-left-out.json", left_out.draw),
     }
     return {
         ROOT / "docs" / name: (ROOT / "benchmarks/results" / source, draw)

@@ -14,6 +14,8 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
+from gspo_ops.trainer.metrics import Row
+
 from .measure import in_a_process, process_peak_bytes, provenance, write
 
 LOSSES = ("hidden", "eager")
@@ -38,15 +40,20 @@ SEEN = (
 )  # fmt: skip
 
 
-def train(arguments: list[str]) -> dict:
-    """Run `gspo-ops train` here, and tell what it took."""
+def train(arguments: list[str]) -> tuple[list[Row], dict]:
+    """Run `gspo-ops train` here: the metrics of its steps, and its summary."""
     from gspo_ops.trainer import COMMANDS
     from gspo_ops.trainer.report import read_metrics
 
-    if COMMANDS["train"](arguments):
-        raise SystemExit(1)
-    out = next(a.partition("=")[2] for a in arguments if a.startswith("out="))
-    rows = read_metrics(Path(out))
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        if COMMANDS["train"]([*arguments, f"out={out}"]):
+            raise SystemExit(1)
+        return read_metrics(out), json.loads((out / "summary.json").read_text())
+
+
+def measured(arguments: list[str]) -> dict:
+    rows, _ = train(arguments)
     return {
         "reward": [row["reward"] for row in rows],
         "seen": {key: median(row[key] for row in rows) for key in SEEN},
@@ -57,8 +64,7 @@ def train(arguments: list[str]) -> dict:
 
 
 def run(arguments: list[str]) -> dict:
-    with tempfile.TemporaryDirectory() as folder:
-        return in_a_process(__spec__.name, ["--run", *arguments, f"out={folder}/run"])
+    return in_a_process(__spec__.name, ["--run", *arguments])
 
 
 def main() -> None:
@@ -67,7 +73,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     if args.run is not None:
-        print("\n" + json.dumps(train(args.run)))
+        print("\n" + json.dumps(measured(args.run)))
         return
     report: dict = {
         "benchmark": "trainer",

@@ -25,6 +25,7 @@ from gspo_ops.integrations.transformers import log_probs_from_model
 from gspo_ops.testing import relative
 
 from .measure import interleaved, peak_bytes, provenance, release_memory, seconds, write
+from .plots import MARKERS, pyplot
 
 DEAD = ("no advantage", "clipped")
 FRACTIONS = (1.0, 0.75, 0.5, 0.35, 0.25, 0.1)
@@ -283,6 +284,39 @@ def lines(report: dict) -> list[str]:
     return found
 
 
+def draw(report: dict, path: Path) -> None:
+    """Time of an update against f, for sequences that are dead for either reason."""
+
+    figure, axes = pyplot().subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
+    theory = {DEAD[0]: (lambda f: f, "f"), DEAD[1]: (lambda f: (1 + 3 * f) / 4, "(1 + 3f) / 4")}
+    for axis, dead in zip(axes, DEAD, strict=True):
+        rows = [row for row in report["results"] if row["dead"] == dead]
+        names = list(rows[0]["contenders"])
+        for place, name in enumerate(names):
+            points = [(row["f"], ratio(row, name, row, names[0])) for row in rows]
+            is_ours = name in ("GSPOTrainer", "reference trainer")
+            color = {"GSPOTrainer": "red", "reference trainer": "darkorange"}.get(name, f"C{place}")
+            axis.plot(
+                *zip(*points, strict=True), marker=MARKERS[place], mfc="none", color=color,
+                lw=2.5 if is_ours else 1.2, label=name,
+            )  # fmt: skip
+        function, label = theory[dead]
+        top = max(rows, key=lambda row: row["f"])
+        ours = ratio(top, "GSPOTrainer" if "GSPOTrainer" in names else names[-1], top, names[0])
+        fs = [k / 50 for k in range(51)]
+        axis.plot(
+            fs, [ours * function(f) / function(top["f"]) for f in fs], ":", color="grey",
+            label=f"proportional to {label}",
+        )  # fmt: skip
+        axis.set(xlabel="f, fraction of sequences with a gradient", title=f"The others: {dead}")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, loc="lower right")
+    axes[0].set_ylabel(f"time of an update, fraction of {names[0]}'s")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
 def run(
     model: str, fractions: Sequence[float], rounds: int, out: Path | None, plot: Path | None,
     progress: Callable[[str], None],
@@ -303,9 +337,7 @@ def run(
     if out:
         write(out, report)
     if plot:
-        from . import plots
-
-        plots.updates(report, plot)
+        draw(report, plot)
 
 
 def versions() -> dict[str, str]:

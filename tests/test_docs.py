@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import gspo_ops
-from gspo_ops import reference
+from gspo_ops import GSPO, reference
 from gspo_ops.testing import relative
 
 INTEGRATIONS, PARALLEL = "docs/integrations.md", "docs/parallel.md"
@@ -28,8 +28,8 @@ def needs(package):
 
 def test_every_block_is_run(python_blocks):
     assert {heading: len(codes) for heading, codes in python_blocks(INTEGRATIONS).items()} == {
-        "Any causal language model of transformers": 1, "TRL": 1, "verl": 2, "slime": 1,
-        "NeMo-RL": 1,
+        "Any causal language model of transformers": 1, "Sequences without a gradient": 2, "TRL": 1,
+        "verl": 2, "slime": 1, "NeMo-RL": 1,
     }  # fmt: skip
     assert {heading: len(codes) for heading, codes in python_blocks(PARALLEL).items()} == {
         "A vocabulary over ranks": 1, "Sequences over ranks": 1, "The batch over ranks": 1,
@@ -67,6 +67,35 @@ def test_transformers(python_blocks):
     assert relative(scope["old_log_probs"], log_probs.detach()) <= 1e-5
     expected, _ = reference.policy_loss_from_log_probs(log_probs, None, advantages, mask=mask)
     assert scope["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_sequences_without_a_gradient(python_blocks):
+    of_padded, of_packed = python_blocks(INTEGRATIONS)["Sequences without a gradient"]
+    model = make_llama(V).train()
+    ids = torch.randint(2, V, (B, T + 3))
+    mask, advantages = torch.ones(B, T), torch.tensor([1.0, 0.0, -0.5, 0.0])
+    from gspo_ops.integrations import transformers
+
+    scope = vars(transformers) | {
+        "torch": torch, "model": model, "mask": mask, "advantages": advantages, "GSPO": GSPO,
+        "batch": {"input_ids": ids},
+    }  # fmt: skip
+    exec(of_padded, scope)
+    assert model.is_gradient_checkpointing
+    scope["loss"].backward()
+    expected = model.lm_head.weight.grad.clone()
+    packed = {
+        "ids": ids.view(1, -1), "positions": torch.arange(T + 3).repeat(B)[None],
+        "cu_seqlens": torch.arange(0, B * (T + 3) + 1, T + 3),
+        "mask": torch.nn.functional.pad(mask, (3, 0)).flatten(),
+    }  # fmt: skip
+    model.zero_grad()
+    found = {}
+    exec(of_packed, scope | packed, found)
+    found["loss"].backward()
+    assert found["stats"]["computed"].tolist() == [True, False, True, False]
+    torch.testing.assert_close(found["loss"], scope["loss"])
+    assert relative(model.lm_head.weight.grad, expected) <= 1e-5
 
 
 @needs("trl")
