@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from gspo_ops.integrations.heads import last_layer
-from gspo_ops.integrations.transformers import log_probs_from_model
+from gspo_ops.integrations.transformers import live_checkpointing, log_probs_from_model
 from gspo_ops.testing import relative
 
 transformers = pytest.importorskip("transformers")
@@ -336,6 +336,53 @@ def assert_same(model, batch, parameters):
     assert relative(ours, theirs) < 1e-4
 
 
+SHARED_KEYS = r"writes into .*\['shared_kv_states'\], a KVSharingDict, from which others may read"
+NO_LAYERS = "has no layers that transformers checkpoints"
+# what live_checkpointing says
+NOT_LIVE = {
+    "BltForCausalLM": r"BltTransformerLayer is given .*, which can't be cut",
+    "CTRLLMHeadModel": NO_LAYERS, "CpmAntForCausalLM": NO_LAYERS,
+    "GPTNeoXJapaneseForCausalLM": NO_LAYERS, "Gemma3nForCausalLM": SHARED_KEYS,
+    "Gemma4ForCausalLM": SHARED_KEYS, "Gemma4ForConditionalGeneration": SHARED_KEYS,
+    "Gemma4UnifiedForCausalLM": SHARED_KEYS,
+    "Gemma4UnifiedForConditionalGeneration": SHARED_KEYS,
+    "JetMoeForCausalLM": "does not support activation checkpointing",
+    "MistralLarge4ForConditionalGeneration": SHARED_KEYS,
+    "Molmo2ForConditionalGeneration": "fails on a few tokens: `mm_token_type_ids` is required",
+    "OpenAIGPTLMHeadModel": NO_LAYERS, "ReformerModelWithLMHead": NO_LAYERS,
+    "XLMWithLMHeadModel": NO_LAYERS, "XLNetLMHeadModel": NO_LAYERS,
+}  # fmt: skip
+
+
+def assert_live_checkpointing(model, name):
+    """The gradient of one sequence, with nothing of the others run again; or a refusal."""
+    ids = torch.randint(2, V - 10, (5, 11))
+    batch = {"input_ids": ids}
+    if "attention_mask" in inspect.signature(model.forward).parameters:
+        batch["attention_mask"] = torch.ones_like(ids)
+        batch["attention_mask"][0, :3] = 0
+    parameters = trained(model)
+    model.train()
+
+    def gradient():
+        torch.manual_seed(1)
+        logits = model(**batch, use_cache=False).logits[torch.tensor([0, 3])]
+        weights = torch.linspace(-1, 1, logits.numel()).view(logits.shape).sin()
+        grads = torch.autograd.grad(
+            (logits * weights).sum(), parameters, materialize_grads=True, allow_unused=True
+        )
+        return torch.cat([x.flatten() for x in grads])
+
+    if name in NOT_LIVE:
+        with pytest.raises(ValueError, match=NOT_LIVE[name]):
+            live_checkpointing(model)
+            gradient()
+        return
+    expected = gradient()
+    live_checkpointing(model)
+    assert relative(gradient(), expected) < 1e-5
+
+
 def trained(model, pattern=""):
     return [
         p for name, p in model.named_parameters() if p.requires_grad and re.search(pattern, name)
@@ -351,6 +398,7 @@ def test_text(name):
         assert own_logits(model, batch).std() > 0.5
         # Reformer's body has a gradient in training only
         assert_same(model, batch, trained(model, "lm_head" if "Reformer" in name else ""))
+    assert_live_checkpointing(model, name)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -549,9 +597,15 @@ def result(name):
     return "equal, also with images" if name in IMAGES else "equal"
 
 
+def live(name):
+    if name in TEXT:
+        return "refused" if name in NOT_LIVE else "equal"
+    return ""
+
+
 def table(names):
-    return "\n".join(["| class | log-probs |", "|---|---|", *(
-        f"| {name} | {result(name)} |" for name in sorted(names))])  # fmt: skip
+    return "\n".join(["| class | log-probs | live_checkpointing |", "|---|---|---|", *(
+        f"| {name} | {result(name)} | {live(name)} |" for name in sorted(names))])  # fmt: skip
 
 
 def document():
@@ -570,6 +624,10 @@ transformers {VERSION} the tests compare them with the model's own logits: {equa
   ops from logits take such a model's logits.
 - **not built**: The tests have no small model of the class. The first call compares it with its
   own logits all the same, and raises a ValueError where they differ.
+
+`live_checkpointing`, **equal**: The gradient of two sequences of five is the one without
+checkpointing, to 1e-5. **refused**: It raises a ValueError that says why; with `strict=False` the
+model is checkpointed as transformers does it.
 
 A class that stands nowhere here, your own for example, is compared in the same way. `python
 tests/test_models.py --write` writes this page.

@@ -17,7 +17,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 # sequences and tokens of the batches on which axes are learnt
 _SIZES = (2, 5), (3, 5), (2, 7)
 PLAIN = type(None), bool, int, float, str  # what is the same for all sequences
-_BORDERS = "cu_seq_lens_q", "cu_seq_lens_k"  # of packed sequences, for FlashAttention
+BORDERS = "cu_seq_lens_q", "cu_seq_lens_k"  # of packed sequences, for FlashAttention
 
 
 class Axes(NamedTuple):
@@ -125,10 +125,9 @@ def _agreed(found: list[Axes]) -> Axes:
     tokens = {axes.tokens for axes in found}
     if any(not axes.is_known for axes in found) or len(sequences) > 1 or len(tokens) > 1:
         return UNKNOWN
-    others = (
-        frozenset().union(*sizes) for sizes in zip(*(axes.others for axes in found), strict=True)
-    )
-    return Axes(sequences.pop() if sequences else None, tokens.pop(), tuple(others))
+    by_axis = zip(*(axes.others for axes in found), strict=True)
+    others = tuple(frozenset().union(*sizes) for sizes in by_axis)
+    return Axes(sequences.pop() if sequences else None, tokens.pop(), others)
 
 
 class Place(NamedTuple):
@@ -168,12 +167,11 @@ class Units(NamedTuple):
         if sequences > 1:
             return cls(sequences)
         for of, x in given:
-            if of.is_called(*_BORDERS):
+            if of.is_called(*BORDERS):
                 place = torch.arange(tokens, device=x.device)
                 return cls(tokens, torch.searchsorted(x[1:].long(), place, right=True))
             if of.is_called("position_ids"):
-                starts = x.reshape(-1, tokens)[0] == 0
-                return cls(tokens, starts.cumsum(0).sub(1).clamp(min=0))
+                return cls(tokens, _sequence_of(x.reshape(-1, tokens)))
         return cls(sequences)
 
     def axes(self, of: Place) -> tuple[int, ...]:
@@ -184,7 +182,7 @@ class Units(NamedTuple):
 
     def fit(self, x: Tensor, of: Place) -> bool:
         """Whether the tensor can be cut, or is of all."""
-        if of.is_called(*_BORDERS):
+        if of.is_called(*BORDERS):
             return True
         axes, (sequences, tokens, others, is_known) = self.axes(of), of.axes
         follow = {sequences, *tokens}
@@ -195,7 +193,7 @@ class Units(NamedTuple):
 
     def take(self, x: Tensor, of: Place, index: Tensor) -> Tensor:
         """The part of the units in `index`."""
-        if self.sequence is not None and of.is_called(*_BORDERS):
+        if self.sequence is not None and of.is_called(*BORDERS):
             lengths = torch.zeros_like(x[1:], dtype=torch.long)
             lengths.scatter_add_(0, self.sequence[index], torch.ones_like(index))
             return nn.functional.pad(lengths.cumsum(0), (1, 0)).to(x.dtype)
@@ -225,3 +223,16 @@ class Units(NamedTuple):
         of_sequence = torch.zeros_like(self.sequence)
         of_sequence.scatter_reduce_(0, self.sequence, live.to(of_sequence.dtype), "amax")
         return of_sequence[self.sequence] != 0
+
+
+def _sequence_of(positions: Tensor) -> Tensor:
+    """(S,) the sequence of each token of one row, by its positions (n, S).
+
+    They are 0, 1, 2, ... in each sequence. Where they are not, as in a tree of responses to one
+    prompt, or around images, all tokens are one sequence.
+    """
+    starts = positions[0] == 0
+    sequence = starts.cumsum(0).sub(1).clamp(min=0)
+    place = torch.arange(len(sequence), device=positions.device)
+    first = torch.where(starts, place, 0).cummax(0).values
+    return torch.where((positions == place - first).all(), sequence, 0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ..constants import IGNORED
-from .axes import PLAIN, Axes, Place, Units
+from .axes import BORDERS, PLAIN, Axes, Place, Units
 from .heads import hidden_to, unwrapped
 
 # of a model's arguments, by name and number of dimensions
@@ -30,7 +30,7 @@ _AXES = {
 # statistics that are fractions of sequences, and of tokens
 _OF_SEQUENCES = ("clip_frac_sequences",)
 _OF_TOKENS = ("clip_frac_tokens", "clip_frac_low", "clip_frac_high", "active_token_frac")
-_FEW = 4  # tokens of a sequence on which it is looked at what packed sequences see
+_FEW = 4  # tokens of a sequence with which it is found out what packed sequences see
 _separate: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -157,23 +157,25 @@ class Batch(NamedTuple):
             tokens = tokens.to(sequences.device)
             lengths = cu_seqlens.diff()[sequences]
             cu_seqlens = pad(lengths.cumsum(0), (1, 0)).to(cu_seqlens.dtype)
-        batch = Batch(self._arguments_of(tokens), self.width, cu_seqlens)
+        batch = Batch(self._arguments_of(tokens, cu_seqlens), self.width, cu_seqlens)
         return Part(self, batch, sequences, tokens)
 
-    def few(self) -> Batch:
-        """The first tokens of the first two packed sequences."""
+    def twice(self) -> Batch:
+        """The first tokens of the first packed sequence, two times."""
         assert self.cu_seqlens is not None
-        lengths = self.cu_seqlens[:3].diff().clamp(max=_FEW)
-        tokens = torch.cat([torch.arange(n) for n in lengths.tolist()]).to(self.ids.device)
-        tokens[lengths[0] :] += self.cu_seqlens[1]
-        return Batch(self._arguments_of(tokens), None, pad(lengths.cumsum(0), (1, 0)))
+        n = min(int(self.cu_seqlens[1]), _FEW)
+        tokens = torch.arange(n, device=self.ids.device).repeat(2)
+        cu_seqlens = torch.tensor([0, n, 2 * n], device=tokens.device)
+        return Batch(self._arguments_of(tokens, cu_seqlens), None, cu_seqlens)
 
-    def _arguments_of(self, index: Tensor) -> dict[str, Any]:
+    def _arguments_of(self, index: Tensor, cu_seqlens: Tensor | None) -> dict[str, Any]:
         """Those of some sequences, or of some tokens where they are packed."""
         units, arguments = self._units(), dict(self.arguments)
         for name, x in self.arguments.items():
             place = self._place(name, x) if isinstance(x, Tensor) else None
-            if place is not None:
+            if place is not None and name in BORDERS and cu_seqlens is not None:
+                arguments[name] = cu_seqlens.to(x.dtype)
+            elif place is not None:
                 arguments[name] = units.take(x, place, index)
         return arguments
 
@@ -272,10 +274,10 @@ def require_separate(model: Any, batch: Batch) -> None:
         ValueError: hidden states of a sequence are others when one stands in front of it.
     """
     inner = unwrapped(model)
-    if batch.cu_seqlens is None or batch.number < 2 or inner in _separate or batch.obstacle():
+    if batch.cu_seqlens is None or inner in _separate or batch.obstacle():
         return
-    few = batch.few()
-    alone = few.some(torch.tensor([False, True], device=batch.ids.device)).batch
+    both = batch.twice()
+    alone = both.some(torch.tensor([False, True], device=batch.ids.device)).batch
 
     def last(of: Batch) -> Tensor:
         return hidden_to(model, of.arguments, lambda _, x, __: x[0, -alone.ids.shape[1] :].double())
@@ -284,7 +286,7 @@ def require_separate(model: Any, batch: Batch) -> None:
     for part in training:
         part.training = False  # whose dropout would differ
     try:
-        together, expected = last(few), last(alone)
+        together, expected = last(both), last(alone)
     finally:
         for part in training:
             part.training = True

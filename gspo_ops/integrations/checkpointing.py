@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MethodType
 from typing import Any, NamedTuple
@@ -63,12 +63,15 @@ def live_checkpointing(model: Any, *, strict: bool = True) -> None:
     layers = [part for part in inner.modules() if _is_checkpointed(part)]
     if not layers:
         raise ValueError(f"{type(inner).__name__} has no layers that transformers checkpoints")
-    why = _obstacle(model, layers)
-    if why is None:
-        live = _LiveCheckpointing(learn_axes(inner, layers), strict)
+    try:
+        _require_independent(model, layers)
+        live = _LiveCheckpointing(_learnt(inner, layers), strict)
         inner._set_gradient_checkpointing = MethodType(partial(_set, live), inner)
-    elif strict:
-        raise ValueError(f"{type(inner).__name__} can't be cut into sequences: {why}")
+    except ValueError as error:
+        if strict:
+            raise ValueError(
+                f"{type(inner).__name__} can't be cut into sequences: {error}"
+            ) from error
     enable = getattr(inner, "activation_checkpointing_enable", inner.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
 
@@ -86,16 +89,22 @@ def _is_checkpointed(module: nn.Module) -> bool:
     return any(kind.__name__ == "GradientCheckpointingLayer" for kind in type(module).__mro__)
 
 
-def _obstacle(model: Any, layers: list[nn.Module]) -> str | None:
+def _require_independent(model: Any, layers: list[nn.Module]) -> None:
     for part in (part for layer in layers for part in layer.modules()):
         kind = type(part).__name__
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
-            return f"{kind} normalises over all of them"
+            raise ValueError(f"{kind} normalises over all of them")
         if any("capacity" in name for name in vars(part)):
-            return f"the experts of {kind} have a capacity, which they share"
+            raise ValueError(f"the experts of {kind} have a capacity, which they share")
     if any(type(part).__name__ == "FullyShardedDataParallel" for part in model.modules()):
-        return "FSDP1 has sharded the weights; FSDP2 can be used"
-    return None
+        raise ValueError("FSDP1 has sharded the weights; FSDP2 can be used")
+
+
+def _learnt(model: Any, layers: list[nn.Module]) -> KnownAxes:
+    try:
+        return learn_axes(model, layers)
+    except Exception as error:  # of the model's own code
+        raise ValueError(f"it fails on a few tokens: {error}") from error
 
 
 class _LiveCheckpointing:
@@ -233,7 +242,7 @@ class _Call:
     def obstacle(self) -> str | None:
         """What keeps it from being cut."""
         for path, x in zip(self.paths, self.leaves, strict=True):
-            if not isinstance(x, PLAIN):
+            if not isinstance(x, PLAIN) and not (isinstance(x, Mapping) and not x):
                 return f"is given {path}, a {type(x).__name__}, which can't be cut"
         for of, x in zip(self.given.values(), self.tensors, strict=True):
             if not self.units.fit(x, of):
@@ -247,6 +256,9 @@ class _Call:
         given = [x.detach().requires_grad_(x.requires_grad) for x in self.tensors]
         with torch.enable_grad(), Surroundings(given[0].device).again():
             outputs = self.run(given)
+        for path, x in zip(self.paths, self.leaves, strict=True):
+            if isinstance(x, Mapping) and x:
+                return f"writes into {path}, a {type(x).__name__}, from which others may read"
         own = {id(x) for x in [*given, *self.layer.parameters()]}
         foreign = next((x for x in _variables(outputs) if id(x) not in own), None)
         if foreign is None:
@@ -357,7 +369,8 @@ class _Call:
         if self.layer in tested:
             return True
         for x, whole, of in zip(outputs, self.outputs, self.returned.values(), strict=True):
-            if not _is_close(x, self.units.take(whole, of, live), some[0]):
+            is_narrow = self.surroundings.is_narrow()
+            if not _is_close(x, self.units.take(whole, of, live), some[0], is_narrow):
                 self.owner.refuse(
                     self.layer, "makes something else of them than of all sequences", RuntimeError
                 )
@@ -392,13 +405,11 @@ def _variables(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
         nodes += more
 
 
-def _is_close(x: Tensor, expected: Tensor, given: Tensor) -> bool:
+def _is_close(x: Tensor, expected: Tensor, given: Tensor, is_narrow: bool) -> bool:
     """Up to rounding, of the result and of what the layer has added to its input."""
     if x.shape != expected.shape or not x.is_floating_point():
         return torch.equal(x, expected)
-    eps, rounding = torch.finfo(x.dtype).eps, _ROUNDING[min(x.itemsize, 4)]
-    if torch.is_autocast_enabled(x.device.type):
-        rounding = _ROUNDING[2]
+    eps, rounding = torch.finfo(x.dtype).eps, _ROUNDING[2 if is_narrow else min(x.itemsize, 4)]
     added = expected - given if expected.shape == given.shape else expected
     size = (4 * eps * expected.double().norm()) ** 2 + rounding * added.double().norm() ** 2
     return bool((x - expected).double().norm() ** 2 <= size)

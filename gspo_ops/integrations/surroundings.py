@@ -30,6 +30,10 @@ class Surroundings:
         ]
         self.before = self.after = self._random_state()
 
+    def is_narrow(self) -> bool:
+        """Whether products are rounded to 16 bit whatever their operands are."""
+        return any(is_enabled for kind, _, is_enabled in self.autocasts if kind == self.device.type)
+
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Around the first run."""

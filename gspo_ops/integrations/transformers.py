@@ -165,7 +165,8 @@ def loss_from_model(
         part = whole.some(_can_have_gradient(whole, given))
     run = whole if part is None else part.batch
     if part is not None:
-        options.setdefault("denominator", _denominator(whole, mask, options))
+        if options.get("denominator") is None:
+            options["denominator"] = _denominator(whole, mask, options)
         given = _of_part(part, given)
 
     def of_head(head: OutputHead, hidden: Tensor, output: Any) -> PolicyLoss:

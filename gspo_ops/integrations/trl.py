@@ -87,7 +87,9 @@ class GSPOTrainer(GRPOTrainer):
                 f"{name}={getattr(config, name, None)!r} is not supported by GSPOTrainer: "
                 "use GRPOTrainer for it"
             )
-        if config.gradient_checkpointing and skip != "none":
+        # what torch.compile makes of ordinary checkpointing it can't make of this
+        is_wanted = skip == "dead" or (skip == "auto" and not config.torch_compile)
+        if config.gradient_checkpointing and is_wanted:
             live_checkpointing(self.model, strict=skip == "dead")
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
