@@ -44,6 +44,8 @@ from .workloads import SEQUENCES, Drawn, Exact, Workload, draw, exact, floor
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # N, V, H by default: minutes on two cores, or seconds on a GPU
 SHAPES = {"cpu": (512, 49152, 576), "cuda": (8192, 151936, 4096)}
+FRACTIONS: dict[str, tuple[float, ...]] = {"cpu": (1, 0.5), "cuda": (1, 0.6, 0.35, 0.1)}
+ROUNDS = {"cpu": 4, "cuda": 20}
 # Relative L2 of a gradient, and absolute of a loss: beyond it a provider computes something else,
 # and beyond the tighter ones for fp32, or eager's error and an ulp for 16 bits, ours is not timed.
 DIFFERENT, FP32_ERROR, ULP = 0.05, 5e-6, {2: 2**-8, 4: 0.0}
@@ -353,13 +355,8 @@ def positive(text: str) -> int:
     return value
 
 
-def _fractions(on_gpu: bool) -> list[float]:
-    return [1, 0.6, 0.35, 0.1] if on_gpu else [1, 0.5]
-
-
 def parser() -> argparse.ArgumentParser:
     device = default_device().type
-    on_gpu = device == "cuda"
     dtype = "bfloat16" if has_bf16(default_device()) else "float32"
     names = "; ".join(dict.fromkeys(name for of in LOSSES.values() for name in of))
     found = argparse.ArgumentParser(
@@ -381,11 +378,12 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, nargs="+", default=[dtype], help=f"default here: {dtype}")
     add(
         "--f", type=fraction, nargs="+",
-        help=f"fractions of sequences with a gradient (default here: {_fractions(on_gpu)})",
+        help="fractions of sequences with a gradient (default here: "
+        f"{', '.join(map(str, FRACTIONS[device]))})",
     )  # fmt: skip
     add("--lengths", choices=("square", "ragged"), default="square", help="of the sequences")
     add("--frozen-head", action="store_true", help="no gradient for the head's weight")
-    add("--rounds", type=positive, help=f"default here: {20 if on_gpu else 4}; models: 3")
+    add("--rounds", type=positive, help=f"default here: {ROUNDS[device]}; of models: 3")
     add("--against", nargs="+", metavar="NAME", help=f"parts of names, of: {names}")
     add("--out", type=Path, help="JSON file to write")
     add("--plot", type=Path, help="PNG file to write")
@@ -410,8 +408,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         fractions = args.f or updates.FRACTIONS
         updates.run(args.model, fractions, args.rounds or 3, args.out, args.plot, progress)
         return 0
-    on_gpu = default_device().type == "cuda"
-    rounds = args.rounds or (20 if on_gpu else 4)
+    device = default_device().type
+    rounds = args.rounds or ROUNDS[device]
     against = args.against and [word for text in args.against for word in text.split(",")]
     try:
         chosen = {path: select(path, against) for path in args.path}
@@ -430,7 +428,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         whole = Case(path, shape, DTYPES[dtype], 1.0, args.lengths, args.frozen_head)
         progress(f"{path} {shape}: inputs")
         drawn = whole.draw(default_device())
-        for f in args.f or _fractions(on_gpu):
+        for f in args.f or FRACTIONS[device]:
             row = measure(
                 whole._replace(f=f), drawn, chosen[path], rounds,
                 progress=progress, after=keep,

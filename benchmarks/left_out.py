@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from statistics import mean
 
 from .measure import in_a_process, provenance, write
 from .plots import pyplot
@@ -28,22 +29,20 @@ def measured(arguments: list[str]) -> dict:
     return {name: [row[name] for row in rows] for name in SERIES} | {"summary": summary}
 
 
+def seconds(runs: list[dict]) -> list[float]:
+    """Of old log-probs and updates in each step, mean over seeds."""
+    of_seeds = (zip(run["update_s"], run["old_log_probs_s"], strict=True) for run in runs)
+    return [mean(map(sum, of_step)) for of_step in zip(*of_seeds, strict=True)]
+
+
 def saved(runs: dict[str, list[dict]]) -> list[float]:
-    """Seconds of old log-probs and updates that each step saves, mean over seeds."""
-
-    def seconds(of: dict) -> list[float]:
-        return [a + b for a, b in zip(of["update_s"], of["old_log_probs_s"], strict=True)]
-
-    pairs = zip(runs["left out"], runs["computed"], strict=True)
-    of_seeds = [
-        [b - a for a, b in zip(seconds(ours), seconds(all_), strict=True)] for ours, all_ in pairs
-    ]
-    return [sum(of_step) / len(of_step) for of_step in zip(*of_seeds, strict=True)]
+    """Seconds that each step saves."""
+    pairs = zip(seconds(runs["left out"]), seconds(runs["computed"]), strict=True)
+    return [b - a for a, b in pairs]
 
 
 def draw(report: dict, path: Path) -> None:
     """By step of the demo: what is left out, and the seconds that this saves."""
-
     figure, (share, time) = pyplot().subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     runs = report["runs"]
     steps = range(1, 1 + len(runs["left out"][0]["left_out_frac"]))
@@ -56,13 +55,8 @@ def draw(report: dict, path: Path) -> None:
         )  # fmt: skip
     share.set(title="Groups without an advantage", ylabel="fraction", ylim=(0, 1))
     for place, (arm, of_arm) in enumerate(runs.items()):
-        seconds = [
-            sum(a[i] for run in of_arm for a in (run["update_s"], run["old_log_probs_s"]))
-            / len(of_arm)
-            for i in range(len(steps))
-        ]
         label = "left out" if arm == "left out" else "computed all the same"
-        time.plot(steps, seconds, color=f"C{place}", label=label)
+        time.plot(steps, seconds(of_arm), color=f"C{place}", label=label)
     time.bar(steps, saved(runs), color="grey", alpha=0.3, label="saved")
     time.set(title="Old log-probs and updates", ylabel="seconds")
     for axis in (share, time):

@@ -381,7 +381,7 @@ def left_out_table(report: dict) -> list[str]:
         )
         old, update = (mean(sum(run[f"{k}_s"]) for run in runs) for k in _STAGES)
         lines.append(f"| {arm} | {before} | {after} | {old:.0f} | {update:.0f} |")
-    seconds = left_out.saved(report["runs"])
+    saved = left_out.saved(report["runs"])
     share = [
         mean(of)
         for of in zip(*(r["left_out_frac"] for r in report["runs"]["left out"]), strict=True)
@@ -389,8 +389,8 @@ def left_out_table(report: dict) -> list[str]:
     lines += [
         "",
         f"Left out: {share[0]:.0%} of the responses in the first step, {share[-1]:.0%} in the last "
-        f"one, {mean(share):.0%} on average; saved are {seconds[0]:.1f} s, {seconds[-1]:.1f} s and "
-        f"{sum(seconds):.0f} s in all.",
+        f"one, {mean(share):.0%} on average; saved are {saved[0]:.1f} s, {saved[-1]:.1f} s and "
+        f"{sum(saved):.0f} s in all.",
     ]
     return lines
 

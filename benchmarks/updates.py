@@ -246,7 +246,7 @@ def measure(
     samples = {of: taken[key] for key, of in names.items()}
     return [
         {
-            "dead": case.dead, "f": case.f, "live": int(len(case.advantages) * case.f + 0.5),
+            "dead": case.dead, "f": case.f, "live": round(case.f * len(case.advantages)),
             "contenders": {
                 name: {
                     "seconds": [of.seconds for of in samples[case, name]],

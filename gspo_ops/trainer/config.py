@@ -202,9 +202,9 @@ class UpdateConfig(_Section):
         rollout_weight_cap: multiply by importance weights from sampling to `"recompute"`, cut off
             here; 0 for none. One per sequence, the product over its tokens, unless the objective
             has a ratio per token.
-        skip_dead: leave groups out whose advantages are all 0, which have no gradient without a KL
-            term, old log-probs included; and, with gradient_checkpointing, rows that are clipped
-            out of what is run again. Loss and gradients are the same up to rounding.
+        skip_dead: compute neither old log-probs nor updates for groups whose advantages are all 0,
+            unless a KL term gives them a gradient; with gradient_checkpointing, do not run rows
+            again that are clipped. Loss and gradients are the same up to rounding.
         gradient_checkpointing: keep the inputs of each layer only, and run it again in the
             backward.
         routing_replay: route the tokens of each update to the experts that they had when the old
