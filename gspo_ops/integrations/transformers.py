@@ -38,6 +38,7 @@ def log_probs_from_model(
     cu_seqlens: Tensor | None = None,
     needed: Tensor | None = None,
     temperature: float = 1.0,
+    return_router_loss: bool = False,
     check_model: bool = True,
     **options: Any,
 ) -> Any:
@@ -53,13 +54,15 @@ def log_probs_from_model(
         needed: (B,) bool: sequences for which the model runs; None for all. One host
             synchronisation. For a loss, those with an advantage.
         temperature: sampling temperature, > 0.
+        return_router_loss: also return the load-balancing loss of a mixture of experts, 0-dim, of
+            the sequences for which the model runs.
         check_model: whether the head's logits are compared with the model's own before its first
             use, on at most 8 tokens, and whether packed sequences do not see each other.
         options: further ones of `log_probs_from_hidden`.
 
     Returns:
         (B, T) float32, or (S,) with 0 at first tokens where packed; NaN where not needed. With
-        `return_entropy`, the entropies too.
+        `return_entropy` the entropies too, and with `return_router_loss` that loss as the last.
 
     Raises:
         ValueError: `batch` or `count` does not fit, an argument of the model can't be cut into
@@ -68,15 +71,20 @@ def log_probs_from_model(
     whole = Batch.of(batch, count, cu_seqlens)
     if check_model:
         require_separate(model, whole)
+    if return_router_loss:
+        whole.arguments["output_router_logits"] = True
     part = None if needed is None else _needed(whole, needed)
     run = whole if part is None else part.batch
 
-    def of_head(head: OutputHead, hidden: Tensor, _: Any) -> Any:
+    def of_head(head: OutputHead, hidden: Tensor, output: Any) -> Any:
         own = head.options(temperature)
         found = log_probs_from_hidden(
             run.hidden(hidden), head.weight, run.targets(), **own, **options
         )
-        return tuple(map(whole_of, found)) if isinstance(found, tuple) else whole_of(found)
+        parts = [*map(whole_of, found if isinstance(found, tuple) else (found,))]
+        if return_router_loss:
+            parts.append(_router_loss(output, "return_router_loss must be False"))
+        return tuple(parts) if len(parts) > 1 else parts[0]
 
     def whole_of(x: Tensor) -> Tensor:
         by_token = run.of_tokens(x)
@@ -246,9 +254,14 @@ def _stats_of_all(
     return fractions_of_all(found, sequences, [is_computed.sum(), is_token.sum()])
 
 
-def _with_router_loss(found: PolicyLoss, output: Any, coef: float) -> PolicyLoss:
+def _router_loss(output: Any, otherwise: str) -> Tensor:
     router_loss = getattr(output, "aux_loss", None)
     if not isinstance(router_loss, Tensor):
-        raise ValueError("router_loss_coef must be 0 for a model whose output has no aux_loss")
+        raise ValueError(f"{otherwise} for a model whose output has no aux_loss")
+    return router_loss
+
+
+def _with_router_loss(found: PolicyLoss, output: Any, coef: float) -> PolicyLoss:
+    router_loss = _router_loss(output, "router_loss_coef must be 0")
     stats = found.stats | {"router_loss": router_loss.detach()}
     return PolicyLoss(found.loss + coef * router_loss.to(found.loss), stats)

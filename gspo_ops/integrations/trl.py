@@ -8,7 +8,6 @@ in the backward.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,30 +15,19 @@ import torch
 import trl
 from packaging.version import Version
 from torch import Tensor
+from transformers.utils import logging
 from trl import GRPOTrainer
-from trl.trainer.utils import nanmax, nanmin
 
-from .. import Objective, PolicyLoss
+from .. import Objective, policy_loss_from_log_probs
 from ..checks import check_choice
-from ..objective import Aggregation
 from .transformers import Skip, live_checkpointing, log_probs_from_model, loss_from_model
+from .trl_metrics import Step, log_step
+from .trl_settings import BY_ITEMS, needs_log_probs, objective_of
 
 if not Version("1.16") <= Version(trl.__version__) < Version("2"):
     raise ImportError(f"gspo_ops.integrations.trl is for TRL 1.16 to 1.x, got {trl.__version__}")
 
-# TRL's `loss_type`: the aggregation of the tokens' terms, before a denominator
-_AGGREGATIONS: dict[str, Aggregation] = {
-    "grpo": "seq-mean-token-mean",
-    "bnpo": "token-sum",
-    "dr_grpo": "token-sum",
-    "dapo": "token-sum",
-    "luspo": "seq-mean-token-sum",
-}
-# our statistics, and how they are put together over ranks, NaN on one that has computed nothing
-_OURS: dict[str, Callable[[Tensor], Tensor]] = {
-    "ratio_mean": Tensor.nanmean, "ratio_min": nanmin, "ratio_max": nanmax,
-    "effective_sample_size": Tensor.nanmean,
-}  # fmt: skip
+_logger = logging.get_logger(__name__)
 
 
 class GSPOTrainer(GRPOTrainer):
@@ -47,18 +35,16 @@ class GSPOTrainer(GRPOTrainer):
 
     For GSPO as in the paper: `importance_sampling_level="sequence"`, `loss_type="grpo"`,
     `epsilon=3e-4`, `epsilon_high=4e-4`. `"sequence_token"` is GSPO-token. All other settings of
-    `GRPOConfig` that change the loss either do the same as in TRL or are refused. TRL's metrics are
-    kept, but for `clip_ratio/low_min` and `clip_ratio/high_max` of ratios per token; ours are
-    logged as `gspo_ops/...`.
+    `GRPOConfig` do the same as in TRL. What the loss needs no log-probs for is one op; the weights
+    of VESPO, masks and the entropy bonus are made of fused log-probs and entropies; and where
+    neither says what a setting means, the loss is TRL's own, of the same log-probs, and the log
+    says so once. TRL's metrics are kept; ours are logged as `gspo_ops/...`, but not there.
 
-    The model runs for the sequences alone that can have a gradient, and with
+    In one op, the model runs for the sequences alone that can have a gradient, and with
     `gradient_checkpointing` runs again for those alone that have one; `entropy` and ratios are of
     the sequences that it ran for, whose fraction is `gspo_ops/computed_frac`. All run for a KL
     term, a router loss or images, and where old log-probs are given to a model in 16 bit: in
     batches of another size it would round them in another way.
-
-    Raises:
-        ValueError: a setting is not supported; the message names it.
     """
 
     def __init__(
@@ -74,19 +60,6 @@ class GSPOTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         self._check_model, self._skip = check_model, skip
         config = self.args
-        refused = {
-            "loss_type": self.loss_type not in _AGGREGATIONS,
-            "top_entropy_quantile": self.top_entropy_quantile < 1.0,
-            "off_policy_mask_threshold": self.off_policy_mask_threshold is not None,
-            "delta": config.delta is not None,
-            "use_bias_correction_kl": self.beta != 0.0 and config.use_bias_correction_kl,
-            "entropy_coef": self._entropy_bonus_enabled,
-        }
-        for name in (name for name, is_refused in refused.items() if is_refused):
-            raise ValueError(
-                f"{name}={getattr(config, name, None)!r} is not supported by GSPOTrainer: "
-                "use GRPOTrainer for it"
-            )
         # what torch.compile makes of ordinary checkpointing it can't make of this
         is_wanted = skip == "dead" or (skip == "auto" and not config.torch_compile)
         if config.gradient_checkpointing and is_wanted:
@@ -96,30 +69,52 @@ class GSPOTrainer(GRPOTrainer):
         mask = inputs["completion_mask"]
         if "tool_mask" in inputs:
             mask = mask * inputs["tool_mask"]
-        found = self._fused_loss(model, inputs, mask)
-        self._log_stats(found.stats, inputs, mask)
-        return found.loss
+        try:
+            objective = objective_of(self, inputs["advantages"].ndim == 2)
+        except ValueError as error:
+            _logger.warning_once(f"GSPOTrainer: log-probs are fused, the loss is TRL's own: {error}")
+            return super()._compute_loss(model, inputs)
+        of_settings = self._loss_of_log_probs if needs_log_probs(self) else self._loss_of_model
+        loss, step = of_settings(model, inputs, mask, objective)
+        log_step(self, step, self._steps())
+        return loss
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int,
         batch_size: int | None = None, compute_entropy: bool = False,
         compute_aux_loss: bool = False, **images: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-        """Old and reference log-probs, by the same way as the loss's: else, in bf16, the ratio of a
-        policy to itself would leave GSPO's clip range."""
+        """New, old and reference log-probs, by the same way as in one op: else, in bf16, the ratio
+        of a policy to itself would leave GSPO's clip range."""
 
         def scored(*, labels: Tensor, fused_lm_head: bool, **batch: Any) -> Any:
-            log_probs, entropy = log_probs_from_model(
+            log_probs, entropy, *router_loss = log_probs_from_model(
                 model, batch, logits_to_keep, temperature=self.temperature, return_entropy=True,
-                check_model=self._check_model,
+                return_router_loss=compute_aux_loss, check_model=self._check_model,
             )  # fmt: skip
-            return SimpleNamespace(log_probs=log_probs, entropy=entropy)
+            aux_loss = router_loss[0] if router_loss else None
+            return SimpleNamespace(log_probs=log_probs, entropy=entropy, aux_loss=aux_loss)
 
         return super()._get_per_token_logps_and_entropies(
-            scored, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **images
-        )
+            scored, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy,
+            compute_aux_loss, **images,
+        )  # fmt: skip
 
-    def _model_inputs(self, inputs: dict[str, Any], count: int) -> dict[str, Any]:
+    def _arguments(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Those of `_get_per_token_logps_and_entropies` for a loss."""
+        known = inspect.signature(super()._get_per_token_logps_and_entropies).parameters
+        ids, mask = (
+            torch.cat([inputs[f"prompt_{of}"], inputs[f"completion_{of}"]], 1)
+            for of in ("ids", "mask")
+        )
+        return {name: x for name, x in inputs.items() if name in known} | {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "logits_to_keep": inputs["completion_ids"].shape[1],
+            "compute_aux_loss": self.aux_loss_enabled,
+        }
+
+    def _model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What TRL calls the model with: it knows what the images of each model are."""
         batch = {}
 
@@ -127,37 +122,98 @@ class GSPOTrainer(GRPOTrainer):
             batch.update(found)
             return SimpleNamespace(log_probs=labels, aux_loss=labels.float())
 
-        theirs = super()._get_per_token_logps_and_entropies
-        known = inspect.signature(theirs).parameters
-        theirs(
-            take,
-            *(torch.cat([inputs[f"prompt_{of}"], inputs[f"completion_{of}"]], 1)
-              for of in ("ids", "mask")),
-            count,
-            compute_aux_loss=self.aux_loss_enabled,
-            **{name: x for name, x in inputs.items() if name in known},
-        )  # fmt: skip
+        super()._get_per_token_logps_and_entropies(take, **self._arguments(inputs))
         return batch
 
-    def _fused_loss(self, model: Any, inputs: dict[str, Any], mask: Tensor) -> PolicyLoss:
-        advantages = inputs["advantages"]
-        level = self.importance_sampling_level
-        if level == "sequence" and advantages.ndim == 2:
-            level = "sequence_token"  # whose gradient is right for an advantage per token
-        weights = None
-        if self.use_vllm and self.vllm_importance_sampling_correction:
-            weights = inputs["importance_sampling_ratio"].float()
-            weights = weights.squeeze(1) if weights.shape[1] == 1 else weights
+    def _options(
+        self, inputs: dict[str, Any], mask: Tensor, objective: Objective
+    ) -> dict[str, Any]:
+        """Those of both losses."""
+        return {
+            "mask": mask, "objective": objective, "denominator": self._denominator(inputs, mask),
+            "ref_log_probs": inputs["ref_per_token_logps"] if self.beta != 0.0 else None,
+        }  # fmt: skip
+
+    def _loss_of_model(
+        self, model: Any, inputs: dict[str, Any], mask: Tensor, objective: Objective
+    ) -> tuple[Tensor, Step]:
+        """In one op."""
+        advantages, old = inputs["advantages"].float(), inputs.get("old_per_token_logps")
+        options, weights = self._options(inputs, mask, objective), self._rollout_weights(inputs)
         with self.accelerator.autocast():
-            return loss_from_model(
-                model, self._model_inputs(inputs, mask.shape[1]),
-                inputs.get("old_per_token_logps"), advantages.float(), mask=mask,
-                temperature=self.temperature, objective=self._objective(level),
-                ref_log_probs=inputs["ref_per_token_logps"] if self.beta != 0.0 else None,
-                rollout_weights=weights, denominator=self._denominator(inputs, mask),
-                router_loss_coef=self._router_loss_coef(), return_entropy=True,
-                check_model=self._check_model, skip=self._skip_of(inputs),
+            loss, stats = loss_from_model(
+                model, self._model_inputs(inputs), old, advantages,
+                rollout_weights=None if weights is None else _per_sequence_or_token(weights),
+                temperature=self.temperature, router_loss_coef=self._router_loss_coef(),
+                return_entropy=True, return_log_probs=True, check_model=self._check_model,
+                skip=self._skip_of(inputs), **options,
             )  # fmt: skip
+        return loss, Step(
+            stats, mask, _by_token(advantages), stats["log_probs"], old, options["ref_log_probs"],
+            stats["entropy"],
+        )  # fmt: skip
+
+    def _loss_of_log_probs(
+        self, model: Any, inputs: dict[str, Any], mask: Tensor, objective: Objective
+    ) -> tuple[Tensor, Step]:
+        """Of log-probs and entropies, on which weights and an entropy bonus depend."""
+        log_probs, entropy, router_loss = self._get_per_token_logps_and_entropies(
+            model, compute_entropy=True, **self._arguments(inputs)
+        )
+        assert entropy is not None
+        old, seen = inputs.get("old_per_token_logps"), log_probs.detach()
+        weights, phi = self._weights(seen, inputs, mask)
+        bonus_mask = mask
+        if self.top_entropy_quantile < 1.0:
+            is_high = self.get_high_entropy_mask(
+                entropy.detach(), mask, 1 - self.top_entropy_quantile
+            )
+            weights, bonus_mask = weights * is_high, mask * is_high
+        advantages, options = inputs["advantages"].float(), self._options(inputs, mask, objective)
+        loss, stats = policy_loss_from_log_probs(
+            log_probs, old, advantages, rollout_weights=_per_sequence_or_token(weights), **options
+        )
+        stats["computed"] = torch.ones(len(mask), dtype=torch.bool, device=mask.device)
+        step = Step(
+            stats, mask, _by_token(advantages), seen, old, options["ref_log_probs"],
+            entropy.detach(), phi, loss.detach() if self._entropy_bonus_enabled else None,
+        )  # fmt: skip
+        if self._entropy_bonus_enabled:
+            total = torch.where(bonus_mask != 0, entropy, 0.0).sum()
+            mean = total / bonus_mask.sum().clamp(min=1.0)
+            loss = loss - self.entropy_coef / self._steps() * mean
+        if router_loss is not None:
+            stats["router_loss"] = router_loss.detach()
+            loss = loss + self._router_loss_coef() * router_loss
+        return loss, step
+
+    def _rollout_weights(self, inputs: dict[str, Any]) -> Tensor | None:
+        """(B, 1) or (B, T), of the rollout engine's log-probs."""
+        is_used = self.use_vllm and self.vllm_importance_sampling_correction
+        return inputs["importance_sampling_ratio"].float() if is_used else None
+
+    def _weights(
+        self, log_probs: Tensor, inputs: dict[str, Any], mask: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of tokens, (B, T), or of sequences, (B, 1), by what TRL has for them; and VESPO's phi."""
+        advantages = _by_token(inputs["advantages"])
+        old = inputs.get("old_per_token_logps")
+        old = log_probs if old is None else old
+        weights, phi = self._rollout_weights(inputs), None
+        if self.loss_type == "vespo":  # whose phi has them in it
+            weights = phi = self.get_gamma_weights(
+                advantages, log_probs - old, mask, inputs.get("importance_sampling_ratio"),
+                **{name: getattr(self.args, f"vespo_{name}")
+                   for name in ("k_pos", "lambda_pos", "k_neg", "lambda_neg")},
+            )  # fmt: skip
+        if weights is None:
+            weights = log_probs.new_ones(len(mask), 1)
+        if self.off_policy_mask_threshold is not None:
+            weights = weights * self.get_off_policy_mask(
+                advantages, log_probs, inputs.get("sampling_per_token_logps", old), mask,
+                self.off_policy_mask_threshold,
+            )  # fmt: skip
+        return weights, phi
 
     def _skip_of(self, inputs: dict[str, Any]) -> Skip:
         """In 16 bit, old log-probs of all sequences are rounded otherwise than those of some."""
@@ -172,13 +228,6 @@ class GSPOTrainer(GRPOTrainer):
     def _router_loss_coef(self) -> float:
         return self.router_aux_loss_coef / self._steps() if self.aux_loss_enabled else 0.0
 
-    def _objective(self, level: Any) -> Objective:
-        aggregation = _AGGREGATIONS[self.loss_type]
-        return Objective(
-            ratio_level=level, clip_low=self.epsilon_low, clip_high=self.epsilon_high,
-            aggregation=aggregation, kl_coef=self.beta,
-        )  # fmt: skip
-
     def _denominator(self, inputs: dict[str, Any], mask: Tensor) -> float | Tensor:
         """What TRL divides by, accumulation included; it counts empty responses as well."""
         steps = self._steps()
@@ -186,7 +235,7 @@ class GSPOTrainer(GRPOTrainer):
             return mask.sum().float().clamp(min=1.0) * float(steps)
         if self.loss_type == "dr_grpo":
             return float(len(mask) * self.max_completion_length * steps)
-        if self.loss_type == "dapo":
+        if self.loss_type in BY_ITEMS:
             items = inputs["num_items_in_batch"].float().clamp(min=1.0)
             items = items / self.accelerator.num_processes  # which average their gradients
             return (
@@ -194,38 +243,11 @@ class GSPOTrainer(GRPOTrainer):
             )
         return float(len(mask) * steps)
 
-    def _log_stats(self, stats: dict[str, Tensor], inputs: dict[str, Any], mask: Tensor) -> None:
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        gather, computed = self.accelerator.gather, stats["computed"]
 
-        def mean_of_tokens(x: Tensor, mask: Tensor = mask) -> float:
-            tokens = mask.sum().float()
-            totals = self.accelerator.reduce(torch.stack([x * tokens, tokens]), reduction="sum")
-            return (totals[0] / totals[1].clamp(min=1.0)).item()
+def _by_token(advantages: Tensor) -> Tensor:
+    return advantages if advantages.ndim == 2 else advantages[:, None]
 
-        if self.aux_loss_enabled:
-            metrics["aux_loss"].append(gather(stats["router_loss"]).mean().item())
-        if self.beta != 0.0:
-            metrics["kl"].append(mean_of_tokens(stats["ref_kl"]))
-        metrics["entropy"].append(mean_of_tokens(stats["entropy"], mask * computed[:, None]))
-        low, high = (mean_of_tokens(stats[f"clip_frac_{side}"]) for side in ("low", "high"))
-        if self.importance_sampling_level == "sequence" and inputs["advantages"].ndim == 1:
-            # of sequences, each counting once, as TRL has it
-            ratio = stats["log_ratio"].exp()
-            is_low = (ratio < 1 - self.epsilon_low) & (inputs["advantages"] < 0)
-            is_high = (ratio > 1 + self.epsilon_high) & (inputs["advantages"] > 0)
-            of_low, of_high = gather(is_low.float()), gather(is_high.float())
-            low, high = of_low.mean().item(), of_high.mean().item()
-            metrics["clip_ratio/low_min"].append(of_low.min().item())
-            metrics["clip_ratio/high_max"].append(of_high.max().item())
-        metrics["clip_ratio/low_mean"].append(low)
-        metrics["clip_ratio/high_mean"].append(high)
-        metrics["clip_ratio/region_mean"].append(low + high)
-        for name, over_ranks in _OURS.items():
-            of_rank = torch.where(computed.any(), stats[name], torch.nan)
-            metrics[f"gspo_ops/{name}"].append(over_ranks(gather(of_rank)).item())
-        for name, x in (
-            ("computed", computed.float()),
-            ("active_token", stats["active_token_frac"]),
-        ):
-            metrics[f"gspo_ops/{name}_frac"].append(gather(x).mean().item())
+
+def _per_sequence_or_token(weights: Tensor) -> Tensor:
+    """(B,) or (B, T), as the ops take them."""
+    return weights.squeeze(1) if weights.shape[1] == 1 else weights
