@@ -2,8 +2,8 @@
 autograd.Functions over any source.
 
     source.forward(rows, policy, *operands) -> log_probs, saved
-    policy_loss_fwd(log_probs, policy) -> loss, stats, g
-    source.backward(saved, g) -> gradients of the operands
+    policy_loss_fwd(log_probs, entropy, policy) -> loss, stats, g, h
+    source.backward(saved, g, h) -> gradients of the operands
 """
 
 from __future__ import annotations
@@ -100,18 +100,20 @@ class SourceLoss(torch.autograd.Function):
         ctx: Any, source: Source, rows: TargetRows, policy: Policy, *operands: Any
     ) -> tuple[Tensor, ...]:
         log_probs, entropy, saved = source.forward(rows, policy, *operands)
-        out = policy_loss_fwd(log_probs, policy)
+        has_bonus = policy.objective.entropy_coef > 0
+        out = policy_loss_fwd(log_probs, entropy if has_bonus else None, policy)
         if source.returns_entropy():
             entropy = token_mean(entropy, policy.sequences, policy.context_group)
-        ctx.save_for_backward(*saved, out.g, out.inv_denominator)
-        ctx.source = source
+        ctx.save_for_backward(*saved, out.g, out.h, out.inv_denominator)
+        ctx.source, ctx.has_bonus = source, has_bonus
         ctx.mark_non_differentiable(out.stats, out.log_ratio, entropy)
         return out.loss, out.stats, out.log_ratio, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        *saved, g, inv_denominator = ctx.saved_tensors
+        *saved, g, h, inv_denominator = ctx.saved_tensors
         source: Source = ctx.source
-        upstream = Upstream(g, None, grad_loss, inv_denominator)
+        of_entropy = h * (grad_loss * inv_denominator) if ctx.has_bonus else None
+        upstream = Upstream(g, of_entropy, grad_loss, inv_denominator)
         wanted = ctx.needs_input_grad[3:]
         return None, None, None, *source.backward(tuple(saved), upstream, wanted)

@@ -10,15 +10,23 @@ from torch import Tensor
 from .constants import IGNORED
 
 
-def check_number(name: str, value: object, *, minimum: float, exclusive: bool = False) -> None:
-    """Refuse anything but a finite number that is >= minimum (> minimum when exclusive)."""
+def check_number(
+    name: str,
+    value: object,
+    *,
+    minimum: float,
+    exclusive: bool = False,
+    may_be_infinite: bool = False,
+) -> None:
+    """Refuse anything but a number that is >= minimum (> minimum when exclusive), and finite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     low = value <= minimum if exclusive else value < minimum
     # not math.isfinite, which torch.compile cannot trace for a symbolic float
-    if low or not -math.inf < value < math.inf:
-        sign = ">" if exclusive else ">="
-        raise ValueError(f"{name} must be finite and {sign} {minimum:g}, got {value!r}")
+    is_number = value == value if may_be_infinite else -math.inf < value < math.inf
+    if low or not is_number:
+        sign, kind = ">" if exclusive else ">=", "" if may_be_infinite else "finite and "
+        raise ValueError(f"{name} must be {kind}{sign} {minimum:g}, got {value!r}")
 
 
 def check_bool(name: str, value: object) -> None:

@@ -133,9 +133,16 @@ class LossInChunks(NamedTuple):
 def _chunks_fake(
     head: Head, targets: Tensor, policy: Policy, chunk_rows: int, options: object, wanted: Wanted
 ) -> LossInChunks:
-    loss, stats, log_ratio, _, inv_denominator = empty_loss(None, policy)
+    of_policy = empty_loss(None, None, policy)
     grads = Grads.empty(head, wanted, stats_dtype(head.hidden, head.weight))
-    return LossInChunks(loss, stats, log_ratio, torch.empty_like(loss), inv_denominator, *grads)
+    return LossInChunks(
+        of_policy.loss,
+        of_policy.stats,
+        of_policy.log_ratio,
+        torch.empty_like(of_policy.loss),
+        of_policy.inv_denominator,
+        *grads,
+    )
 
 
 @operator(_chunks_fake)
@@ -155,7 +162,8 @@ def loss_in_chunks(
         for x in grads[1:]:
             x.zero_()
     log_probs = grads.hidden.new_zeros(policy.sequences.rows)
-    entropy = grads.hidden.new_zeros(())
+    has_bonus = policy.objective.entropy_coef > 0
+    entropies = torch.zeros_like(log_probs)
     chunk_rows = _same_on_all_ranks(chunk_rows, targets, options)
     vocabulary = head.weight.shape[0]
     buffer = empty_kept(head, min(chunk_rows, max(policy.sequences.rows, 1)), vocabulary)
@@ -166,25 +174,28 @@ def loss_in_chunks(
         kept = _kept_in(buffer, rows.stop - rows.start, vocabulary)
         log_probs[rows], sums = forward(part, of_part, grad_mask, options, kept)
         read = log_probs[rows] if needed.log_probs_are_read else None
-        g = policy_loss_fwd(read, policy.part(sequences, rows)).g
+        entropy = sums.entropy if has_bonus else None
+        of_policy = policy_loss_fwd(read, entropy, policy.part(sequences, rows))
         backward(
             part,
             of_part,
             sums,
-            g,
-            None,
+            of_policy.g,
+            of_policy.h if has_bonus else None,
             options,
             kept,
             _rows_of(grads.where(wanted), rows),
             add=Wanted(weight=i > 0, bias=i > 0, lora_a=i > 0, lora_b=i > 0),
         )
-        entropy += sums.entropy.sum()
-    whole = policy_loss_fwd(log_probs if needed.log_probs_are_read else None, policy)
+        if options.softmax.return_entropy:
+            entropies[rows] = sums.entropy
+    read = log_probs if needed.log_probs_are_read else None
+    whole = policy_loss_fwd(read, entropies if has_bonus else None, policy)
     return LossInChunks(
         whole.loss,
         whole.stats,
         whole.log_ratio,
-        entropy / policy.sequences.tokens(),
+        entropies.sum() / policy.sequences.tokens(),
         whole.inv_denominator,
         *grads,
     )

@@ -19,4 +19,5 @@ STATS = (
     "effective_sample_size",
     "active_token_frac",
     "ref_kl",
+    "clip_frac_dual",
 )

@@ -6,7 +6,6 @@ Terms are averaged, and ratios counted, by what does it for the built-in objecti
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +34,7 @@ _RATIO_STATS = (
     "approx_kl_k3",
     "effective_sample_size",
 )
+_CLIP_STATS = ("clip_frac_sequences", "clip_frac_tokens", "clip_frac_low", "clip_frac_high")
 
 
 def options_of(objective: Objective | TokenLoss) -> ObjectiveOptions:
@@ -49,14 +49,7 @@ def options_of(objective: Objective | TokenLoss) -> ObjectiveOptions:
         )
     aggregation: Any = getattr(objective, "aggregation", "seq-mean-token-mean")
     check_choice("aggregation", aggregation, AGGREGATIONS)
-    return ObjectiveOptions(
-        ratio_level="token",
-        aggregation=aggregation,
-        kl_estimator="k3",
-        clip_low=1.0,
-        clip_high=math.inf,
-        kl_coef=0.0,
-    )
+    return ObjectiveOptions.of(Objective(ratio_level="token", aggregation=aggregation))
 
 
 def custom_loss(
@@ -70,7 +63,7 @@ def custom_loss(
     weights = policy.rollout_weights
     if weights is not None:
         terms = terms * where_valid(weights if policy.rollout_weight_per_token else weights[ids])
-    out = policy_loss_fwd(log_probs.detach(), policy)
+    out = policy_loss_fwd(log_probs.detach(), None, policy)
     terms = where_valid(terms)
     if policy.objective.aggregation == "seq-mean-token-mean":
         terms = terms / lengths.clamp(min=1)[ids]
@@ -146,5 +139,4 @@ def _clip_stats(clipped: Tensor, policy: Policy, ids: Tensor) -> dict[str, Tenso
         policy.sequences,
         policy.context_group,
     )
-    names = [name for name in STATS if name.startswith("clip_frac")]
-    return dict(zip(names, fractions.unbind(), strict=True))
+    return dict(zip(_CLIP_STATS, fractions.unbind(), strict=True))

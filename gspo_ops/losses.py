@@ -6,6 +6,7 @@ autograd.Functions stand in `autograd.py` and `chunks.py`, functions as objectiv
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -108,6 +109,12 @@ def policy_loss_from_log_probs(
     """
     with SharedChecks(log_probs, context_group=context_group):
         check_log_probs("log_probs", log_probs)
+        if _has_bonus(objective):
+            raise ValueError(
+                "entropy_coef must be 0 for a loss from log_probs, which don't tell the entropy: "
+                "take it from log_probs_from_logits or log_probs_from_hidden with "
+                "return_entropy=True, and subtract its mean times the coefficient"
+            )
         layout = resolve_layout("log_probs", log_probs.shape, log_probs.device, mask, cu_seqlens)
         policy = make_policy(
             layout, log_probs.dtype, options_of(objective), old_log_probs, advantages,
@@ -156,7 +163,8 @@ def policy_loss_from_logits(
         targets: (B, T) or (N,) int32 or int64: the token that each row predicts (already shifted);
             anything where the mask is zero.
         temperature, softcap, vocab_group: of the logits, as in `log_probs_from_logits`.
-        return_entropy: adds `entropy`, the mean over valid tokens in nats, to the stats.
+        return_entropy: adds `entropy`, the mean over valid tokens in nats, to the stats; an
+            entropy bonus does so by itself.
         old_log_probs, advantages, mask, cu_seqlens, objective, ref_log_probs, rollout_weights,
             denominator, context_group: as in `policy_loss_from_log_probs`.
 
@@ -172,7 +180,9 @@ def policy_loss_from_logits(
     with SharedChecks(logits, targets, vocab_group=vocab_group, context_group=context_group):
         logits = vocab_part("logits", logits, -1, vocab_group)
         check_logits(logits, targets)
-        softmax = checked_softmax(temperature, softcap, vocab_group, return_entropy)
+        softmax = checked_softmax(
+            temperature, softcap, vocab_group, return_entropy or _has_bonus(objective)
+        )
         layout = resolve_layout("logits", targets.shape, logits.device, mask, cu_seqlens)
         policy = make_policy(
             layout, compute_dtype(logits.dtype), options_of(objective), old_log_probs, advantages,
@@ -232,7 +242,8 @@ def policy_loss_from_hidden(
         memory_budget: bytes for exponentials and sums of gradients that are kept; by default 2.1
             per logit, where eager PyTorch takes 8 to 14, between 64 MiB and 4 GiB.
         products, allow_sync, main_grad, vocab_group: as in `log_probs_from_hidden`.
-        return_entropy: adds `entropy`, the mean over valid tokens in nats, to the stats.
+        return_entropy: adds `entropy`, the mean over valid tokens in nats, to the stats; an
+            entropy bonus does so by itself.
         old_log_probs, advantages, mask, cu_seqlens, objective, ref_log_probs, rollout_weights,
             denominator, context_group: as in `policy_loss_from_log_probs`.
 
@@ -250,7 +261,9 @@ def policy_loss_from_hidden(
     ):
         hidden, weight, bias, lora = local_head(hidden, weight, bias, lora, vocab_group)
         check_head(hidden, weight, targets, bias, lora, main_grad)
-        softmax = checked_softmax(temperature, softcap, vocab_group, return_entropy)
+        softmax = checked_softmax(
+            temperature, softcap, vocab_group, return_entropy or _has_bonus(objective)
+        )
         check_plan(plan, memory_budget, products, allow_sync, lora)
         layout = resolve_layout("hidden", targets.shape, hidden.device, mask, cu_seqlens)
         head = Head.of(hidden, weight, bias, lora)
@@ -275,7 +288,9 @@ def policy_loss_from_hidden(
     rows = TargetRows(targets, policy.sequences.mask)
     if choice.name == "chunk":
         chunks = Chunks(options, choice.chunk_rows, main_grad)
-        return _result(policy, return_entropy, *ChunkLoss.apply(chunks, rows, policy, *head))
+        return _result(
+            policy, softmax.return_entropy, *ChunkLoss.apply(chunks, rows, policy, *head)
+        )
     source = HiddenSource(options, main_grad)
     return _loss(source, rows, policy, objective, *head)
 
@@ -291,6 +306,10 @@ def _check_chunks(objective: Objective | TokenLoss, context_group: ProcessGroup 
             "plan='chunk' makes gradients in the forward, which no function as objective "
             "tells: plan must be 'auto', 'keep' or 'recompute'"
         )
+
+
+def _has_bonus(objective: Objective | TokenLoss) -> bool:
+    return isinstance(objective, Objective) and objective.entropy_coef > 0
 
 
 def _loss(
@@ -319,6 +338,8 @@ def _result(
     named = dict(zip(STATS, stats.unbind(), strict=True))
     if policy.ref_log_probs is None:
         del named["ref_kl"]
+    if policy.objective.dual_clip == math.inf:
+        del named["clip_frac_dual"]
     named["log_ratio"] = log_ratio
     if return_entropy:
         named["entropy"] = entropy

@@ -1,7 +1,8 @@
-"""Objectives: which ratio, which clip range, which average. No tensors, no mathematics."""
+"""Objectives: which ratio, what it does, which terms and which average. No tensors."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -10,18 +11,28 @@ import torch
 
 from .checks import check_choice, check_number
 
-RatioLevel = Literal["sequence", "sequence_token", "token"]
+RatioLevel = Literal["sequence", "sequence_token", "sequence_shared", "geometric", "token"]
+Surrogate = Literal["clipped", "weighted", "soft"]
 Aggregation = Literal["seq-mean-token-mean", "token-mean", "seq-mean-token-sum", "token-sum"]
-KLEstimator = Literal["k1", "k2", "k3"]
-RATIO_LEVELS, AGGREGATIONS, KL_ESTIMATORS = map(get_args, (RatioLevel, Aggregation, KLEstimator))
+KLEstimator = Literal["k1", "k2", "k3", "abs", "k1+", "k3+"]
+KLWeight = Literal["one", "ratio", "ratio_detached"]
+AGGREGATIONS = get_args(Aggregation)
+_CHOICES = {
+    "ratio_level": get_args(RatioLevel),
+    "surrogate": get_args(Surrogate),
+    "aggregation": AGGREGATIONS,
+    "kl_estimator": get_args(KLEstimator),
+    "kl_weight": get_args(KLWeight),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """A clipped policy-gradient objective.
+    """A policy-gradient objective: for each token, a surrogate of its ratio r and advantage A.
 
-    For each token: `min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)`, minus
-    `kl_coef` times the KL estimate to the reference, averaged as `aggregation` says.
+        loss_t = -surrogate(r_t, A_t) * rollout_weight_t + kl_coef * kl_t - entropy_coef * H_t
+
+    averaged as `aggregation` says.
 
     Finite inputs have a finite loss and, with a denominator of 1 or more, a finite gradient by the
     log-probs. A log-ratio beyond +-80 counts as +-80 in its ratio, and what the dtype cannot hold
@@ -31,39 +42,107 @@ class Objective:
     Args:
         ratio_level: `"sequence"` one length-normalised ratio per sequence (GSPO);
             `"sequence_token"` the same value, with each token's own gradient and advantage
-            (GSPO-token); `"token"` one ratio per token (GRPO, PPO).
-        clip_low, clip_high: width of the clip range below and above 1, both >= 0.
-        aggregation: `"seq-mean-token-mean"` (the paper's), `"token-mean"`, `"seq-mean-token-sum"`
+            (GSPO-token); `"sequence_shared"` the same value, with advantages per token, whose
+            gradient goes through the one ratio that the tokens share; `"geometric"` one ratio per
+            sequence, of log-ratios that are clipped token by token (GMPO, arXiv 2507.20673);
+            `"token"` one ratio per token (GRPO, PPO).
+        surrogate: `"clipped"` min(r * A, clip(r, 1 - clip_low, 1 + clip_high) * A) (PPO, arXiv
+            1707.06347); `"weighted"` clip(r, 1 - clip_low, 1 + clip_high) * A * log_prob, the
+            clipped ratio without a gradient (CISPO, arXiv 2506.13585; unclipped, REINFORCE with
+            importance weights); `"soft"` 4 / tau * sigmoid(tau * (r - 1)) * A, where the sign of A
+            chooses tau (SAPO, arXiv 2511.20347).
+        clip_low, clip_high: width of the clip range below and above 1, both >= 0; by default
+            nothing is clipped.
+        dual_clip: for A < 0, what r counts at most in the `"clipped"` surrogate, with no gradient
+            beyond it (dual clip, arXiv 1912.09729); at least 1 + clip_high.
+        soft_temperature_pos, soft_temperature_neg: tau for A > 0 and for others, > 0.
+        aggregation: `"seq-mean-token-mean"` (GSPO's), `"token-mean"`, `"seq-mean-token-sum"`
             or `"token-sum"`.
         kl_coef: weight of the KL term, >= 0; needs `ref_log_probs` when positive.
         kl_estimator: with d = log_prob - ref_log_prob: `"k1"` d, `"k2"` d**2 / 2, `"k3"`
-            exp(-d) - 1 + d; each is differentiated as written.
+            exp(-d) - 1 + d, `"abs"` |d|; each is differentiated as written, but for `"k1+"` and
+            `"k3+"`, whose derivative is that of k2.
+        kl_weight: `"one"`; `"ratio"` multiplies a token's estimate by its unclipped ratio, and
+            differentiates both (arXiv 2512.02556); `"ratio_detached"` without a gradient through
+            the ratio.
+        kl_input_clamp, kl_output_clamp: d and the estimate are clamped to +- this, with no gradient
+            beyond it; > 0, by default infinite.
+        entropy_coef: weight of the entropy bonus, >= 0, for losses from logits or hidden states.
 
     Raises:
-        ValueError: an option is outside its range.
+        ValueError: an option is outside its range, or does not go with another.
     """
 
     ratio_level: RatioLevel
-    clip_low: float
-    clip_high: float
+    surrogate: Surrogate = "clipped"
+    clip_low: float = 1.0
+    clip_high: float = math.inf
+    dual_clip: float = math.inf
+    soft_temperature_pos: float = 1.0
+    soft_temperature_neg: float = 1.05
     aggregation: Aggregation = "seq-mean-token-mean"
     kl_coef: float = 0.0
     kl_estimator: KLEstimator = "k3"
+    kl_weight: KLWeight = "one"
+    kl_input_clamp: float = math.inf
+    kl_output_clamp: float = math.inf
+    entropy_coef: float = 0.0
 
     def __post_init__(self) -> None:
-        check_choice("ratio_level", self.ratio_level, RATIO_LEVELS)
-        check_choice("aggregation", self.aggregation, AGGREGATIONS)
-        check_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
-        for name in ("clip_low", "clip_high", "kl_coef"):
+        for name, choices in _CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
+        for name in ("clip_low", "kl_coef", "entropy_coef"):
             check_number(name, getattr(self, name), minimum=0.0)
-        weights_by_length = self.ratio_level == "sequence" and self.aggregation.startswith("token")
-        if weights_by_length and not torch.compiler.is_compiling():  # which can't trace a warning
+        check_number("clip_high", self.clip_high, minimum=0.0, may_be_infinite=True)
+        for name in ("soft_temperature_pos", "soft_temperature_neg"):
+            check_number(name, getattr(self, name), minimum=0.0, exclusive=True)
+        for name in ("kl_input_clamp", "kl_output_clamp"):
+            check_number(
+                name, getattr(self, name), minimum=0.0, exclusive=True, may_be_infinite=True
+            )
+        check_number("dual_clip", self.dual_clip, minimum=1 + self.clip_high, may_be_infinite=True)
+        self._check_combination()
+        if (
+            self._weights_by_length() and not torch.compiler.is_compiling()
+        ):  # which can't trace a warning
             # Python shows one warning per place and message
             warnings.warn(
                 f"aggregation={self.aggregation!r} weights sequences by their length; the GSPO "
                 "paper's objective is 'seq-mean-token-mean'",
                 stacklevel=4,
             )
+
+    def _check_combination(self) -> None:
+        if self.surrogate != "clipped" and self.dual_clip < math.inf:
+            raise ValueError(f"dual_clip has no meaning for surrogate={self.surrogate!r}")
+        if self.surrogate == "soft" and (self.clip_low, self.clip_high) != (1.0, math.inf):
+            raise ValueError("clip_low and clip_high have no meaning for surrogate='soft'")
+        if self.ratio_level == "geometric":
+            if self.surrogate != "clipped" or self.dual_clip < math.inf:
+                raise ValueError(
+                    "ratio_level='geometric' clips each token's log-ratio: surrogate must be "
+                    "'clipped', without a dual_clip"
+                )
+            if self.kl_weight != "one":
+                raise ValueError(
+                    "kl_weight must be 'one' for ratio_level='geometric', which has no unclipped "
+                    f"ratio, got {self.kl_weight!r}"
+                )
+
+    def _weights_by_length(self) -> bool:
+        is_of_sequence = self.ratio_level in ("sequence", "sequence_shared", "geometric")
+        return (
+            is_of_sequence and self.surrogate != "weighted" and self.aggregation.startswith("token")
+        )
+
+    def needs_advantage(self) -> bool:
+        """Whether a token without an advantage has no gradient."""
+        return self.kl_coef == 0 and self.entropy_coef == 0
+
+
+def log_clip_range(clip_low: float, clip_high: float) -> tuple[float, float]:
+    """The clip range of the log-ratio, where it is resolved best."""
+    return math.log1p(-clip_low) if clip_low < 1 else -math.inf, math.log1p(clip_high)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,3 +170,30 @@ class GRPO(Objective):
     ratio_level: RatioLevel = field(default="token", init=False)
     clip_low: float = 0.2
     clip_high: float = 0.27
+
+
+@dataclass(frozen=True, kw_only=True)
+class GMPO(Objective):
+    """Geometric-Mean Policy Optimization, arXiv 2507.20673: log-ratios clipped to +-0.4."""
+
+    ratio_level: RatioLevel = field(default="geometric", init=False)
+    clip_low: float = -math.expm1(-0.4)
+    clip_high: float = math.expm1(0.4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CISPO(Objective):
+    """Clipped importance weights, arXiv 2506.13585, of 5 at most (arXiv 2510.13786)."""
+
+    ratio_level: RatioLevel = "token"
+    surrogate: Surrogate = field(default="weighted", init=False)
+    clip_high: float = 4.0
+    aggregation: Aggregation = "token-mean"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAPO(Objective):
+    """Soft Adaptive Policy Optimization, arXiv 2511.20347, with the paper's temperatures."""
+
+    ratio_level: RatioLevel = "token"
+    surrogate: Surrogate = field(default="soft", init=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -10,7 +9,15 @@ from torch import Tensor
 
 from .checks import check_constant, check_log_probs, check_number, check_tensor
 from .layout import Layout, Sequences
-from .objective import Aggregation, KLEstimator, Objective, RatioLevel
+from .objective import (
+    Aggregation,
+    KLEstimator,
+    KLWeight,
+    Objective,
+    RatioLevel,
+    Surrogate,
+    log_clip_range,
+)
 from .operators import scalar
 from .parallel import ProcessGroup, group_name
 
@@ -19,27 +26,38 @@ class ObjectiveOptions(NamedTuple):
     """An `Objective` without its checks."""
 
     ratio_level: RatioLevel
+    surrogate: Surrogate
     aggregation: Aggregation
     kl_estimator: KLEstimator
+    kl_weight: KLWeight
     clip_low: float
     clip_high: float
+    dual_clip: float
+    soft_temperature_pos: float
+    soft_temperature_neg: float
     kl_coef: float
+    kl_input_clamp: float
+    kl_output_clamp: float
+    entropy_coef: float
 
     @classmethod
     def of(cls, objective: Objective) -> ObjectiveOptions:
-        return cls(
-            objective.ratio_level,
-            objective.aggregation,
-            objective.kl_estimator,
-            objective.clip_low,
-            objective.clip_high,
-            objective.kl_coef,
+        return cls(*[getattr(objective, name) for name in cls._fields])
+
+    def shares_gradient(self) -> bool:
+        """Whether what reaches a token is a sum over its sequence that only its ratio tells."""
+        through_surrogate = self.ratio_level == "sequence_shared" and self.surrogate != "weighted"
+        through_kl = self.ratio_level in ("sequence", "sequence_shared") and (
+            self.kl_coef > 0 and self.kl_weight == "ratio"
         )
+        return through_surrogate or through_kl
+
+    def needs_advantage(self) -> bool:
+        """Whether a token without an advantage has no gradient."""
+        return self.kl_coef == 0 and self.entropy_coef == 0
 
     def log_clip_range(self) -> tuple[float, float]:
-        """The clip range of the log-ratio, where it is resolved best."""
-        low = math.log1p(-self.clip_low) if self.clip_low < 1 else -math.inf
-        return low, math.log1p(self.clip_high)
+        return log_clip_range(self.clip_low, self.clip_high)
 
 
 class Policy(NamedTuple):
@@ -65,12 +83,16 @@ class Policy(NamedTuple):
 
     def reads_log_probs(self) -> bool:
         """On-policy it does not: every ratio is 1, and g is known beforehand."""
-        return self.old_log_probs is not None or self.ref_log_probs is not None
+        return (
+            self.old_log_probs is not None
+            or self.ref_log_probs is not None
+            or self.objective.surrogate == "weighted"  # whose value is the log-prob's
+        )
 
     def rows_with_gradient(self) -> Tensor | None:
         """Non-zero where a row may have a gradient, as far as that is known beforehand."""
         mask = self.sequences.mask
-        if self.objective.kl_coef > 0:
+        if not self.objective.needs_advantage():
             return mask
         has_advantage = self.advantages != 0
         if not self.advantage_per_token:
@@ -128,6 +150,7 @@ class LossAndGrad(NamedTuple):
     stats: Tensor  # (len(STATS),)
     log_ratio: Tensor  # (B,)
     g: Tensor  # (N,) d (loss * D) / d log_prob
+    h: Tensor  # (N,) d (loss * D) / d entropy; (0,) without an entropy bonus
     inv_denominator: Tensor  # 0-dim 1 / D
 
 
@@ -151,10 +174,11 @@ def make_policy(
     advantages, per_token = layout.per_sequence_or_token(
         "advantages", advantages, dtype, is_part=is_part
     )
-    if per_token and objective.ratio_level == "sequence":
+    if per_token and objective.ratio_level in ("sequence", "geometric"):
         raise ValueError(
-            f"advantages must have shape {(layout.sequences.batch,)} for ratio_level='sequence', "
-            "got one per token: GSPOToken is the objective that takes them"
+            f"advantages must have shape {(layout.sequences.batch,)} for ratio_level="
+            f"{objective.ratio_level!r}, got one per token: GSPOToken takes them, and so does "
+            "ratio_level='sequence_shared'"
         )
     weight_per_token = False
     if rollout_weights is not None:

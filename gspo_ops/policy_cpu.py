@@ -13,24 +13,26 @@ import torch
 from torch import Tensor
 
 from .constants import ESS_RATIO_CAP, LOG_RATIO_CAP, STATS
-from .objective import KLEstimator
 from .parallel import gathered
-from .policy import LossAndGrad, Policy
+from .policy import LossAndGrad, ObjectiveOptions, Policy
 
 
-def torch_policy_loss(log_probs: Tensor | None, policy: Policy) -> LossAndGrad:
-    """Loss, statistics and g of (N,) log-probs."""
+def torch_policy_loss(
+    log_probs: Tensor | None, entropy: Tensor | None, policy: Policy
+) -> LossAndGrad:
+    """Loss, statistics, g and h of (N,) log-probs and entropies."""
     dtype = policy.advantages.dtype
     tokens = _tokens(log_probs, policy)
-    terms = _loss_terms(log_probs, tokens, policy)
+    terms = _loss_terms(log_probs, entropy, tokens, policy)
     totals = _totals(tokens, terms, policy)
     denominator = _denominator(policy, tokens.n)
     stats = _stats(tokens, totals)
     return LossAndGrad(
         loss=_saturated(totals.loss / denominator, dtype).to(dtype),
         stats=torch.stack([stats[name] for name in STATS]).to(dtype),
-        log_ratio=tokens.sequence_log_ratio.to(dtype),
+        log_ratio=tokens.of_sequence(tokens.new_minus_old_sum).to(dtype),
         g=terms.g.to(dtype),
+        h=terms.h.to(dtype),
         inv_denominator=(1.0 / denominator).to(dtype),
     )
 
@@ -40,32 +42,87 @@ class _Tokens(NamedTuple):
 
     valid: Tensor
     ids: Tensor  # of their sequences
+    advantages: Tensor
     new_minus_old: Tensor
     log_ratio: Tensor  # as the ratio level says
+    decisive: Tensor  # the log-ratio that is clipped
     weights: Tensor
     n: Tensor  # (B,) tokens that count
-    log_ratio_sum: Tensor  # (B,)
+    new_minus_old_sum: Tensor  # (B,)
+    log_ratio_sum: Tensor  # (B,) the same, of clipped ones for "geometric"
     weight_sum: Tensor  # (B,)
 
-    @property
-    def sequence_log_ratio(self) -> Tensor:
-        return self.log_ratio_sum / self.n.clamp(min=1)
+    def of_sequence(self, sums: Tensor) -> Tensor:
+        """(B,) means from sums."""
+        return sums / self.n.clamp(min=1)
 
 
 def _tokens(log_probs: Tensor | None, policy: Policy) -> _Tokens:
-    sequences = policy.sequences
+    sequences, objective = policy.sequences, policy.objective
     valid = checked_mask(policy)
     ids = sequences.ids(valid.device)
+    advantages = policy.advantages.double()
+    if not policy.advantage_per_token:
+        advantages = advantages[ids]
+    advantages = _nan_if_infinite(torch.where(valid, advantages, 0.0))
     new_minus_old = _difference(log_probs, policy.old_log_probs, valid)
+    log_ratio = decisive = new_minus_old
+    if objective.ratio_level == "geometric":
+        log_low, log_high = objective.log_clip_range()
+        log_ratio = torch.where(advantages > 0, log_ratio.clamp(max=log_high), log_ratio)
+        log_ratio = torch.where(advantages < 0, log_ratio.clamp(min=log_low), log_ratio)
     weights = _rollout_weights(policy, ids, valid)
-    sums = torch.stack([sequences.sum(x) for x in (valid.double(), new_minus_old, weights)])
-    if policy.context_group is not None:
-        sums = gathered(sums, policy.context_group).sum(0)
-    n, log_ratio_sum, weight_sum = sums
-    log_ratio = new_minus_old
-    if policy.objective.ratio_level != "token":
+    of_tokens = valid.double(), new_minus_old, log_ratio, weights
+    sums = _over_ranks(torch.stack([sequences.sum(x) for x in of_tokens]), policy)
+    n, new_minus_old_sum, log_ratio_sum, weight_sum = sums
+    if objective.ratio_level != "token":
         log_ratio = (log_ratio_sum / n.clamp(min=1))[ids]
-    return _Tokens(valid, ids, new_minus_old, log_ratio, weights, n, log_ratio_sum, weight_sum)
+    if objective.ratio_level != "geometric":
+        decisive = log_ratio
+    return _Tokens(
+        valid, ids, advantages, new_minus_old, log_ratio, decisive, weights, n, new_minus_old_sum,
+        log_ratio_sum, weight_sum,
+    )  # fmt: skip
+
+
+def _over_ranks(sums: Tensor, policy: Policy) -> Tensor:
+    if policy.context_group is None:
+        return sums
+    return gathered(sums, policy.context_group).sum(0)
+
+
+class _Surrogates(NamedTuple):
+    """Surrogates of tokens by their advantage, (N,) each."""
+
+    value: Tensor
+    slope: Tensor  # d value / d log r, or d log_prob where the ratio has no gradient
+    is_low: Tensor
+    is_high: Tensor
+    is_dual: Tensor
+
+    def has_stopped(self) -> Tensor:
+        return self.is_low | self.is_high | self.is_dual
+
+
+def _surrogates(tokens: _Tokens, ratio: Tensor, objective: ObjectiveOptions) -> _Surrogates:
+    advantages = tokens.advantages
+    log_low, log_high = objective.log_clip_range()
+    low, high = 1 - objective.clip_low, 1 + objective.clip_high
+    is_high = (advantages > 0) & (tokens.decisive > log_high)
+    is_low = (advantages < 0) & (tokens.decisive < log_low)
+    is_dual = (advantages < 0) & (tokens.decisive > math.log(objective.dual_clip))
+    value = slope = ratio
+    if objective.surrogate == "weighted":
+        value = slope = ratio.clamp(low, high)
+    elif objective.surrogate == "soft":
+        tau = torch.full_like(ratio, objective.soft_temperature_neg)
+        tau = tau.masked_fill(advantages > 0, objective.soft_temperature_pos)
+        x = tau * (ratio - 1)
+        value, slope = 4 / tau * x.sigmoid(), 4 * x.sigmoid() * (-x).sigmoid() * ratio
+    elif objective.ratio_level != "geometric":
+        value = torch.where(is_high, high, torch.where(is_low, low, ratio))
+        value = torch.where(is_dual, objective.dual_clip, value)
+    return _Surrogates(value, slope, is_low, is_high, is_dual)
 
 
 class _Terms(NamedTuple):
@@ -73,42 +130,69 @@ class _Terms(NamedTuple):
 
     loss: Tensor
     g: Tensor
+    h: Tensor  # (0,) without an entropy bonus
     ratio: Tensor
     is_low: Tensor
     is_high: Tensor
+    is_dual: Tensor
     ref_kl: Tensor
 
 
-def _loss_terms(log_probs: Tensor | None, tokens: _Tokens, policy: Policy) -> _Terms:
-    objective, valid, weights = policy.objective, tokens.valid, tokens.weights
+def _loss_terms(
+    log_probs: Tensor | None, entropy: Tensor | None, tokens: _Tokens, policy: Policy
+) -> _Terms:
+    objective, valid = policy.objective, tokens.valid
     dtype = policy.advantages.dtype
     ratio = _capped_exp(tokens.log_ratio)
-    advantages = policy.advantages.double()
-    if not policy.advantage_per_token:
-        advantages = advantages[tokens.ids]
-    advantages = _nan_if_infinite(torch.where(valid, advantages, 0.0))
+    found = _surrogates(tokens, ratio, objective)
+    loss = -found.value * tokens.advantages * tokens.weights
+    g, shared = _surrogate_grads(found, tokens, objective), torch.zeros_like(loss)
+    if objective.surrogate == "weighted":
+        assert log_probs is not None
+        loss = torch.where(loss == 0, 0.0, loss * torch.where(valid, log_probs.double(), 0.0))
+    elif objective.ratio_level == "sequence_shared":
+        g, shared = shared, g
 
-    log_low, log_high = objective.log_clip_range()
-    is_high = (advantages > 0) & (tokens.log_ratio > log_high)
-    is_low = (advantages < 0) & (tokens.log_ratio < log_low)
-    is_clipped = is_high | is_low
-    low, high = 1 - objective.clip_low, 1 + objective.clip_high
-    bound = torch.full_like(ratio, low).masked_fill(is_high, high)
-    loss = -torch.where(is_clipped, bound, ratio) * advantages * weights
-    n = tokens.n.clamp(min=1)
-    if objective.ratio_level == "sequence":
-        # every token's rollout weight reaches every token through the sequence's one ratio
-        weights = (tokens.weight_sum / n)[tokens.ids]
-    g = torch.where(is_clipped, 0.0, -ratio * advantages * weights)
     delta = _difference(log_probs, policy.ref_log_probs, valid)
-    ref_kl, ref_kl_grad = (_saturated(x, dtype) for x in _kl(objective.kl_estimator, delta))
+    ref_kl, ref_kl_grad = (_saturated(x, dtype) for x in _kl(objective, delta))
+    if objective.kl_weight != "one":
+        ref_kl, ref_kl_grad = (_saturated(ratio * x, dtype) for x in (ref_kl, ref_kl_grad))
     loss = loss + objective.kl_coef * ref_kl
     g = g + objective.kl_coef * ref_kl_grad
+    if objective.kl_weight == "ratio":
+        by_log_ratio = objective.kl_coef * ref_kl
+        if objective.ratio_level in ("token", "sequence_token"):
+            g = g + by_log_ratio
+        else:
+            shared = shared + by_log_ratio
+    if objective.shares_gradient():
+        sums = policy.sequences.sum(torch.where(valid, _saturated(shared, dtype), 0.0))
+        g = g + tokens.of_sequence(_over_ranks(sums, policy))[tokens.ids]
+    h = -objective.entropy_coef * valid.double()
+    if entropy is not None:
+        loss = loss + h * torch.where(valid, entropy.double(), 0.0)
     if objective.aggregation == "seq-mean-token-mean":
-        loss = loss / n[tokens.ids]
-        g = g / n[tokens.ids]
-    g = torch.where(valid, _saturated(g, dtype), 0.0)
-    return _Terms(_saturated(loss, dtype), g, ratio, is_low, is_high, ref_kl)
+        loss, g, h = (x / tokens.n.clamp(min=1)[tokens.ids] for x in (loss, g, h))
+    return _Terms(
+        loss=_saturated(loss, dtype),
+        g=torch.where(valid, _saturated(g, dtype), 0.0),
+        h=h if objective.entropy_coef else h[:0],
+        ratio=ratio,
+        is_low=found.is_low,
+        is_high=found.is_high,
+        is_dual=found.is_dual,
+        ref_kl=ref_kl,
+    )
+
+
+def _surrogate_grads(found: _Surrogates, tokens: _Tokens, objective: ObjectiveOptions) -> Tensor:
+    """d loss term / d log r, or / d log_prob where the ratio has no gradient."""
+    weights = tokens.weights
+    if objective.surrogate != "weighted" and objective.ratio_level in ("sequence", "geometric"):
+        # every token's rollout weight reaches every token through the sequence's one ratio
+        weights = tokens.of_sequence(tokens.weight_sum)[tokens.ids]
+    g = -found.slope * tokens.advantages * weights
+    return torch.where(found.has_stopped(), 0.0, g) if objective.surrogate == "clipped" else g
 
 
 class _Totals(NamedTuple):
@@ -117,6 +201,7 @@ class _Totals(NamedTuple):
     loss: Tensor
     low: Tensor
     high: Tensor
+    dual: Tensor
     k3: Tensor
     active: Tensor
     ref_kl: Tensor
@@ -127,8 +212,8 @@ class _Totals(NamedTuple):
 
 def _totals(tokens: _Tokens, terms: _Terms, policy: Policy) -> _Totals:
     of_tokens = (
-        terms.loss, terms.is_low, terms.is_high, _k3(tokens.new_minus_old), terms.g != 0,
-        terms.ref_kl,
+        terms.loss, terms.is_low, terms.is_high, terms.is_dual, _k3(tokens.new_minus_old),
+        _has_gradient(terms), terms.ref_kl,
     )  # fmt: skip
     totals = torch.stack([torch.where(tokens.valid, x, 0.0).sum() for x in of_tokens])
     clipped = policy.sequences.sum((terms.is_high | terms.is_low).double())
@@ -139,9 +224,15 @@ def _totals(tokens: _Tokens, terms: _Terms, policy: Policy) -> _Totals:
         *sums, maxima = everyone.split([len(x) for x in parts], dim=1)
         (totals, clipped, ratios), extremes = (x.sum(0) for x in sums), maxima.amax(0)
     if policy.objective.ratio_level != "token":  # one per sequence, which every rank knows
-        ratios, extremes = _ratio_sums(_capped_exp(tokens.sequence_log_ratio), tokens.n > 0)
-    loss, low, high, k3, active, ref_kl = totals
-    return _Totals(loss, low, high, k3, active, ref_kl, clipped, ratios, extremes)
+        ratios, extremes = _ratio_sums(
+            _capped_exp(tokens.of_sequence(tokens.log_ratio_sum)), tokens.n > 0
+        )
+    loss, low, high, dual, k3, active, ref_kl = totals
+    return _Totals(loss, low, high, dual, k3, active, ref_kl, clipped, ratios, extremes)
+
+
+def _has_gradient(terms: _Terms) -> Tensor:
+    return terms.g != 0 if len(terms.h) == 0 else (terms.g != 0) | (terms.h != 0)
 
 
 def _ratio_sums(ratio: Tensor, some: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,11 +261,12 @@ def _stats(tokens: _Tokens, totals: _Totals) -> dict[str, Tensor]:
         "clip_frac_tokens": (totals.low + totals.high) / n,
         "clip_frac_low": totals.low / n,
         "clip_frac_high": totals.high / n,
-        "approx_kl": -tokens.log_ratio_sum.sum() / n,
+        "approx_kl": -tokens.new_minus_old_sum.sum() / n,
         "approx_kl_k3": totals.k3 / n,
         "effective_sample_size": or_1(capped / squares * (capped / count.clamp(min=1))),
         "active_token_frac": totals.active / n,
         "ref_kl": totals.ref_kl / n,
+        "clip_frac_dual": totals.dual / n,
     }
 
 
@@ -248,13 +340,23 @@ def _k3(x: Tensor) -> Tensor:
     return torch.expm1(x.clamp(-LOG_RATIO_CAP, LOG_RATIO_CAP)) - x.clamp(max=LOG_RATIO_CAP)
 
 
-def _kl(estimator: KLEstimator, delta: Tensor) -> tuple[Tensor, Tensor]:
+def _kl(objective: ObjectiveOptions, delta: Tensor) -> tuple[Tensor, Tensor]:
     """KL estimate and its derivative by the log-prob, from delta = log_prob - ref_log_prob."""
-    if estimator == "k1":
-        return delta, torch.ones_like(delta)
-    if estimator == "k2":
-        return 0.5 * delta.square(), delta
-    return _k3(-delta), -torch.expm1((-delta).clamp(-LOG_RATIO_CAP, LOG_RATIO_CAP))
+    kind = objective.kl_estimator
+    d = delta.clamp(-objective.kl_input_clamp, objective.kl_input_clamp)
+    if kind.startswith("k1"):
+        value, grad = d, torch.ones_like(d)
+    elif kind == "k2":
+        value, grad = 0.5 * d.square(), d
+    elif kind == "abs":
+        value, grad = d.abs(), d.sign()
+    else:
+        value, grad = _k3(-d), -torch.expm1((-d).clamp(-LOG_RATIO_CAP, LOG_RATIO_CAP))
+    is_free = (delta == d) & (value.abs() <= objective.kl_output_clamp)
+    value = value.clamp(-objective.kl_output_clamp, objective.kl_output_clamp)
+    if kind.endswith("+"):
+        return value, delta
+    return value, torch.where(is_free | delta.isnan(), grad, 0.0)
 
 
 def _rollout_weights(policy: Policy, ids: Tensor, valid: Tensor) -> Tensor:

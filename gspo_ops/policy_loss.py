@@ -5,6 +5,7 @@ The kernel stands in `kernels/policy_loss.py`, the CPU path in `policy_cpu.py`.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 from zlib import crc32
 
@@ -21,7 +22,7 @@ from .policy import LossAndGrad, Policy
 from .policy_cpu import check_values, torch_policy_loss
 
 
-def empty_loss(log_probs: Tensor | None, policy: Policy) -> LossAndGrad:
+def empty_loss(log_probs: Tensor | None, entropy: Tensor | None, policy: Policy) -> LossAndGrad:
     """Room for the result of `policy_loss_fwd`."""
     like = policy.advantages
     return LossAndGrad(
@@ -29,18 +30,22 @@ def empty_loss(log_probs: Tensor | None, policy: Policy) -> LossAndGrad:
         stats=like.new_empty(len(STATS)),
         log_ratio=like.new_empty(policy.sequences.batch),
         g=like.new_empty(policy.sequences.rows),
+        h=like.new_empty(policy.sequences.rows if policy.objective.entropy_coef else 0),
         inv_denominator=like.new_empty(()),
     )
 
 
 @operator(empty_loss)
-def policy_loss_fwd(log_probs: Tensor | None, policy: Policy) -> LossAndGrad:
-    """Loss, statistics and g. Log-probs are not read when there is neither old nor ref."""
+def policy_loss_fwd(
+    log_probs: Tensor | None, entropy: Tensor | None, policy: Policy
+) -> LossAndGrad:
+    """Loss, statistics, g and h. Log-probs are None where the policy does not read them, entropies
+    without an entropy bonus."""
     # what ranks have to exchange in between does not fit into one launch
     is_alone = policy.context_group is None
     if use_triton(policy.advantages) and policy.sequences.batch and is_alone:
-        return triton_policy_loss(log_probs, policy)
-    return torch_policy_loss(log_probs, policy)
+        return triton_policy_loss(log_probs, entropy, policy)
+    return torch_policy_loss(log_probs, entropy, policy)
 
 
 @operator(lambda log_probs, g, scale: torch.empty_like(g))
@@ -98,11 +103,13 @@ def clip_fractions(
 # Triton path
 
 
-def triton_policy_loss(log_probs: Tensor | None, policy: Policy) -> LossAndGrad:
+def triton_policy_loss(
+    log_probs: Tensor | None, entropy: Tensor | None, policy: Policy
+) -> LossAndGrad:
     """The same in one launch."""
     from .kernels.policy_loss import NUM_PARTIALS, policy_loss_fwd_kernel
 
-    out = empty_loss(log_probs, policy)
+    out = empty_loss(log_probs, entropy, policy)
     sequences, objective = policy.sequences, policy.objective
     log_clip_low, log_clip_high = objective.log_clip_range()
     with device_guard(out.g):
@@ -110,12 +117,14 @@ def triton_policy_loss(log_probs: Tensor | None, policy: Policy) -> LossAndGrad:
             log_probs_ptr=log_probs,
             old_log_probs_ptr=policy.old_log_probs,
             ref_log_probs_ptr=policy.ref_log_probs,
+            entropy_ptr=entropy,
             advantages_ptr=policy.advantages,
             rollout_weights_ptr=policy.rollout_weights,
             mask_ptr=None if sequences.mask is None else loadable(sequences.mask),
             cu_seqlens_ptr=sequences.cu_seqlens,
             denominator_ptr=policy.denominator,
             g_ptr=out.g,
+            h_ptr=out.h,
             log_ratio_ptr=out.log_ratio,
             loss_ptr=out.loss,
             stats_ptr=out.stats,
@@ -126,12 +135,24 @@ def triton_policy_loss(log_probs: Tensor | None, policy: Policy) -> LossAndGrad:
             T=sequences.rows // sequences.batch,
             clip_low=objective.clip_low,
             clip_high=objective.clip_high,
+            dual_clip=objective.dual_clip,
             log_clip_low=log_clip_low,
             log_clip_high=log_clip_high,
+            log_dual_clip=math.log(objective.dual_clip),
+            tau_pos=objective.soft_temperature_pos,
+            tau_neg=objective.soft_temperature_neg,
             kl_coef=objective.kl_coef,
+            kl_input_clamp=objective.kl_input_clamp,
+            kl_output_clamp=objective.kl_output_clamp,
+            entropy_coef=objective.entropy_coef,
             RATIO_LEVEL=objective.ratio_level,
+            SURROGATE=objective.surrogate,
             AGGREGATION=objective.aggregation,
             KL_ESTIMATOR=objective.kl_estimator,
+            KL_WEIGHT=objective.kl_weight,
+            KL_IS_CLAMPED=min(objective.kl_input_clamp, objective.kl_output_clamp) < math.inf,
+            HAS_DUAL_CLIP=objective.dual_clip < math.inf,
+            SHARES_GRADIENT=objective.shares_gradient(),
             ADVANTAGE_PER_TOKEN=policy.advantage_per_token,
             ROLLOUT_WEIGHT_PER_TOKEN=policy.rollout_weight_per_token,
             BLOCK_T=512,

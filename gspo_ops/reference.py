@@ -6,6 +6,7 @@ against these functions in float64.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from .constants import ESS_RATIO_CAP, IGNORED, LOG_RATIO_CAP
 from .head import LoRA
 from .layout import Layout, resolve_layout
-from .objective import GSPO, Objective
+from .objective import GSPO, Objective, log_clip_range
 
 
 def log_probs_from_logits(
@@ -115,14 +116,15 @@ def policy_loss_from_logits(
         # what stands at masked positions must not matter, NaN included
         logits = torch.where((mask == 0).unsqueeze(-1), 0.0, logits)
     log_probs = log_probs_from_logits(logits, targets, temperature=temperature, softcap=softcap)
+    entropy = None
+    if return_entropy or options.get("objective", GSPO()).entropy_coef > 0:
+        entropy = entropy_from_logits(logits, targets, temperature=temperature, softcap=softcap)
     loss, stats = policy_loss_from_log_probs(
-        log_probs, old_log_probs, advantages, mask=mask, **options
+        log_probs, old_log_probs, advantages, mask=mask, entropy=entropy, **options
     )
-    if return_entropy:
+    if entropy is not None:
         valid = targets.numel() if mask is None else (mask != 0).sum()
-        with torch.no_grad():
-            entropy = entropy_from_logits(logits, targets, temperature=temperature, softcap=softcap)
-        stats["entropy"] = entropy.sum() / valid
+        stats["entropy"] = entropy.detach().sum() / valid
     return loss, stats
 
 
@@ -137,8 +139,9 @@ def policy_loss_from_log_probs(
     ref_log_probs: Tensor | None = None,
     rollout_weights: Tensor | None = None,
     denominator: float | Tensor | None = None,
+    entropy: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped objective of arXiv 2507.18071 (and GRPO's), as a loss, with its statistics."""
+    """What an `Objective` says, as a loss, with its statistics; entropies are for its bonus."""
     layout = resolve_layout("log_probs", log_probs.shape, log_probs.device, mask, cu_seqlens)
     old = log_probs.detach() if old_log_probs is None else old_log_probs
     loss_sum = log_probs.new_zeros(())
@@ -152,31 +155,33 @@ def policy_loss_from_log_probs(
             seen.log_ratio.append(log_probs.new_zeros(()))
             continue
         tokens, sequences = tokens + n, sequences + 1
-        mean_log_ratio = log_ratio.sum() / n
-        ratio = {
-            "sequence": _capped_exp(mean_log_ratio).expand(n),
-            "sequence_token": _capped_exp(mean_log_ratio).detach()
-            * torch.exp(new_b - new_b.detach()),
-            "token": _capped_exp(log_ratio),
-        }[objective.ratio_level]
         A = _pick(advantages, b, rows, layout)
-        clipped_ratio = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
-        terms = -torch.minimum(ratio * A, clipped_ratio * A)
+        ratio, decisive = _ratios(objective, new_b, log_ratio, A)
+        terms = -_surrogates(objective, ratio, A, new_b)
         if rollout_weights is not None:
             terms = terms * _pick(rollout_weights, b, rows, layout)
         if ref_log_probs is not None:
-            kl = _kl(objective.kl_estimator, new_b - ref_log_probs.reshape(-1)[rows])
+            kl = _kl(objective, new_b - ref_log_probs.reshape(-1)[rows])
+            kl = (
+                kl
+                * {"one": 1.0, "ratio": ratio, "ratio_detached": ratio.detach()}[
+                    objective.kl_weight
+                ]
+            )
             terms = terms + objective.kl_coef * kl
             seen.ref_kl.append(kl.detach())
+        if entropy is not None:
+            terms = terms - objective.entropy_coef * entropy.reshape(-1)[rows]
         is_mean = objective.aggregation == "seq-mean-token-mean"
         loss_sum = loss_sum + (terms.sum() / n if is_mean else terms.sum())
 
-        seen.log_ratio.append(mean_log_ratio.detach())
+        seen.log_ratio.append(log_ratio.detach().sum() / n)
         seen.ratio.append(
             ratio.detach() if objective.ratio_level == "token" else ratio.detach()[:1]
         )
-        seen.low.append((A < 0) & (ratio < 1 - objective.clip_low))
-        seen.high.append((A > 0) & (ratio > 1 + objective.clip_high))
+        seen.low.append((A < 0) & (decisive < 1 - objective.clip_low))
+        seen.high.append((A > 0) & (decisive > 1 + objective.clip_high))
+        seen.dual.append((A < 0) & (decisive > objective.dual_clip))
         seen.kl.append(-log_ratio.detach())
         seen.k3.append(torch.expm1(_capped(log_ratio.detach())) - log_ratio.detach())
     if denominator is None:
@@ -194,6 +199,7 @@ class _Seen:
     ratio: list[Tensor] = field(default_factory=list)
     low: list[Tensor] = field(default_factory=list)
     high: list[Tensor] = field(default_factory=list)
+    dual: list[Tensor] = field(default_factory=list)
     kl: list[Tensor] = field(default_factory=list)
     k3: list[Tensor] = field(default_factory=list)
     ref_kl: list[Tensor] = field(default_factory=list)
@@ -203,7 +209,7 @@ class _Seen:
         if not self.ratio:
             zero, one = like.new_zeros(()), like.new_ones(())
             names = ("clip_frac_sequences", "clip_frac_tokens", "clip_frac_low", "clip_frac_high",
-                     "approx_kl", "approx_kl_k3")  # fmt: skip
+                     "clip_frac_dual", "approx_kl", "approx_kl_k3")  # fmt: skip
             ones = ("ratio_mean", "ratio_min", "ratio_max", "effective_sample_size")
             return dict.fromkeys(names, zero) | dict.fromkeys(ones, one) | {"log_ratio": log_ratio}
         ratio, low, high = torch.cat(self.ratio), torch.cat(self.low), torch.cat(self.high)
@@ -217,6 +223,7 @@ class _Seen:
             "clip_frac_tokens": (low | high).to(like).mean(),
             "clip_frac_low": low.to(like).mean(),
             "clip_frac_high": high.to(like).mean(),
+            "clip_frac_dual": torch.cat(self.dual).to(like).mean(),
             "approx_kl": torch.cat(self.kl).mean(),
             "approx_kl_k3": torch.cat(self.k3).mean(),
             "effective_sample_size": w.sum().square() / w.square().sum() / len(w),
@@ -252,9 +259,53 @@ def _capped_exp(log_ratio: Tensor) -> Tensor:
     return _capped(log_ratio).exp()
 
 
-def _kl(estimator: str, d: Tensor) -> Tensor:
-    if estimator == "k1":
-        return d
-    if estimator == "k2":
-        return d.square() / 2
-    return torch.expm1(_capped(-d)) + d
+def _ratios(
+    objective: Objective, new: Tensor, log_ratio: Tensor, A: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The ratio of each token of a sequence, and, as a constant, the one that is clipped."""
+    if objective.ratio_level == "geometric":
+        low, high = log_clip_range(objective.clip_low, objective.clip_high)
+        clipped = torch.where(A > 0, log_ratio.clamp(max=high), log_ratio)
+        clipped = torch.where(A < 0, log_ratio.clamp(min=low), clipped)
+        return _capped_exp(clipped.mean()).expand(len(new)), _capped_exp(log_ratio.detach())
+    of_sequence = _capped_exp(log_ratio.mean())
+    ratio = {
+        "sequence": of_sequence.expand(len(new)),
+        "sequence_shared": of_sequence.expand(len(new)),
+        "sequence_token": of_sequence.detach() * torch.exp(new - new.detach()),
+        "token": _capped_exp(log_ratio),
+    }[objective.ratio_level]
+    return ratio, ratio.detach()
+
+
+def _surrogates(objective: Objective, ratio: Tensor, A: Tensor, new: Tensor) -> Tensor:
+    """The surrogate of each token of a sequence."""
+    low, high = 1 - objective.clip_low, 1 + objective.clip_high
+    if objective.surrogate == "weighted":
+        return ratio.detach().clamp(low, high) * A * new
+    if objective.surrogate == "soft":
+        tau = torch.full_like(A, objective.soft_temperature_neg)
+        tau = tau.masked_fill(A > 0, objective.soft_temperature_pos)
+        return 4 / tau * torch.sigmoid(tau * (ratio - 1)) * A
+    if objective.ratio_level == "geometric":
+        return ratio * A
+    clipped = torch.minimum(ratio * A, ratio.clamp(low, high) * A)
+    if objective.dual_clip == math.inf:
+        return clipped
+    return torch.where(A < 0, torch.maximum(clipped, objective.dual_clip * A), clipped)
+
+
+def _kl(objective: Objective, d: Tensor) -> Tensor:
+    """The KL estimate of each token, from d = log_prob - ref_log_prob."""
+    clamped = d.clamp(-objective.kl_input_clamp, objective.kl_input_clamp)
+    value = {
+        "k1": lambda x: x,
+        "k2": lambda x: x.square() / 2,
+        "k3": lambda x: torch.expm1(_capped(-x)) + x,
+        "abs": torch.abs,
+    }[objective.kl_estimator.rstrip("+")](clamped)
+    value = value.clamp(-objective.kl_output_clamp, objective.kl_output_clamp)
+    if not objective.kl_estimator.endswith("+"):
+        return value
+    k2 = d.square() / 2
+    return value.detach() + (k2 - k2.detach())

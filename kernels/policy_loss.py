@@ -1,8 +1,9 @@
 """From log-probs [N] to the loss, its statistics and g = d loss / d log_prob, in one launch.
 
 One program walks one sequence twice: first the sums that the ratio needs, then the loss terms and
-g. The program that finishes last adds up the per-sequence partial sums in a fixed order, so nothing
-depends on scheduling, and g stays free of the batch-wide denominator, which is not known earlier.
+g; and once more in between where tokens share a gradient through the ratio. The program that
+finishes last adds up the per-sequence partial sums in a fixed order, so nothing depends on
+scheduling, and g stays free of the batch-wide denominator, which is not known earlier.
 
 Sums of numbers that may be as large as fp32 can hold are taken of `SUM_SCALE` times them, a power
 of two: that changes no bit, and they cannot overflow before they are divided. What fp32 cannot
@@ -32,7 +33,8 @@ K3 = tl.constexpr(12)
 REF_KL = tl.constexpr(13)
 ACTIVE = tl.constexpr(14)
 SEQUENCES = tl.constexpr(15)
-NUM_PARTIALS = tl.constexpr(16)
+CLIPPED_DUAL = tl.constexpr(16)
+NUM_PARTIALS = tl.constexpr(17)
 
 # columns of the statistics
 RATIO_MEAN_STAT = tl.constexpr(STATS.index("ratio_mean"))
@@ -47,6 +49,7 @@ APPROX_KL_K3_STAT = tl.constexpr(STATS.index("approx_kl_k3"))
 ESS_STAT = tl.constexpr(STATS.index("effective_sample_size"))
 ACTIVE_STAT = tl.constexpr(STATS.index("active_token_frac"))
 REF_KL_STAT = tl.constexpr(STATS.index("ref_kl"))
+CLIP_FRAC_DUAL_STAT = tl.constexpr(STATS.index("clip_frac_dual"))
 
 SUM_SCALE = tl.constexpr(2.0**-24)  # as many terms as fp32 can count
 SUM_UNIT = tl.constexpr(2.0**24)
@@ -95,6 +98,78 @@ def difference(new_ptr, old_ptr, rows, valid):
 
 
 @triton.jit
+def clamp(x, low, high):
+    """NaN stays NaN."""
+    return tl.where(x == x, tl.minimum(tl.maximum(x, low), high), x)
+
+
+@triton.jit
+def surrogate(
+    ratio, decisive, advantage, valid,
+    clip_low, clip_high, dual_clip, log_clip_low, log_clip_high, log_dual_clip, tau_pos, tau_neg,
+    SURROGATE: tl.constexpr, CLIPS_RATIO: tl.constexpr, HAS_DUAL_CLIP: tl.constexpr,
+):  # fmt: skip
+    """The surrogate and its derivative by the log-ratio (by the log-prob, for "weighted"), per unit
+    of advantage; and where the log-ratio that is decisive is beyond the clip range."""
+    is_high = valid & (advantage > 0) & (decisive > log_clip_high)
+    is_low = valid & (advantage < 0) & (decisive < log_clip_low)
+    is_dual = tl.zeros_like(is_high)
+    value = ratio
+    slope = ratio
+    if SURROGATE == "weighted":
+        value = clamp(ratio, 1.0 - clip_low, 1.0 + clip_high)
+        slope = value
+    elif SURROGATE == "soft":
+        tau = tl.where(advantage > 0, tau_pos, tau_neg)
+        x = tau * (ratio - 1.0)
+        gate = 1.0 / (1.0 + tl.exp(-x))
+        value = 4.0 * gate / tau
+        slope = (4.0 * gate * (1.0 / (1.0 + tl.exp(x)))) * ratio
+    elif CLIPS_RATIO:
+        bound = tl.where(is_high, 1.0 + clip_high, 1.0 - clip_low)
+        value = tl.where(is_high | is_low, bound, ratio)
+        if HAS_DUAL_CLIP:
+            is_dual = valid & (advantage < 0) & (decisive > log_dual_clip)
+            value = tl.where(is_dual, dual_clip, value)
+    return value, slope, is_low, is_high, is_dual
+
+
+@triton.jit
+def kl_terms(
+    delta, ratio, kl_input_clamp, kl_output_clamp,
+    KL_ESTIMATOR: tl.constexpr, KL_WEIGHT: tl.constexpr, KL_IS_CLAMPED: tl.constexpr,
+):  # fmt: skip
+    """KL estimate and its derivative by the log-prob, from delta = log_prob - ref_log_prob."""
+    d = delta
+    if KL_IS_CLAMPED:
+        d = clamp(delta, -kl_input_clamp, kl_input_clamp)
+    if KL_ESTIMATOR == "k1" or KL_ESTIMATOR == "k1+":
+        ref_kl = d
+        grad = 1.0
+    elif KL_ESTIMATOR == "k2":
+        ref_kl = 0.5 * d * d
+        grad = saturate(d)
+    elif KL_ESTIMATOR == "abs":
+        ref_kl = tl.abs(d)
+        grad = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))
+    else:
+        ref_kl = k3(-d)
+        grad = -expm1(cap_log_ratio(-d))
+    if KL_IS_CLAMPED:
+        is_clamped = (delta > kl_input_clamp) | (delta < -kl_input_clamp)
+        is_clamped |= tl.abs(ref_kl) > kl_output_clamp
+        grad = tl.where(is_clamped, 0.0, grad)
+        ref_kl = clamp(ref_kl, -kl_output_clamp, kl_output_clamp)
+    if KL_ESTIMATOR == "k1+" or KL_ESTIMATOR == "k3+":
+        grad = saturate(delta)
+    ref_kl = saturate(ref_kl)
+    if KL_WEIGHT != "one":
+        ref_kl = saturate(ratio * ref_kl)
+        grad = saturate(ratio * grad)
+    return ref_kl, grad
+
+
+@triton.jit
 def load_valid(mask_ptr, rows, in_range):
     valid = in_range
     if mask_ptr is not None:
@@ -135,7 +210,7 @@ def largest(partials_ptr, sign, B, BLOCK_B: tl.constexpr):
 @triton.jit
 def finish(
     partials_ptr, denominator_ptr, loss_ptr, stats_ptr, inv_denominator_ptr, B,
-    AGGREGATION: tl.constexpr, BLOCK_B: tl.constexpr,
+    AGGREGATION: tl.constexpr, HAS_DUAL_CLIP: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """Loss and statistics from the partial sums of the sequences."""
     tokens = total(partials_ptr + TOKENS, B, BLOCK_B)
@@ -181,22 +256,29 @@ def finish(
     tl.store(stats_ptr + ACTIVE_STAT, per(total(partials_ptr + ACTIVE, B, BLOCK_B), tokens))
     ref_kl = per(total(partials_ptr + REF_KL, B, BLOCK_B), tokens) * SUM_UNIT
     tl.store(stats_ptr + REF_KL_STAT, saturate(ref_kl))
+    if HAS_DUAL_CLIP:
+        clipped_dual = total(partials_ptr + CLIPPED_DUAL, B, BLOCK_B)
+        tl.store(stats_ptr + CLIP_FRAC_DUAL_STAT, per(clipped_dual, tokens))
 
 
 @triton.jit
 def policy_loss_fwd_kernel(
-    # inputs; log_probs, old, ref, rollout weights [N]; advantages [B] or [N]; each may be None
-    log_probs_ptr, old_log_probs_ptr, ref_log_probs_ptr, advantages_ptr, rollout_weights_ptr,
-    mask_ptr, cu_seqlens_ptr, denominator_ptr,
-    # outputs: g [N], log_ratio [B], loss, stats as `finish` writes them, 1 / denominator
-    g_ptr, log_ratio_ptr, loss_ptr, stats_ptr, inv_denominator_ptr,
+    # inputs; log_probs, old, ref, entropy [N]; advantages, rollout weights [B] or [N]; each may be
+    # None
+    log_probs_ptr, old_log_probs_ptr, ref_log_probs_ptr, entropy_ptr, advantages_ptr,
+    rollout_weights_ptr, mask_ptr, cu_seqlens_ptr, denominator_ptr,
+    # outputs: g, h [N], log_ratio [B], loss, stats as `finish` writes them, 1 / denominator
+    g_ptr, h_ptr, log_ratio_ptr, loss_ptr, stats_ptr, inv_denominator_ptr,
     # workspace: partial sums [B, NUM_PARTIALS] and a ticket that starts at 0
     partials_ptr, ticket_ptr,
     # shapes: rows of sequence b are cu_seqlens[b] .. cu_seqlens[b + 1], or b * T .. (b + 1) * T
     N, T,
     # options
-    clip_low, clip_high, log_clip_low, log_clip_high, kl_coef,
-    RATIO_LEVEL: tl.constexpr, AGGREGATION: tl.constexpr, KL_ESTIMATOR: tl.constexpr,
+    clip_low, clip_high, dual_clip, log_clip_low, log_clip_high, log_dual_clip, tau_pos, tau_neg,
+    kl_coef, kl_input_clamp, kl_output_clamp, entropy_coef,
+    RATIO_LEVEL: tl.constexpr, SURROGATE: tl.constexpr, AGGREGATION: tl.constexpr,
+    KL_ESTIMATOR: tl.constexpr, KL_WEIGHT: tl.constexpr, KL_IS_CLAMPED: tl.constexpr,
+    HAS_DUAL_CLIP: tl.constexpr, SHARES_GRADIENT: tl.constexpr,
     ADVANTAGE_PER_TOKEN: tl.constexpr, ROLLOUT_WEIGHT_PER_TOKEN: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
@@ -215,12 +297,21 @@ def policy_loss_fwd_kernel(
     # the sums that the sequence's ratio needs
     count = tl.zeros([BLOCK_T], tl.int32)
     log_ratio_sum = tl.zeros([BLOCK_T], tl.float32)
+    clipped_sum = tl.zeros([BLOCK_T], tl.float32)
     rollout_sum = tl.zeros([BLOCK_T], tl.float32)
+    if RATIO_LEVEL == "geometric":
+        of_sequence = load_finite(advantages_ptr + b, True)
+        lowest = tl.where(of_sequence < 0, log_clip_low, float("-inf"))
+        highest = tl.where(of_sequence > 0, log_clip_high, float("inf"))
     for start in range(0, length, BLOCK_T):
         rows = first + start + t
         valid = load_valid(mask_ptr, rows, start + t < length)
         count += valid.to(tl.int32)
-        log_ratio_sum += SUM_SCALE * difference(log_probs_ptr, old_log_probs_ptr, rows, valid)
+        log_ratio = difference(log_probs_ptr, old_log_probs_ptr, rows, valid)
+        log_ratio_sum += SUM_SCALE * log_ratio
+        if RATIO_LEVEL == "geometric":
+            clipped = clamp(log_ratio, lowest, highest)
+            clipped_sum += tl.where(valid, SUM_SCALE * clipped, 0.0)
         if ROLLOUT_WEIGHT_PER_TOKEN:
             rollout_sum += load_finite(rollout_weights_ptr + rows, valid)
     n = tl.sum(count, axis=0).to(tl.float32)
@@ -228,6 +319,8 @@ def policy_loss_fwd_kernel(
     inv_n = 1.0 / tl.maximum(n, 1.0)
     sequence_log_ratio = log_ratio_total * inv_n * SUM_UNIT
     tl.store(log_ratio_ptr + b, sequence_log_ratio)
+    if RATIO_LEVEL == "geometric":
+        sequence_log_ratio = sum_pairs(clipped_sum) * inv_n * SUM_UNIT
     sequence_ratio = tl.exp(cap_log_ratio(sequence_log_ratio))
 
     # what is known by now goes out by now, to keep registers free
@@ -262,6 +355,40 @@ def policy_loss_fwd_kernel(
         rollout_mean = load_finite(rollout_weights_ptr + b, True)
         rollout_weight *= rollout_mean
 
+    # d loss / d log of the ratio that tokens share, divided by their number
+    CLIPS_RATIO: tl.constexpr = RATIO_LEVEL != "geometric"
+    SHARES_SURROGATE: tl.constexpr = RATIO_LEVEL == "sequence_shared" and SURROGATE != "weighted"
+    shared = 0.0
+    if SHARES_GRADIENT:
+        shared_sum = tl.zeros([BLOCK_T], tl.float32)
+        for start in range(0, length, BLOCK_T):
+            rows = first + start + t
+            valid = load_valid(mask_ptr, rows, start + t < length)
+            log_ratio = tl.where(valid, sequence_log_ratio, 0.0)
+            ratio = tl.exp(cap_log_ratio(log_ratio))
+            by_log_ratio = tl.zeros([BLOCK_T], tl.float32)
+            if SHARES_SURROGATE:
+                if ADVANTAGE_PER_TOKEN:
+                    advantage = load_finite(advantages_ptr + rows, valid)
+                if ROLLOUT_WEIGHT_PER_TOKEN:
+                    rollout_weight = load_finite(rollout_weights_ptr + rows, valid)
+                _, slope, is_low, is_high, is_dual = surrogate(
+                    ratio, log_ratio, advantage, valid, clip_low, clip_high, dual_clip,
+                    log_clip_low, log_clip_high, log_dual_clip, tau_pos, tau_neg, SURROGATE,
+                    CLIPS_RATIO, HAS_DUAL_CLIP,
+                )  # fmt: skip
+                by_log_ratio = -(slope * weight) * (advantage * rollout_weight)
+                by_log_ratio = tl.where(is_low | is_high | is_dual, 0.0, by_log_ratio)
+            if KL_WEIGHT == "ratio":
+                delta = difference(log_probs_ptr, ref_log_probs_ptr, rows, valid)
+                ref_kl, _ = kl_terms(
+                    delta, ratio, kl_input_clamp, kl_output_clamp, KL_ESTIMATOR, KL_WEIGHT,
+                    KL_IS_CLAMPED,
+                )  # fmt: skip
+                by_log_ratio += (kl_coef * weight) * ref_kl
+            shared_sum += tl.where(valid, SUM_SCALE * saturate(by_log_ratio), 0.0)
+        shared = sum_pairs(shared_sum) * inv_n * SUM_UNIT
+
     # loss terms and g
     loss = tl.zeros([BLOCK_T], tl.float32)
     ratio_sum = tl.zeros([BLOCK_T], tl.float32)
@@ -271,6 +398,7 @@ def policy_loss_fwd_kernel(
     ess_square_sum = tl.zeros([BLOCK_T], tl.float32)
     clipped_low = tl.zeros([BLOCK_T], tl.int32)
     clipped_high = tl.zeros([BLOCK_T], tl.int32)
+    clipped_dual = tl.zeros([BLOCK_T], tl.int32)
     k3_sum = tl.zeros([BLOCK_T], tl.float32)
     ref_kl_sum = tl.zeros([BLOCK_T], tl.float32)
     active = tl.zeros([BLOCK_T], tl.int32)
@@ -288,30 +416,42 @@ def policy_loss_fwd_kernel(
             advantage = load_finite(advantages_ptr + rows, valid)
         if ROLLOUT_WEIGHT_PER_TOKEN:
             rollout_weight = load_finite(rollout_weights_ptr + rows, valid)
-        is_high = valid & (advantage > 0) & (log_ratio > log_clip_high)
-        is_low = valid & (advantage < 0) & (log_ratio < log_clip_low)
-        bound = tl.where(is_high, 1.0 + clip_high, 1.0 - clip_low)
-        is_clipped = is_high | is_low
+        value, slope, is_low, is_high, is_dual = surrogate(
+            ratio, log_ratio if CLIPS_RATIO else token_log_ratio, advantage, valid,
+            clip_low, clip_high, dual_clip, log_clip_low, log_clip_high, log_dual_clip, tau_pos,
+            tau_neg, SURROGATE, CLIPS_RATIO, HAS_DUAL_CLIP,
+        )  # fmt: skip
         # weights first: what fits into fp32 in the end fits on the way, and no inf meets a 0
-        loss_term = -(tl.where(is_clipped, bound, ratio) * weight) * (advantage * rollout_weight)
-        # every token's rollout weight reaches every token through the sequence's one ratio
-        g_weight = rollout_mean if RATIO_LEVEL == "sequence" else rollout_weight
-        g = tl.where(is_clipped, 0.0, -(ratio * weight) * (advantage * g_weight))
+        loss_term = -(value * weight) * (advantage * rollout_weight)
+        if SURROGATE == "weighted":
+            log_prob = tl.load(log_probs_ptr + rows, mask=valid, other=0.0)
+            loss_term = tl.where(loss_term == 0, 0.0, loss_term * log_prob)
+            g = -(slope * weight) * (advantage * rollout_weight)
+        elif SHARES_SURROGATE:
+            g = tl.zeros([BLOCK_T], tl.float32)
+        else:
+            # every token's rollout weight reaches every token through the sequence's one ratio
+            IS_MEAN: tl.constexpr = RATIO_LEVEL == "sequence" or RATIO_LEVEL == "geometric"
+            g_weight = rollout_mean if IS_MEAN else rollout_weight
+            has_stopped = is_low | is_high | is_dual
+            g = tl.where(has_stopped, 0.0, -(slope * weight) * (advantage * g_weight))
         if ref_log_probs_ptr is not None:
             delta = difference(log_probs_ptr, ref_log_probs_ptr, rows, valid)
-            if KL_ESTIMATOR == "k1":
-                ref_kl = delta
-                ref_kl_grad = 1.0
-            elif KL_ESTIMATOR == "k2":
-                ref_kl = 0.5 * delta * delta
-                ref_kl_grad = saturate(delta)
-            else:
-                ref_kl = k3(-delta)
-                ref_kl_grad = -expm1(cap_log_ratio(-delta))
-            ref_kl = saturate(ref_kl)
+            ref_kl, ref_kl_grad = kl_terms(
+                delta, ratio, kl_input_clamp, kl_output_clamp, KL_ESTIMATOR, KL_WEIGHT,
+                KL_IS_CLAMPED,
+            )  # fmt: skip
             ref_kl_sum += tl.where(valid, SUM_SCALE * ref_kl, 0.0)
             loss_term += (kl_coef * weight) * ref_kl
             g += (kl_coef * weight) * ref_kl_grad
+            if KL_WEIGHT == "ratio" and not SHARES_GRADIENT:
+                g += (kl_coef * weight) * ref_kl
+        if SHARES_GRADIENT:
+            g += shared
+        if entropy_ptr is not None:
+            h = tl.where(valid, -(entropy_coef * weight), 0.0)
+            loss_term += h * tl.load(entropy_ptr + rows, mask=valid, other=0.0)
+            tl.store(h_ptr + rows, h, mask=in_range)
         g = tl.where(valid, saturate(g), 0.0)
         tl.store(g_ptr + rows, g, mask=in_range)
 
@@ -319,7 +459,12 @@ def policy_loss_fwd_kernel(
         clipped_low += is_low.to(tl.int32)
         clipped_high += is_high.to(tl.int32)
         k3_sum += SUM_SCALE * k3(token_log_ratio)
-        active += (g != 0).to(tl.int32)
+        if entropy_ptr is not None:
+            active += ((g != 0) | (h != 0)).to(tl.int32)
+        else:
+            active += (g != 0).to(tl.int32)
+        if HAS_DUAL_CLIP:
+            clipped_dual += is_dual.to(tl.int32)
         if RATIO_LEVEL == "token":
             ess_ratio = tl.where(valid, cap_ess_ratio(ratio), 0.0)
             ratio_sum += tl.where(valid, SUM_SCALE * ratio, 0.0)
@@ -340,6 +485,8 @@ def policy_loss_fwd_kernel(
     tl.store(row_ptr + CLIPPED_LOW, low)
     tl.store(row_ptr + CLIPPED_HIGH, high)
     tl.store(row_ptr + CLIPPED_SEQUENCE, tl.where(low + high > 0, 1.0, 0.0))
+    if HAS_DUAL_CLIP:
+        tl.store(row_ptr + CLIPPED_DUAL, tl.sum(clipped_dual, axis=0))
     tl.store(row_ptr + K3, sum_pairs(k3_sum))
     tl.store(row_ptr + REF_KL, sum_pairs(ref_kl_sum))
     tl.store(row_ptr + ACTIVE, tl.sum(active, axis=0))
@@ -361,5 +508,5 @@ def policy_loss_fwd_kernel(
     if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == B - 1:
         finish(
             partials_ptr, denominator_ptr, loss_ptr, stats_ptr, inv_denominator_ptr, B,
-            AGGREGATION, BLOCK_B,
+            AGGREGATION, HAS_DUAL_CLIP, BLOCK_B,
         )  # fmt: skip

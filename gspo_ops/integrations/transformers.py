@@ -204,7 +204,7 @@ def _is_skipped(
 ) -> bool:
     """Whether a sequence without an advantage has no gradient, and can be left out."""
     objective = options.get("objective", GSPO())
-    if skip == "none" or not isinstance(objective, Objective) or objective.kl_coef > 0:
+    if skip == "none" or not isinstance(objective, Objective) or not objective.needs_advantage():
         return False
     if options.get("context_group") is not None:  # other ranks have tokens of it
         return False

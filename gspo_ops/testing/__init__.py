@@ -8,11 +8,13 @@ measured with every plan, and 16-bit gradients of theirs against those of eager 
 
 from .bounds import ALLOWED, BOUNDS, Measured
 from .cases import (
+    FURTHER_OBJECTIVES,
     OBJECTIVES,
     Case,
     HeadTensors,
     log_ratios,
     make_case,
+    said,
     sample,
     synthetic_head,
     synthetic_logits,
@@ -24,6 +26,7 @@ from .verification import measure, table, verify, worst_of
 __all__ = [
     "ALLOWED",
     "BOUNDS",
+    "FURTHER_OBJECTIVES",
     "OBJECTIVES",
     "Case",
     "HeadTensors",
@@ -37,6 +40,7 @@ __all__ = [
     "non_zeros",
     "patch_interpreter",
     "relative",
+    "said",
     "sample",
     "synthetic_head",
     "synthetic_logits",

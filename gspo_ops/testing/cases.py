@@ -4,19 +4,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import GRPO, GSPO, GSPOToken, Objective, reference
+from .. import CISPO, GMPO, GRPO, GSPO, SAPO, GSPOToken, Objective, reference
 from ..constants import IGNORED
 from .bounds import BOUNDS, log_prob_from_hidden
 from .errors import worst
 
 EDGE_OFFSET = 5e-6  # where the test ratios stand beside the edges
 OBJECTIVES = (GSPO(), GSPOToken(), GRPO())
+# what else an objective can say, each choice once at least
+FURTHER_OBJECTIVES = (
+    GRPO(dual_clip=1.5, aggregation="token-mean"),
+    Objective(ratio_level="sequence_shared", clip_low=3e-4, clip_high=4e-4, dual_clip=1.001),
+    CISPO(),
+    CISPO(ratio_level="sequence_shared", clip_low=3e-4, clip_high=4e-4),
+    Objective(ratio_level="sequence", surrogate="weighted"),  # REINFORCE with importance weights
+    SAPO(),
+    SAPO(ratio_level="sequence", aggregation="seq-mean-token-sum"),
+    SAPO(ratio_level="sequence_shared", soft_temperature_neg=2.0),
+    GMPO(),
+    GSPO(kl_coef=0.1, kl_weight="ratio"),
+    GSPO(kl_coef=0.1, kl_estimator="k1+", kl_weight="ratio_detached"),
+    GSPOToken(kl_coef=0.1, kl_estimator="abs", kl_weight="ratio", kl_input_clamp=0.2),
+    GRPO(kl_coef=0.1, kl_weight="ratio", kl_input_clamp=0.4, kl_output_clamp=0.05),
+    GRPO(kl_coef=0.1, kl_estimator="k3+", aggregation="token-sum"),
+    Objective(ratio_level="sequence_shared", kl_coef=0.1, kl_estimator="k2", kl_weight="ratio"),
+    GSPO(entropy_coef=0.01),
+    GRPO(entropy_coef=0.01, kl_coef=0.1, kl_estimator="k1", aggregation="token-mean"),
+)
 
 
 class HeadTensors(NamedTuple):
@@ -56,6 +76,7 @@ class Case:
     mask: Tensor | None
     cu_seqlens: Tensor | None
     rollout_weights: Tensor
+    ref_log_probs: Tensor | None
     objective: Objective
     head: HeadTensors | None = None
     allowed: float | None = None
@@ -66,7 +87,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        name = f"{type(self.objective).__name__} {self.layout}"
+        name = f"{said(self.objective)} {self.layout}"
         if self.head is not None and self.head.weight.dtype != self.dtype:
             name += f", {str(self.head.weight.dtype)[6:]} weight"
         return name
@@ -94,6 +115,7 @@ class Case:
             "mask": self.mask,
             "cu_seqlens": self.cu_seqlens,
             "rollout_weights": self.rollout_weights,
+            "ref_log_probs": self.ref_log_probs,
             "objective": self.objective,
         }
 
@@ -106,7 +128,18 @@ class Case:
             old_log_probs=self.old_log_probs.double(),
             advantages=self.advantages.double(),
             rollout_weights=self.rollout_weights.double(),
+            ref_log_probs=None if self.ref_log_probs is None else self.ref_log_probs.double(),
         )
+
+
+def said(objective: Objective) -> str:
+    """An objective in short: its class, and what it does not leave at the default."""
+    given = []
+    for x in fields(objective):
+        value = getattr(objective, x.name)
+        if x.init and value != x.default:
+            given.append(value if isinstance(value, str) else f"{x.name}={value:g}")
+    return type(objective).__name__ + (f"({', '.join(given)})" if given else "")
 
 
 def synthetic_logits(B: int, T: int, V: int, *, device: torch.device, seed: int = 0) -> Tensor:
@@ -176,6 +209,7 @@ def make_case(
         mask=~padding,
         cu_seqlens=None,
         rollout_weights=(0.5 + torch.rand(B, T, generator=generator)).to(device),
+        ref_log_probs=_ref_log_probs(objective, log_probs, generator, device),
         objective=objective,
         head=head,
         allowed=allowed,
@@ -208,9 +242,9 @@ def _advantages(
 ) -> Tensor:
     """Mostly of the sign with which the sequence's ratio can be clipped; the last are 0."""
     B, T = mask.shape
-    per_token = objective.ratio_level == "sequence_token"
+    per_token = objective.ratio_level in ("sequence_token", "sequence_shared")
     advantages = torch.randn((B, T) if per_token else (B,), generator=generator)
-    if objective.ratio_level != "token":
+    if objective.ratio_level not in ("token", "geometric"):
         side = torch.where((log_ratio * mask).sum(1) < 0, -1.0, 1.0)
         side[7:] *= -1
         if per_token:
@@ -218,6 +252,19 @@ def _advantages(
         advantages = advantages.abs() * side
     advantages[-1] = 0.0
     return advantages
+
+
+def _ref_log_probs(
+    objective: Objective, log_probs: Tensor, generator: torch.Generator, device: torch.device
+) -> Tensor | None:
+    """So that log_prob - ref_log_prob is of either size beside the clamp of the KL estimate."""
+    if objective.kl_coef == 0:
+        return None
+    sign = torch.randn(log_probs.shape, generator=generator, dtype=torch.float64).sign()
+    edge = min(objective.kl_input_clamp, 0.3)
+    offsets = torch.tensor([-0.2, -1e-4, 1e-4, 0.2], dtype=torch.float64)
+    size = edge + offsets[torch.randint(4, log_probs.shape, generator=generator)]
+    return (log_probs - sign * size).float().to(device)
 
 
 def _pack(case: Case, in_sequence: Tensor, lengths: Tensor) -> Case:
@@ -232,6 +279,7 @@ def _pack(case: Case, in_sequence: Tensor, lengths: Tensor) -> Case:
         mask=case.mask[keep] if case.mask is not None else None,
         cu_seqlens=cu_seqlens.to(case.logits.device),
         rollout_weights=case.rollout_weights[keep],
+        ref_log_probs=None if case.ref_log_probs is None else case.ref_log_probs[keep],
         head=case.head and case.head._replace(hidden=case.head.hidden[keep]),
     )
 
@@ -250,14 +298,16 @@ def sample(logits: Tensor, generator: torch.Generator) -> Tensor:
 def log_ratios(
     objective: Objective, mask: Tensor, generator: torch.Generator, offset: float = EDGE_OFFSET
 ) -> Tensor:
-    """(B, T) log-ratios that straddle both clip edges, per sequence or per token."""
-    high = math.log1p(objective.clip_high)
-    low = math.log1p(-objective.clip_low)
-    around = [0.0, 3 * high, 3 * low]
-    around += [edge + side for edge in (high, low) for side in (-offset, offset)]
+    """(B, T) log-ratios that straddle all clip edges, per sequence or per token."""
+    edges = [math.log1p(objective.clip_high), math.log(objective.dual_clip)]
+    if objective.clip_low < 1:
+        edges.append(math.log1p(-objective.clip_low))
+    edges = [x for x in edges if x < math.inf] or [0.5, -0.5]
+    around = [0.0, *[3 * edge for edge in edges]]
+    around += [edge + side for edge in edges for side in (-offset, offset)]
     choices = torch.tensor(around, dtype=torch.float64)
     B, T = mask.shape
-    if objective.ratio_level == "token":
+    if objective.ratio_level in ("token", "geometric"):
         return choices[torch.randint(len(around), (B, T), generator=generator)]
     noise = 0.05 * torch.randn(B, T, generator=generator, dtype=torch.float64) * mask
     noise -= noise.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)

@@ -191,7 +191,7 @@ class Learner:
     def _with_gradient(self, advantages: Tensor) -> Tensor:
         """(q,) groups of (Q, ...) that can have one: with a KL term all, else by advantage."""
         is_live = (advantages != 0).any(1)
-        if not self.config.update.skip_dead or self.objective.kl_coef > 0:
+        if not self.config.update.skip_dead or not self.objective.needs_advantage():
             is_live = torch.ones_like(is_live)
         return is_live.nonzero().squeeze(1)
 
