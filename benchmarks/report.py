@@ -13,11 +13,13 @@ from pathlib import Path
 from statistics import mean, median, stdev
 
 from gspo_ops import GSPO
+from gspo_ops.integrations import trl_settings
 from gspo_ops.trainer import compare
 
 from . import left_out, plots, updates
 
 ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = re.compile(r"(<!-- settings of TRL -->\n).*?(<!-- end of settings -->)", re.DOTALL)
 BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
@@ -452,6 +454,7 @@ def updated(text: str) -> str:
             raise SystemExit(f"{match[2]} is of a dry run: nothing was measured")
         return match[1] + render(report) + match[3]
 
+    text = SETTINGS.sub(lambda match: f"{match[1]}{trl_settings.table()}\n\n{match[2]}", text)
     return BLOCK.sub(block, text)
 
 

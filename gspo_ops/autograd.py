@@ -93,7 +93,7 @@ class LogProbs(torch.autograd.Function):
 
 
 class SourceLoss(torch.autograd.Function):
-    """Loss, statistics, log-ratio and mean entropy of a source and a policy."""
+    """Loss, statistics, log-ratio, mean entropy and log-probs of a source and a policy."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -106,8 +106,10 @@ class SourceLoss(torch.autograd.Function):
             entropy = token_mean(entropy, policy.sequences, policy.context_group)
         ctx.save_for_backward(*saved, out.g, out.h, out.inv_denominator)
         ctx.source, ctx.has_bonus = source, has_bonus
-        ctx.mark_non_differentiable(out.stats, out.log_ratio, entropy)
-        return out.loss, out.stats, out.log_ratio, entropy
+        if log_probs is None or not policy.returns_log_probs:
+            log_probs = out.g.new_empty(0)
+        ctx.mark_non_differentiable(out.stats, out.log_ratio, entropy, log_probs)
+        return out.loss, out.stats, out.log_ratio, entropy, log_probs
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

@@ -50,7 +50,7 @@ _read_saved = reader(SavedChunks)
 
 
 class ChunkLoss(torch.autograd.Function):
-    """Loss, statistics, log-ratio and mean entropy of a head and a policy."""
+    """Loss, statistics, log-ratio, mean entropy and log-probs of a head and a policy."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -60,8 +60,8 @@ class ChunkLoss(torch.autograd.Function):
         out = loss_in_chunks(head, rows.targets, policy, chunks.rows, chunks.options, wanted)
         ctx.save_for_backward(*flat(SavedChunks(head, out.grads(), out.inv_denominator)))
         ctx.main_grad = chunks.main_grad
-        ctx.mark_non_differentiable(out.stats, out.log_ratio, out.entropy)
-        return out.loss, out.stats, out.log_ratio, out.entropy
+        ctx.mark_non_differentiable(out.stats, out.log_ratio, out.entropy, out.log_probs)
+        return out.loss, out.stats, out.log_ratio, out.entropy, out.log_probs
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -119,6 +119,7 @@ class LossInChunks(NamedTuple):
     stats: Tensor
     log_ratio: Tensor
     entropy: Tensor  # 0-dim, the mean
+    log_probs: Tensor  # (N,)
     inv_denominator: Tensor
     hidden: Tensor
     weight: Tensor
@@ -140,6 +141,7 @@ def _chunks_fake(
         of_policy.stats,
         of_policy.log_ratio,
         torch.empty_like(of_policy.loss),
+        torch.empty_like(of_policy.g),
         of_policy.inv_denominator,
         *grads,
     )
@@ -196,6 +198,7 @@ def loss_in_chunks(
         whole.stats,
         whole.log_ratio,
         entropies.sum() / policy.sequences.tokens(),
+        log_probs,
         whole.inv_denominator,
         *grads,
     )

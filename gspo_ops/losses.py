@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Size, Tensor
 
 from .autograd import GivenLogProbs, LogProbs, Source, SourceLoss
 from .backend import compute_dtype
@@ -43,8 +43,8 @@ class PolicyLoss(NamedTuple):
 
     Attributes:
         loss: 0-dim, differentiable.
-        stats: name to detached tensor on the input's device, 0-dim but for `log_ratio` (B,);
-            each is defined in the README.
+        stats: name to detached tensor on the input's device, 0-dim but for `log_ratio` (B,) and
+            `log_probs`; each is defined in the README.
     """
 
     loss: Tensor
@@ -125,7 +125,7 @@ def policy_loss_from_log_probs(
     if not isinstance(objective, Objective):
         return PolicyLoss(*custom_loss(objective, flat, policy, None))
     out = SourceLoss.apply(GivenLogProbs(), TargetRows(targets, None), policy, flat)
-    return _result(policy, False, *out)
+    return _result(policy, False, log_probs.shape, *out)
 
 
 def policy_loss_from_logits(
@@ -145,6 +145,7 @@ def policy_loss_from_logits(
     softcap: float | None = None,
     vocab_group: ProcessGroup | None = None,
     return_entropy: bool = False,
+    return_log_probs: bool = False,
 ) -> PolicyLoss:
     """Clipped policy-gradient loss straight from logits, without an N x V intermediate.
 
@@ -165,6 +166,8 @@ def policy_loss_from_logits(
         temperature, softcap, vocab_group: of the logits, as in `log_probs_from_logits`.
         return_entropy: adds `entropy`, the mean over valid tokens in nats, to the stats; an
             entropy bonus does so by itself.
+        return_log_probs: adds `log_probs`, detached, in the shape of targets, to the stats;
+            anything where the mask is zero.
         old_log_probs, advantages, mask, cu_seqlens, objective, ref_log_probs, rollout_weights,
             denominator, context_group: as in `policy_loss_from_log_probs`.
 
@@ -186,11 +189,12 @@ def policy_loss_from_logits(
         layout = resolve_layout("logits", targets.shape, logits.device, mask, cu_seqlens)
         policy = make_policy(
             layout, compute_dtype(logits.dtype), options_of(objective), old_log_probs, advantages,
-            ref_log_probs, rollout_weights, denominator, context_group,
+            ref_log_probs, rollout_weights, denominator, context_group, return_log_probs,
         )  # fmt: skip
+    shape = targets.shape
     policy, targets = agreed(policy, targets, vocabulary_of_logits(logits, softmax))
     rows = TargetRows(targets, policy.sequences.mask)
-    return _loss(LogitsSource(softmax), rows, policy, objective, logits)
+    return _loss(LogitsSource(softmax), rows, policy, objective, shape, logits)
 
 
 def policy_loss_from_hidden(
@@ -218,6 +222,7 @@ def policy_loss_from_hidden(
     main_grad: Tensor | None = None,
     vocab_group: ProcessGroup | None = None,
     return_entropy: bool = False,
+    return_log_probs: bool = False,
 ) -> PolicyLoss:
     """Clipped policy-gradient loss straight from hidden states and the output head.
 
@@ -244,6 +249,8 @@ def policy_loss_from_hidden(
         products, allow_sync, main_grad, vocab_group: as in `log_probs_from_hidden`.
         return_entropy: adds `entropy`, the mean over valid tokens in nats, to the stats; an
             entropy bonus does so by itself.
+        return_log_probs: adds `log_probs`, detached, in the shape of targets, to the stats;
+            anything where the mask is zero.
         old_log_probs, advantages, mask, cu_seqlens, objective, ref_log_probs, rollout_weights,
             denominator, context_group: as in `policy_loss_from_log_probs`.
 
@@ -269,7 +276,7 @@ def policy_loss_from_hidden(
         head = Head.of(hidden, weight, bias, lora)
         policy = make_policy(
             layout, stats_dtype(hidden, weight), options_of(objective), old_log_probs, advantages,
-            ref_log_probs, rollout_weights, denominator, context_group,
+            ref_log_probs, rollout_weights, denominator, context_group, return_log_probs,
         )  # fmt: skip
         if plan == "chunk":
             _check_chunks(objective, context_group)
@@ -284,15 +291,16 @@ def policy_loss_from_hidden(
         multiplier = resolve_products(products, head)
         scale = 1.0 if lora is None else lora.scale
         options = HeadOptions(softmax, multiplier, allow_sync, scale, choice.kept_columns)
+    shape = targets.shape
     policy, targets = agreed(policy, targets, vocabulary_of_head(head, options, choice))
     rows = TargetRows(targets, policy.sequences.mask)
     if choice.name == "chunk":
         chunks = Chunks(options, choice.chunk_rows, main_grad)
         return _result(
-            policy, softmax.return_entropy, *ChunkLoss.apply(chunks, rows, policy, *head)
+            policy, softmax.return_entropy, shape, *ChunkLoss.apply(chunks, rows, policy, *head)
         )
     source = HiddenSource(options, main_grad)
-    return _loss(source, rows, policy, objective, *head)
+    return _loss(source, rows, policy, objective, shape, *head)
 
 
 def _check_chunks(objective: Objective | TokenLoss, context_group: ProcessGroup | None) -> None:
@@ -317,23 +325,29 @@ def _loss(
     rows: TargetRows,
     policy: Policy,
     objective: Objective | TokenLoss,
+    shape: Size,
     *operands: Any,
 ) -> PolicyLoss:
     if isinstance(objective, Objective):
         out = SourceLoss.apply(source, rows, policy, *operands)
-        return _result(policy, source.returns_entropy(), *out)
+        return _result(policy, source.returns_entropy(), shape, *out)
     log_probs, entropy = LogProbs.apply(source, rows, False, *operands)
     entropies = entropy if source.returns_entropy() else None
-    return PolicyLoss(*custom_loss(objective, log_probs.reshape(-1), policy, entropies))
+    loss, stats = custom_loss(objective, log_probs.reshape(-1), policy, entropies)
+    if policy.returns_log_probs:
+        stats["log_probs"] = log_probs.detach().view(shape)
+    return PolicyLoss(loss, stats)
 
 
 def _result(
     policy: Policy,
     return_entropy: bool,
+    shape: Size,
     loss: Tensor,
     stats: Tensor,
     log_ratio: Tensor,
     entropy: Tensor,
+    log_probs: Tensor,
 ) -> PolicyLoss:
     named = dict(zip(STATS, stats.unbind(), strict=True))
     if policy.ref_log_probs is None:
@@ -343,4 +357,6 @@ def _result(
     named["log_ratio"] = log_ratio
     if return_entropy:
         named["entropy"] = entropy
+    if policy.returns_log_probs:
+        named["log_probs"] = log_probs.view(shape)
     return PolicyLoss(loss, named)

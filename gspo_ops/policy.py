@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_constant, check_log_probs, check_number, check_tensor
+from .checks import check_bool, check_constant, check_log_probs, check_number, check_tensor
 from .layout import Layout, Sequences
 from .objective import (
     Aggregation,
@@ -68,6 +68,7 @@ class Policy(NamedTuple):
         advantages, rollout_weights: (B,), or (N,) where they are said to be per token.
         denominator: 0-dim; None for the count that the aggregation names.
         context_group: ranks that hold other tokens of the same sequences, by name.
+        returns_log_probs: whether they are asked for besides the loss.
     """
 
     sequences: Sequences
@@ -80,6 +81,7 @@ class Policy(NamedTuple):
     advantage_per_token: bool
     rollout_weight_per_token: bool
     context_group: str | None
+    returns_log_probs: bool
 
     def reads_log_probs(self) -> bool:
         """On-policy it does not: every ratio is 1, and g is known beforehand."""
@@ -87,6 +89,7 @@ class Policy(NamedTuple):
             self.old_log_probs is not None
             or self.ref_log_probs is not None
             or self.objective.surrogate == "weighted"  # whose value is the log-prob's
+            or self.returns_log_probs
         )
 
     def rows_with_gradient(self) -> Tensor | None:
@@ -112,6 +115,7 @@ class Policy(NamedTuple):
             self.advantage_per_token,
             self.rollout_weight_per_token,
             self.context_group,
+            self.returns_log_probs,
         )
 
     def part(self, sequences: slice, rows: slice) -> Policy:
@@ -164,8 +168,10 @@ def make_policy(
     rollout_weights: Tensor | None,
     denominator: float | Tensor | None,
     context_group: ProcessGroup | None,
+    return_log_probs: bool = False,
 ) -> Policy:
     """Check the arguments that all losses share, and flatten them."""
+    check_bool("return_log_probs", return_log_probs)
     is_part = context_group is not None
     old = _flat_log_probs("old_log_probs", old_log_probs, layout, dtype)
     ref = _flat_log_probs("ref_log_probs", ref_log_probs, layout, dtype)
@@ -196,6 +202,7 @@ def make_policy(
         advantage_per_token=per_token,
         rollout_weight_per_token=weight_per_token,
         context_group=group_name("context_group", context_group),
+        returns_log_probs=return_log_probs,
     )
 
 

@@ -202,6 +202,7 @@ def agree_on_policy(targets: Tensor, vocabulary: Vocabulary, policy: Policy) -> 
         shared = {
             "the number of sequences": policy.sequences.batch,
             "return_entropy": known.get("return_entropy", 0),
+            "return_log_probs": int(policy.returns_log_probs),
             "the checksum of the objective's options": crc32(repr(objective).encode()),
         }
         counted, of_rows = _counted(targets, policy)

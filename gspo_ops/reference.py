@@ -108,6 +108,7 @@ def policy_loss_from_logits(
     temperature: float = 1.0,
     softcap: float | None = None,
     return_entropy: bool = False,
+    return_log_probs: bool = False,
     **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`policy_loss_from_log_probs` of `log_probs_from_logits`."""
@@ -125,6 +126,8 @@ def policy_loss_from_logits(
     if entropy is not None:
         valid = targets.numel() if mask is None else (mask != 0).sum()
         stats["entropy"] = entropy.detach().sum() / valid
+    if return_log_probs:
+        stats["log_probs"] = log_probs.detach()
     return loss, stats
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from functools import partial
 
 import pytest
@@ -12,11 +13,14 @@ import torch
 if importlib.util.find_spec("trl") is None:
     pytest.skip("needs trl: pip install 'gspo-ops[trl]'", allow_module_level=True)
 import transformers
-from datasets import Dataset
+from transformers import TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
+from trl_inputs import trainer_of
 
 from gspo_ops.benchmarks import report, trl_run
+from gspo_ops.integrations import trl as trl_integration
 from gspo_ops.integrations.trl import GSPOTrainer
+from gspo_ops.integrations.trl_settings import ROUTES, Route
 from gspo_ops.trainer.tiny import character_tokenizer
 
 LEVELS = {
@@ -42,33 +46,9 @@ def directory(tmp_path_factory):
     return path
 
 
-def reward(completions, **_):
-    return [float(len(set(completion)) % 3) for completion in completions]
-
-
 @pytest.fixture
 def make_trainer(directory, tmp_path):
     return partial(trainer_of, str(directory), tmp_path)
-
-
-def trainer_of(model, out, kind, lora=False, **options):
-    settings = {
-        "output_dir": str(out), "per_device_train_batch_size": 4, "num_generations": 4,
-        "max_completion_length": 6, "use_cpu": True, "bf16": False, "report_to": "none",
-        "learning_rate": 1e-2, "max_steps": 3, "logging_steps": 1, "save_strategy": "no",
-        "seed": 0, "disable_dropout": True, "model_init_kwargs": {"dtype": "float32"},
-        "gradient_checkpointing": False, "per_device_eval_batch_size": 4,
-    }  # fmt: skip
-    prompts = [{"prompt": f"{i} + {i} ="} for i in range(40)]
-    return kind(
-        model=model,
-        reward_funcs=reward,
-        args=GRPOConfig(**settings | options),
-        train_dataset=Dataset.from_list(prompts),
-        eval_dataset=Dataset.from_list(prompts[:2]),
-        processing_class=character_tokenizer(),
-        peft_config=make_lora() if lora else None,
-    )  # fmt: skip
 
 
 def make_lora():
@@ -136,9 +116,7 @@ def assert_same(trainer, inputs):
         is_live = inputs["advantages"] != 0
         metrics["entropy"] = entropy_of(trainer, inputs, is_live)
         assert computed == (is_live & (trained_mask(inputs).sum(1) > 0)).float().mean()
-    skipped = set(metrics) - set(our_metrics)
-    assert skipped <= {"clip_ratio/low_min", "clip_ratio/high_max"}
-    for name in set(metrics) - skipped:
+    for name in metrics:
         assert our_metrics[name] == pytest.approx(metrics[name], abs=1e-5), name
     return our_metrics
 
@@ -187,7 +165,7 @@ def test_on_policy(make_trainer, level):
 @levels
 def test_importance_sampling_correction(make_trainer, level, per_token):
     """The weights that TRL makes of vLLM's log-probs."""
-    trainer = make_trainer(GSPOTrainer, loss_type="grpo", beta=0.05, use_bias_correction_kl=False,
+    trainer = make_trainer(GSPOTrainer, loss_type="grpo", beta=0.05,
         **LEVELS[level],
     )  # fmt: skip
     trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
@@ -202,7 +180,7 @@ def test_importance_sampling_correction(make_trainer, level, per_token):
     "options",
     [
         {}, {"gradient_checkpointing": True}, {"gradient_accumulation_steps": 2},
-        {"lora": True, "beta": 0.1, "use_bias_correction_kl": False},
+        {"lora": True, "beta": 0.1},
     ],
     ids=lambda options: next(iter(options), "plain"),
 )  # fmt: skip
@@ -232,6 +210,8 @@ def test_zero_goes_the_same_way(directory, tmp_path, stage):
 def assert_same_way(make_trainer, level, loss_type, **options):
     """Several updates per rollout, from one seed."""
     options |= {"num_iterations": 2, "max_steps": 4, "loss_type": loss_type, **LEVELS[level]}
+    if options.pop("lora", False):
+        options["peft_config"] = make_lora()
     logs, weights, evaluated = [], [], []
     for kind in (GRPOTrainer, GSPOTrainer):
         trainer = make_trainer(kind, **options)
@@ -278,7 +258,7 @@ def test_benchmark_compares_one_run_of_both_trainers(directory, monkeypatch):
 def test_a_policy_is_the_same_as_itself(make_trainer, precision):
     """Old and reference log-probs are the loss's own, bit by bit, before an update."""
     trainer = make_trainer(
-        GSPOTrainer, num_iterations=2, max_steps=1, beta=0.1, use_bias_correction_kl=False,
+        GSPOTrainer, num_iterations=2, max_steps=1, beta=0.1,
         loss_type="grpo", temperature=0.9, bf16=precision == "autocast",
         model_init_kwargs={"dtype": "bfloat16" if precision == "bfloat16" else "float32"},
         **LEVELS["GSPO"],
@@ -472,18 +452,78 @@ def test_the_compiled_model_runs(make_trainer, monkeypatch):
     assert losses == [1] * 4, "one compiled body for each loss"
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"loss_type": "cispo"}, {"loss_type": "sapo"}, {"top_entropy_quantile": 0.5},
-        {"use_bias_correction_kl": True, "beta": 0.1}, {"delta": 2.0},
-        {"off_policy_mask_threshold": 0.5}, {"entropy_coef": 0.1},
-    ],
-    ids=lambda options: next(iter(options)),
-)  # fmt: skip
-def test_what_is_not_supported_is_refused(make_trainer, options):
-    with pytest.raises(ValueError, match=f"{next(iter(options))}=.* is not supported"):
-        make_trainer(GSPOTrainer, **options)
+# Settings
+
+# of values that the table puts in words
+EXAMPLES = {
+    "any other loss_type": {"loss_type": "of a later TRL"},
+    "epsilon_high below 1 with cispo": {"loss_type": "cispo", "epsilon_high": 0.3},
+    "any other epsilon_high": {"loss_type": "cispo", "epsilon_high": 5.0},
+    "delta below 1": {"delta": 0.9},
+    "any other delta": {"delta": 1.1},
+    "beta below 0": {"beta": -0.1},
+    "any other beta": {"beta": 0.1},
+    "entropy_coef 0": {"entropy_coef": 0.0},
+    "any other entropy_coef": {"entropy_coef": -0.1},
+    "use_adaptive_entropy False": {},
+    "use_adaptive_entropy True": {"use_adaptive_entropy": True},
+    "top_entropy_quantile 1": {},
+    "top_entropy_quantile below 1": {"top_entropy_quantile": 0.5},
+    "off_policy_mask_threshold None": {},
+    "any other off_policy_mask_threshold": {"off_policy_mask_threshold": 0.5},
+}
+
+
+def routes_by_value():
+    for setting, routes in ROUTES.items():
+        for value, route in routes.items():
+            other = value == "any other"
+            example = EXAMPLES.get(f"{value} {setting}" if other else f"{setting} {value}")
+            alone = [{setting: x} for x in value.split(", ") if value != "any"]
+            yield from ((x, route) for x in ([example] if example is not None else alone))
+
+
+def test_every_setting_is_in_the_table():
+    of_transformers = {field.name for field in fields(TrainingArguments)}
+    of_trl = {field.name for field in fields(GRPOConfig)} - of_transformers
+    assert of_trl - ROUTES.keys() == set(), "say in ROUTES what GSPOTrainer makes of them"
+    assert ROUTES.keys() - of_trl <= of_transformers
+
+
+@pytest.mark.filterwarnings("ignore:aggregation")
+@pytest.mark.parametrize(("options", "route"), routes_by_value(), ids=str)
+def test_each_value_goes_its_route(make_trainer, monkeypatch, options, route):
+    trainer = make_trainer(GSPOTrainer, **options)
+    inputs = make_inputs(trainer)
+    taken = []
+
+    def own(_, *args):
+        taken.append(Route.TRL)
+        return torch.zeros(())
+
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", own)
+    for name, of_method in (("_loss_of_model", Route.OP), ("_loss_of_log_probs", Route.LOG_PROBS)):
+        method = getattr(trainer, name)
+
+        def spy(*args, method=method, of_method=of_method):
+            taken.append(of_method)
+            return method(*args)
+
+        monkeypatch.setattr(trainer, name, spy)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer._compute_loss(trainer.model, inputs)
+    assert taken == [route]
+
+
+def test_the_log_says_once_that_the_loss_is_trl_s(make_trainer, monkeypatch):
+    said = []
+    monkeypatch.setattr(trl_integration._logger, "warning", lambda text, *_: said.append(text))
+    trainer = make_trainer(GSPOTrainer, loss_type="dapo", delta=0.875)
+    trainer.current_gradient_accumulation_steps = 1
+    for _ in range(2):
+        trainer._compute_loss(trainer.model, make_inputs(trainer))
+    assert len(said) == 1
+    assert "the loss is TRL's own: clip_high must be >= 0, got -0.125" in said[0]
 
 
 def under_zero(model, out, stage):

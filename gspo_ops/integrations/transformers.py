@@ -148,7 +148,7 @@ def loss_from_model(
     Returns:
         PolicyLoss(loss, stats), with `computed` (B,) bool in the statistics: the sequences for
         which the model ran. Fractions (`clip_frac_...`, `active_token_frac`) are of all sequences;
-        what remains is of those computed, and `log_ratio` is NaN for others.
+        what remains is of those computed, and `log_ratio` and `log_probs` are NaN for others.
 
     Raises:
         ValueError: an argument does not fit, or the model's head is unknown.
@@ -243,6 +243,10 @@ def _stats_of_all(
     stats: dict[str, Tensor], whole: Batch, part: Part | None, mask: Tensor
 ) -> dict[str, Tensor]:
     """Fractions of all sequences, and which of them the rest is of."""
+    if "log_probs" in stats:
+        by_token = (whole if part is None else part.batch).of_tokens(stats["log_probs"])
+        by_token = by_token if part is None else part.by_token(by_token)
+        stats = stats | {"log_probs": by_token}
     computed = torch.ones(whole.number, dtype=torch.bool, device=mask.device)
     if part is None:
         return stats | {"computed": computed}

@@ -1,7 +1,4 @@
-"""What GSPOTrainer makes of the settings of TRL's `GRPOConfig`: an objective, or another route.
-
-    python -m gspo_ops.integrations.trl_settings    # the table of docs/integrations.md
-"""
+"""What GSPOTrainer makes of the settings of TRL's `GRPOConfig`: an objective, or another route."""
 
 from __future__ import annotations
 
@@ -30,69 +27,62 @@ BY_ITEMS = ("dapo", "cispo", "vespo")  # divided by the tokens of all accumulate
 
 
 class Route(Enum):
-    """How a loss is made."""
+    """What a setting is to the loss step."""
 
     OP = "fused in one op"
     LOG_PROBS = "log-probs fused, then the loss"
     TRL = "log-probs fused, then TRL's own loss"
-    BODY = "of the model, which runs as in TRL"
+    MODEL = "of the model, which runs as in TRL"
     NONE = "no effect on the loss step"
 
 
-# by setting and value; `None` stands for any other value
-ROUTES: dict[str, dict[str | None, Route]] = {
+_ANY = "any"
+# by setting and value
+ROUTES: dict[str, dict[str, Route]] = {
     "loss_type": {
         "grpo, bnpo, dr_grpo, dapo, luspo, cispo, sapo": Route.OP,
         "vespo": Route.LOG_PROBS,
-        None: Route.TRL,
+        "any other": Route.TRL,
     },
-    "importance_sampling_level": {"token, sequence, sequence_token": Route.OP, None: Route.TRL},
-    "epsilon": {None: Route.OP},
-    "epsilon_high": {"below 1 with cispo": Route.TRL, None: Route.OP},
-    "delta": {"below 1": Route.TRL, None: Route.OP},
-    "sapo_temperature_pos": {None: Route.OP},
-    "sapo_temperature_neg": {None: Route.OP},
-    **{f"vespo_{name}": {None: Route.LOG_PROBS} for name in (
-        "k_pos", "lambda_pos", "k_neg", "lambda_neg",
-    )},
-    "beta": {"below 0": Route.TRL, None: Route.OP},
-    "use_bias_correction_kl": {None: Route.OP},
-    "temperature": {None: Route.OP},
-    "max_completion_length": {None: Route.OP},
-    "num_iterations": {None: Route.OP},
-    "steps_per_generation": {None: Route.OP},
-    "use_vllm": {None: Route.OP},
-    "vllm_importance_sampling_correction": {None: Route.OP},
-    "router_aux_loss_coef": {None: Route.OP},
-    "top_entropy_quantile": {"below 1": Route.LOG_PROBS, None: Route.OP},
-    "off_policy_mask_threshold": {"None": Route.OP, None: Route.LOG_PROBS},
-    "entropy_coef": {"0": Route.OP, None: Route.LOG_PROBS},
-    **{name: {None: Route.TRL} for name in (
-        "use_adaptive_entropy", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta",
-        "entropy_target",
-    )},
-    # of TrainingArguments
-    **{name: {None: Route.OP} for name in (
+    "importance_sampling_level": {"token, sequence, sequence_token": Route.OP},
+    "epsilon_high": {"below 1 with cispo": Route.TRL, "any other": Route.OP},
+    "delta": {"below 1": Route.TRL, "any other": Route.OP},
+    "beta": {"below 0": Route.TRL, "any other": Route.OP},
+    "entropy_coef": {"0": Route.OP, "any other": Route.LOG_PROBS},
+    "use_adaptive_entropy": {"False": Route.OP, "True": Route.TRL},
+    "top_entropy_quantile": {"1": Route.OP, "below 1": Route.LOG_PROBS},
+    "off_policy_mask_threshold": {"None": Route.OP, "any other": Route.LOG_PROBS},
+    **{name: {_ANY: Route.OP} for name in (
+        "epsilon", "use_bias_correction_kl", "sapo_temperature_pos", "sapo_temperature_neg",
+        "temperature", "max_completion_length", "num_iterations", "steps_per_generation",
+        "use_vllm", "vllm_importance_sampling_correction", "router_aux_loss_coef",
+        # of TrainingArguments
         "gradient_accumulation_steps", "bf16", "fp16", "gradient_checkpointing",
         "gradient_checkpointing_kwargs",
     )},
-    **{name: {None: Route.BODY} for name in (
-        "model_init_kwargs", "trust_remote_code", "disable_dropout", "torch_compile",
-        "torch_compile_backend", "torch_compile_mode", "use_liger_kernel", "liger_kernel_config",
+    **{name: {_ANY: Route.LOG_PROBS} for name in (
+        "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg",
     )},
-    "cast_lm_head_to_fp32": {None: Route.BODY},
-    **{name: {None: Route.NONE} for name in (
+    **{name: {_ANY: Route.TRL} for name in (
+        "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta", "entropy_target",
+    )},
+    **{name: {_ANY: Route.MODEL} for name in (
+        "model_init_kwargs", "trust_remote_code", "disable_dropout", "cast_lm_head_to_fp32",
+        # of TrainingArguments
+        "torch_compile", "torch_compile_backend", "torch_compile_mode", "use_liger_kernel",
+        "liger_kernel_config",
+    )},
+    **{name: {_ANY: Route.NONE} for name in (
         # rollouts
         "num_generations", "num_generations_eval", "ds3_gather_for_generation", "shuffle_dataset",
         "pad_to_multiple_of", "generation_batch_size", "top_p", "top_k", "min_p",
         "generation_kwargs", "chat_template_kwargs", "repetition_penalty", "cache_implementation",
         "max_tool_calling_iterations", "use_transformers_continuous_batching",
-        "transformers_continuous_batching_config", "use_transformers_paged",
-        *(f"vllm_{of}" for of in (
-            "mode", "model_impl", "enable_sleep_mode", "structured_outputs_regex",
-            "server_base_url", "server_host", "server_port", "server_timeout", "group_port",
-            "gpu_memory_utilization", "max_model_length", "tensor_parallel_size",
-        )),
+        "transformers_continuous_batching_config", "use_transformers_paged", "vllm_mode",
+        "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_structured_outputs_regex",
+        "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout",
+        "vllm_group_port", "vllm_gpu_memory_utilization", "vllm_max_model_length",
+        "vllm_tensor_parallel_size",
         # what goes into advantages, masks, weights and reference log-probs before the step
         "reward_weights", "multi_objective_aggregation", "scale_rewards",
         "mask_truncated_completions", "sync_ref_model", "ref_model_mixup_alpha",
@@ -156,19 +146,13 @@ def needs_log_probs(trainer: GRPOTrainer) -> bool:
 
 
 def table() -> str:
-    """`ROUTES` as Markdown: what has an effect one by one, the rest in a row."""
+    """`ROUTES` as Markdown: settings whose value matters one by one, others by their route."""
     lines = ["| setting | value | the loss step |", "|---|---|---|"]
-    without: list[str] = []
+    alike: dict[Route, list[str]] = {}
     for setting, routes in ROUTES.items():
-        if set(routes.values()) == {Route.NONE}:
-            without.append(f"`{setting}`")
+        if set(routes) == {_ANY}:
+            alike.setdefault(routes[_ANY], []).append(f"`{setting}`")
             continue
-        for value, route in routes.items():
-            other = "any other" if len(routes) > 1 else "any"
-            lines.append(f"| `{setting}` | {value or other} | {route.value} |")
-    lines.append(f"| {', '.join(without)} | any | {Route.NONE.value} |")
+        lines += [f"| `{setting}` | {value} | {route.value} |" for value, route in routes.items()]
+    lines += [f"| {', '.join(found)} | {_ANY} | {route.value} |" for route, found in alike.items()]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(table())
