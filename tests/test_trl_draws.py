@@ -153,7 +153,7 @@ def is_near_a_border(inputs, new, entropy, settings):
     if settings["importance_sampling_level"] == "sequence":
         ratio = by_sequence
     borders = [1 - settings["epsilon"], 1 + settings["epsilon_high"], settings["epsilon_high"]]
-    distances = [ratio - x for x in borders + [settings["delta"] or 0.0]]
+    distances = [ratio - x for x in [*borders, settings["delta"] or 0.0]]
     if settings["off_policy_mask_threshold"] is not None:
         sampling = inputs.get("sampling_per_token_logps", old)
         kl = torch.nan_to_num(sampling - new) * mask

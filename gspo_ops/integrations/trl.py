@@ -72,7 +72,7 @@ class GSPOTrainer(GRPOTrainer):
         try:
             objective = objective_of(self, inputs["advantages"].ndim == 2)
         except ValueError as error:
-            _logger.warning_once(f"GSPOTrainer: log-probs are fused, the loss is TRL's own: {error}")
+            _logger.warning_once(f"log-probs are fused, but the loss is TRL's own: {error}")
             return super()._compute_loss(model, inputs)
         of_settings = self._loss_of_log_probs if needs_log_probs(self) else self._loss_of_model
         loss, step = of_settings(model, inputs, mask, objective)
