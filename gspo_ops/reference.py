@@ -162,12 +162,8 @@ def policy_loss_from_log_probs(
             terms = terms * _pick(rollout_weights, b, rows, layout)
         if ref_log_probs is not None:
             kl = _kl(objective, new_b - ref_log_probs.reshape(-1)[rows])
-            kl = (
-                kl
-                * {"one": 1.0, "ratio": ratio, "ratio_detached": ratio.detach()}[
-                    objective.kl_weight
-                ]
-            )
+            if objective.kl_weight != "one":
+                kl = kl * (ratio if objective.kl_weight == "ratio" else ratio.detach())
             terms = terms + objective.kl_coef * kl
             seen.ref_kl.append(kl.detach())
         if entropy is not None:
