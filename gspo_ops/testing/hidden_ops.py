@@ -199,8 +199,8 @@ def _exact_loss(
     exact = case.double()
     log_probs = reference.log_probs_from_logits(exact.logits, case.targets).requires_grad_()
     entropy = reference.entropy_from_logits(exact.logits, case.targets).requires_grad_()
-    loss, stats = reference.policy_loss_from_log_probs(
-        log_probs, old_log_probs, exact.advantages, entropy=entropy, **exact.options()
+    loss, stats = reference.policy_loss_of_tokens(
+        log_probs, entropy, old_log_probs, exact.advantages, **exact.options()
     )
     (loss * of_loss).backward()
     assert log_probs.grad is not None
