@@ -20,6 +20,7 @@ from gspo_ops.policy import ObjectiveOptions, make_policy
 from gspo_ops.policy_loss import triton_policy_loss
 from gspo_ops.rows import AllRows, FlaggedRows, OrderedRows
 from gspo_ops.softmax import Softmax, TargetRows, Upstream
+from gspo_ops.testing import FURTHER_OBJECTIVES, said
 from gspo_ops.tiles import Kept, RowGrads, RowSums, Sums, Tile, Tiles, Weighting
 from gspo_ops.tiles_gpu import BLOCKS
 
@@ -113,7 +114,8 @@ def launch_loss(
         denominator=None,
         context_group=None,
     )
-    triton_policy_loss(per_row() if old or ref else None, policy)
+    log_probs = per_row() if policy.reads_log_probs() else None
+    triton_policy_loss(log_probs, per_row() if objective.entropy_coef else None, policy)
 
 
 FWD, BWD, LOSS = launch_fwd, launch_bwd, launch_loss
@@ -184,6 +186,21 @@ COMBINATIONS = {
             "weights": "token",
         },
     ),
+}
+# every further objective, padded and packed in turn, with weights of every shape
+FURTHER_LOSSES = {
+    f"loss {said(objective)}": (
+        LOSS,
+        {
+            "objective": objective,
+            "packed": i % 2 == 0,
+            "has_mask": i % 2 == 1,
+            "ref": objective.kl_coef > 0,
+            "per_token": objective.ratio_level in ("sequence_token", "sequence_shared"),
+            "weights": (None, "token", "sequence")[i % 3],
+        },
+    )
+    for i, objective in enumerate(FURTHER_OBJECTIVES)
 }
 
 
@@ -412,4 +429,4 @@ PRODUCT_COMBINATIONS = {
     "dhidden all rows": (DHIDDEN, {"dtype": BF16, "listed": False}),
     "dweight all rows": (DWEIGHT, {"dtype": BF16, "listed": False}),
 }
-ALL = VARIANTS | COMBINATIONS | PRODUCTS | TMA | EPILOGUES | PRODUCT_COMBINATIONS
+ALL = VARIANTS | COMBINATIONS | FURTHER_LOSSES | PRODUCTS | TMA | EPILOGUES | PRODUCT_COMBINATIONS

@@ -164,8 +164,7 @@ def loss_in_chunks(
         for x in grads[1:]:
             x.zero_()
     log_probs = grads.hidden.new_zeros(policy.sequences.rows)
-    has_bonus = policy.objective.entropy_coef > 0
-    entropies = torch.zeros_like(log_probs)
+    entropy = grads.hidden.new_zeros(())
     chunk_rows = _same_on_all_ranks(chunk_rows, targets, options)
     vocabulary = head.weight.shape[0]
     buffer = empty_kept(head, min(chunk_rows, max(policy.sequences.rows, 1)), vocabulary)
@@ -176,28 +175,25 @@ def loss_in_chunks(
         kept = _kept_in(buffer, rows.stop - rows.start, vocabulary)
         log_probs[rows], sums = forward(part, of_part, grad_mask, options, kept)
         read = log_probs[rows] if needed.log_probs_are_read else None
-        entropy = sums.entropy if has_bonus else None
-        of_policy = policy_loss_fwd(read, entropy, policy.part(sequences, rows))
+        g = policy_loss_fwd(read, None, policy.part(sequences, rows)).g
         backward(
             part,
             of_part,
             sums,
-            of_policy.g,
-            of_policy.h if has_bonus else None,
+            g,
+            None,
             options,
             kept,
             _rows_of(grads.where(wanted), rows),
             add=Wanted(weight=i > 0, bias=i > 0, lora_a=i > 0, lora_b=i > 0),
         )
-        if options.softmax.return_entropy:
-            entropies[rows] = sums.entropy
-    read = log_probs if needed.log_probs_are_read else None
-    whole = policy_loss_fwd(read, entropies if has_bonus else None, policy)
+        entropy += sums.entropy.sum()
+    whole = policy_loss_fwd(log_probs if needed.log_probs_are_read else None, None, policy)
     return LossInChunks(
         whole.loss,
         whole.stats,
         whole.log_ratio,
-        entropies.sum() / policy.sequences.tokens(),
+        entropy / policy.sequences.tokens(),
         log_probs,
         whole.inv_denominator,
         *grads,

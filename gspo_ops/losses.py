@@ -280,6 +280,12 @@ def policy_loss_from_hidden(
         )  # fmt: skip
         if plan == "chunk":
             _check_chunks(objective, context_group)
+        if _has_bonus(objective):  # whose gradient needs logits, which the exponentials don't tell
+            if plan == "keep":
+                raise ValueError(
+                    "plan must be 'auto' or 'recompute' with an entropy bonus, got 'keep'"
+                )
+            plan = "recompute"
         # ranks have to choose the same without being told how large the others' parts are
         is_alone = vocab_group is None and context_group is None
         borders_are_known = cu_seqlens is None or not hidden.is_cuda
@@ -313,6 +319,11 @@ def _check_chunks(objective: Objective | TokenLoss, context_group: ProcessGroup 
         raise ValueError(
             "plan='chunk' makes gradients in the forward, which no function as objective "
             "tells: plan must be 'auto', 'keep' or 'recompute'"
+        )
+    if _has_bonus(objective):
+        raise ValueError(
+            "plan='chunk' keeps exponentials, which don't tell the gradient of an entropy bonus: "
+            "plan must be 'auto' or 'recompute'"
         )
 
 

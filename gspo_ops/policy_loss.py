@@ -18,7 +18,7 @@ from .constants import STATS
 from .layout import Sequences
 from .operators import operator
 from .parallel import Vocabulary, agree, checksum, error_of, gathered
-from .policy import LossAndGrad, Policy
+from .policy import LossAndGrad, ObjectiveOptions, Policy
 from .policy_cpu import check_values, torch_policy_loss
 
 
@@ -155,11 +155,25 @@ def triton_policy_loss(
             SHARES_GRADIENT=objective.shares_gradient(),
             ADVANTAGE_PER_TOKEN=policy.advantage_per_token,
             ROLLOUT_WEIGHT_PER_TOKEN=policy.rollout_weight_per_token,
-            BLOCK_T=512,
             BLOCK_B=512,
             num_warps=8,
+            **_registers(objective),
         )
     return out
+
+
+def _registers(objective: ObjectiveOptions) -> dict[str, int]:
+    """What keeps losses of several terms from spills.
+
+    ptxas spills a few registers of 80 for one more block per multiprocessor, unless it is told that
+    there may be 128; AMD's compiler runs out of registers for scalars, except for shorter blocks.
+    """
+    has_bonus = objective.entropy_coef > 0
+    if torch.version.hip is not None:
+        is_clamped = min(objective.kl_input_clamp, objective.kl_output_clamp) < math.inf
+        return {"BLOCK_T": 256 if is_clamped or has_bonus else 512}
+    has_terms = has_bonus or objective.kl_weight != "one" or objective.shares_gradient()
+    return {"BLOCK_T": 512, "maxnreg": 128} if has_terms else {"BLOCK_T": 512}
 
 
 # What ranks agree on before they exchange anything

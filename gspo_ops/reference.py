@@ -120,8 +120,8 @@ def policy_loss_from_logits(
     entropy = None
     if return_entropy or options.get("objective", GSPO()).entropy_coef > 0:
         entropy = entropy_from_logits(logits, targets, temperature=temperature, softcap=softcap)
-    loss, stats = policy_loss_from_log_probs(
-        log_probs, old_log_probs, advantages, mask=mask, entropy=entropy, **options
+    loss, stats = policy_loss_of_tokens(
+        log_probs, entropy, old_log_probs, advantages, mask=mask, **options
     )
     if entropy is not None:
         valid = targets.numel() if mask is None else (mask != 0).sum()
@@ -132,7 +132,15 @@ def policy_loss_from_logits(
 
 
 def policy_loss_from_log_probs(
+    log_probs: Tensor, old_log_probs: Tensor | None, advantages: Tensor, **options: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`policy_loss_of_tokens` without entropies."""
+    return policy_loss_of_tokens(log_probs, None, old_log_probs, advantages, **options)
+
+
+def policy_loss_of_tokens(
     log_probs: Tensor,
+    entropy: Tensor | None,
     old_log_probs: Tensor | None,
     advantages: Tensor,
     *,
@@ -142,7 +150,6 @@ def policy_loss_from_log_probs(
     ref_log_probs: Tensor | None = None,
     rollout_weights: Tensor | None = None,
     denominator: float | Tensor | None = None,
-    entropy: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What an `Objective` says, as a loss, with its statistics; entropies are for its bonus."""
     layout = resolve_layout("log_probs", log_probs.shape, log_probs.device, mask, cu_seqlens)
@@ -165,12 +172,8 @@ def policy_loss_from_log_probs(
             terms = terms * _pick(rollout_weights, b, rows, layout)
         if ref_log_probs is not None:
             kl = _kl(objective, new_b - ref_log_probs.reshape(-1)[rows])
-            kl = (
-                kl
-                * {"one": 1.0, "ratio": ratio, "ratio_detached": ratio.detach()}[
-                    objective.kl_weight
-                ]
-            )
+            if objective.kl_weight != "one":
+                kl = kl * (ratio if objective.kl_weight == "ratio" else ratio.detach())
             terms = terms + objective.kl_coef * kl
             seen.ref_kl.append(kl.detach())
         if entropy is not None:

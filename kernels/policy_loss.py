@@ -19,7 +19,7 @@ from .common import ESS_RATIO_CAP, LOG_RATIO_CAP, expm1, sum_pairs
 # columns of the table of partial sums [B, NUM_PARTIALS]
 TOKENS = tl.constexpr(0)
 LOSS = tl.constexpr(1)
-RATIO_COUNT = tl.constexpr(2)
+CLIPPED_DUAL = tl.constexpr(2)
 RATIO_SUM = tl.constexpr(3)
 RATIO_MIN = tl.constexpr(4)
 RATIO_MAX = tl.constexpr(5)
@@ -33,8 +33,7 @@ K3 = tl.constexpr(12)
 REF_KL = tl.constexpr(13)
 ACTIVE = tl.constexpr(14)
 SEQUENCES = tl.constexpr(15)
-CLIPPED_DUAL = tl.constexpr(16)
-NUM_PARTIALS = tl.constexpr(17)
+NUM_PARTIALS = tl.constexpr(16)
 
 # columns of the statistics
 RATIO_MEAN_STAT = tl.constexpr(STATS.index("ratio_mean"))
@@ -210,7 +209,8 @@ def largest(partials_ptr, sign, B, BLOCK_B: tl.constexpr):
 @triton.jit
 def finish(
     partials_ptr, denominator_ptr, loss_ptr, stats_ptr, inv_denominator_ptr, B,
-    AGGREGATION: tl.constexpr, HAS_DUAL_CLIP: tl.constexpr, BLOCK_B: tl.constexpr,
+    RATIO_LEVEL: tl.constexpr, AGGREGATION: tl.constexpr, HAS_DUAL_CLIP: tl.constexpr,
+    BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """Loss and statistics from the partial sums of the sequences."""
     tokens = total(partials_ptr + TOKENS, B, BLOCK_B)
@@ -228,7 +228,7 @@ def finish(
     loss = total(partials_ptr + LOSS, B, BLOCK_B) / denominator * SUM_UNIT
     tl.store(loss_ptr, saturate(loss))
 
-    ratios = total(partials_ptr + RATIO_COUNT, B, BLOCK_B)
+    ratios = tokens if RATIO_LEVEL == "token" else sequences
     ratio_sum = total(partials_ptr + RATIO_SUM, B, BLOCK_B)
     ratio_min = -largest(partials_ptr + RATIO_MIN, -1.0, B, BLOCK_B)
     ratio_max = largest(partials_ptr + RATIO_MAX, 1.0, B, BLOCK_B)
@@ -330,11 +330,8 @@ def policy_loss_fwd_kernel(
     tl.store(row_ptr + TOKENS, n)
     tl.store(row_ptr + SEQUENCES, sequences)
     tl.store(row_ptr + OLD_MINUS_NEW, -log_ratio_total)
-    if RATIO_LEVEL == "token":
-        tl.store(row_ptr + RATIO_COUNT, n)
-    else:
+    if RATIO_LEVEL != "token":
         ess_ratio = tl.where(is_some, cap_ess_ratio(sequence_ratio), 0.0)
-        tl.store(row_ptr + RATIO_COUNT, sequences)
         tl.store(row_ptr + RATIO_SUM, tl.where(is_some, SUM_SCALE * sequence_ratio, 0.0))
         tl.store(row_ptr + RATIO_MIN, tl.where(is_some, sequence_ratio, float("inf")))
         tl.store(row_ptr + RATIO_MAX, tl.where(is_some, sequence_ratio, float("-inf")))
@@ -508,5 +505,5 @@ def policy_loss_fwd_kernel(
     if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == B - 1:
         finish(
             partials_ptr, denominator_ptr, loss_ptr, stats_ptr, inv_denominator_ptr, B,
-            AGGREGATION, HAS_DUAL_CLIP, BLOCK_B,
+            RATIO_LEVEL, AGGREGATION, HAS_DUAL_CLIP, BLOCK_B,
         )  # fmt: skip

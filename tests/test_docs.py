@@ -1,10 +1,12 @@
-"""Every block of Python in docs/integrations.md and docs/parallel.md runs, and does what it says.
+"""Every block of Python in docs/integrations.md, parallel.md and objectives.md does what it says.
 
 The recipes for slime and NeMo-RL stand in test_integrations_recipes.py.
 """
 
 import functools
 import importlib.util
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +14,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import gspo_ops
-from gspo_ops import GSPO, reference
+from gspo_ops import GSPO, Objective, reference
 from gspo_ops.testing import relative
 
 INTEGRATIONS, PARALLEL = "docs/integrations.md", "docs/parallel.md"
+OBJECTIVES = "docs/objectives.md"
 B, T, H, V = 4, 6, 16, 24
 UPSTREAM = -1.7
 OPERANDS = ("hidden", "weight")
@@ -35,6 +38,36 @@ def test_every_block_is_run(python_blocks):
         "A vocabulary over ranks": 1, "Sequences over ranks": 1, "The batch over ranks": 1,
         "Wrapped models": 1,
     }  # fmt: skip
+    assert list(python_blocks(OBJECTIVES)) == ["Weights and masks of what the rollout knows"]
+
+
+def test_objectives(python_blocks):
+    """The table's objectives exist, and the code leaves out whom it says."""
+    text = (Path(__file__).parent.parent / OBJECTIVES).read_text()
+    written = re.findall(r"`((?:[A-Z]\w+)\([^`]*\))`", text)
+    assert len(written) == 9
+    for code in written:
+        assert isinstance(eval(code, vars(gspo_ops)), Objective)
+
+    (code,) = python_blocks(OBJECTIVES)["Weights and masks of what the rollout knows"]
+    generator = torch.Generator().manual_seed(0)
+    old = -3 * torch.rand(B, T, generator=generator)
+    rollout = old + 0.9 * torch.randn(B, T, generator=generator)
+    scope = {
+        "old_log_probs": old, "rollout_log_probs": rollout,
+        "log_probs": torch.stack([old[0] - 1, old[1], old[2] - 1, old[3]]).requires_grad_(),
+        "advantages": torch.tensor([1.0, 1.0, -1.0, -1.0]), "mask": torch.ones(B, T),
+        "entropy": torch.rand(B, T, generator=generator),
+        "policy_loss_from_log_probs": gspo_ops.policy_loss_from_log_probs,
+    }  # fmt: skip
+    exec(code, scope)
+    scope["loss"].backward()
+    assert scope["near"].tolist() == [1, 1, 0, 1]
+    assert scope["truncated"].max() == 2
+    assert scope["masked"].min() == 0
+    assert scope["of_sequences"].shape == (B,)
+    assert scope["uncertain"].sum() == round(0.2 * B * T)
+    assert not scope["log_probs"].grad[2].any()
 
 
 # docs/integrations.md

@@ -38,6 +38,7 @@ from gspo_ops.softmax import Softmax, TargetRows
 from gspo_ops.testing import (
     ALLOWED,
     BOUNDS,
+    FURTHER_OBJECTIVES,
     OBJECTIVES,
     make_case,
     relative,
@@ -630,10 +631,15 @@ CONTEXTS = [
     for weights, kl, old in (
         ("token", None, True), ("sequence", "k3", True), (None, "k2", False), (None, None, True),
     )
+] + [
+    (objective, ("token", "sequence", None)[i % 3], None, True)
+    for i, objective in enumerate(FURTHER_OBJECTIVES) if objective.entropy_coef == 0
 ]  # fmt: skip
 
 
-def objective_of(name: str, kl: str | None) -> Objective:
+def objective_of(name: str | Objective, kl: str | None) -> Objective:
+    if isinstance(name, Objective):
+        return name
     options = {} if kl is None else {"kl_coef": 0.1, "kl_estimator": kl}
     kinds = {"GSPO": GSPO, "GSPOToken": GSPOToken, "GRPO": GRPO}
     return kinds[name](**options) if name in kinds else GRPO(aggregation=name, **options)
@@ -657,9 +663,7 @@ def on_rank_sequences() -> None:
         per_token = {
             "old_log_probs": case.old_log_probs if old else None,
             "mask": case.mask,
-            "ref_log_probs": None
-            if kl is None
-            else case.old_log_probs + 0.3 * torch.randn(rows, generator=generator),
+            "ref_log_probs": case.ref_log_probs,
             "rollout_weights": case.rollout_weights if weights == "token" else None,
         }
         per_sequence = {}

@@ -3,6 +3,7 @@
 The kernels are launched by `benchmarks/launches.py`, and read by `benchmarks/binaries.py`.
 """
 
+import math
 import os
 
 import pytest
@@ -18,6 +19,7 @@ from gspo_ops.benchmarks.launches import (
     COMBINATIONS,
     EPILOGUES,
     FP32,
+    FURTHER_LOSSES,
     FWD,
     LOSS,
     PRODUCT_COMBINATIONS,
@@ -30,6 +32,7 @@ from gspo_ops.kernels.policy_loss import NUM_PARTIALS
 
 SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KB per block
 REGISTERS = {FWD: 184, BWD: 128, LOSS: 192}  # the most seen, to the next 8
+GSPO_ALONE = [("sm_90", 46, 1034240), ("sm_100", 52, 1015808), ("gfx942", 36, 1266176)]
 INSTRUCTIONS = {("fwd bf16", "sm_90"), ("fwd fp16", "sm_90"), ("fwd fp32", "sm_90")}
 
 
@@ -56,11 +59,7 @@ def problems(name, target):
     if compiled.shared > SHARED_LIMIT[target] * 1024:
         yield f"{compiled.shared} bytes of shared memory, at most {SHARED_LIMIT[target]} KB"
     if pair is LOSS:
-        if compiled.narrow_products:
-            yield f"int32 products: {compiled.narrow_products}"
-        # every partial sum, and the sequence's log-ratio
-        if compiled.handed_over != NUM_PARTIALS.value + 1:
-            yield f"{compiled.handed_over} numbers that are sure to reach the last program"
+        yield from loss_problems(compiled, has_dual_clip=False)
         return
     loops = main_loops(name, compiled)
     if len(loops) != (2 if "recompute" in name else 1):
@@ -77,6 +76,14 @@ def problems(name, target):
         yield f"{barriers} barriers in the main loop: its reduction leaves the thread"
     if (name, target) in INSTRUCTIONS and instructions_per_logit(name, compiled) > 8:
         yield f"{instructions_per_logit(name, compiled):.2f} instructions per logit, at most 8"
+
+
+def loss_problems(compiled, has_dual_clip):
+    if compiled.narrow_products:
+        yield f"int32 products: {compiled.narrow_products}"
+    # every partial sum, that of a dual clip only where there is one, and the sequence's log-ratio
+    if compiled.handed_over != NUM_PARTIALS.value + has_dual_clip:
+        yield f"{compiled.handed_over} numbers that are sure to reach the last program"
 
 
 def table_row(name, target):
@@ -117,6 +124,23 @@ def test_gates(name, target, table):
     compile_variant(name, target)
     table.append(table_row(name, target))
     assert not list(problems(name, target))
+
+
+@pytest.mark.parametrize("name", FURTHER_LOSSES)
+def test_further_objectives(name):
+    for target in ("sm_90", "gfx942"):
+        compiled = compile_variant(name, target)
+        has_dual_clip = FURTHER_LOSSES[name][1]["objective"].dual_clip < math.inf
+        found = [*common_problems(compiled), *loss_problems(compiled, has_dual_clip)]
+        assert not found, target
+
+
+@pytest.mark.parametrize(("target", "registers", "most"), GSPO_ALONE)
+def test_further_objectives_cost_gspo_nothing(target, registers, most):
+    """What it took when there was nothing else to choose: registers and instructions."""
+    compiled = compile_variant("loss sequence packed", target)
+    assert compiled.registers <= registers
+    assert compiled.instructions <= most
 
 
 def product_row(name, target):

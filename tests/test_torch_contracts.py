@@ -62,6 +62,10 @@ def make_batch(dtype=torch.float32, device="cpu", T=T) -> Batch:
 
 
 SOFTMAX = {"temperature": 1.3, "softcap": 8.0}
+EVERY_TERM = gspo_ops.Objective(
+    ratio_level="sequence_shared", clip_low=3e-4, clip_high=4e-4, dual_clip=1.01, kl_coef=0.1,
+    kl_weight="ratio", kl_input_clamp=5.0, entropy_coef=0.01,
+)  # fmt: skip
 
 
 def packed(x: Tensor) -> Tensor:
@@ -132,6 +136,19 @@ def everything_of_a_function(x: Batch, **options) -> tuple[Tensor, ...]:
         objective=clipped_token_loss, return_entropy=True, **options,
     )  # fmt: skip
     return result.loss, *result.stats.values()
+
+
+def with_every_term(x: Batch) -> tuple[Tensor, ...]:
+    """Objective with a shared ratio, a weighted KL term and an entropy bonus."""
+    result = gspo_ops.policy_loss_from_logits(
+        x.logits, x.targets, x.old_log_probs, x.advantages, mask=x.mask, objective=EVERY_TERM,
+        ref_log_probs=x.old_log_probs - 0.1, **SOFTMAX,
+    )  # fmt: skip
+    return result.loss, *result.stats.values()
+
+
+def with_every_term_from_hidden(x: Batch) -> tuple[Tensor, ...]:
+    return from_hidden(x, plan="auto", objective=EVERY_TERM, ref_log_probs=x.old_log_probs - 0.1)
 
 
 def own_objective(x: Batch) -> tuple[Tensor, ...]:
@@ -266,6 +283,8 @@ CASES = [
     Case(from_hidden_in_chunks, "weight"),
     Case(from_hidden_packed, "hidden"),
     Case(from_hidden_on_policy, "hidden"),
+    Case(with_every_term, "logits"),
+    Case(with_every_term_from_hidden, "weight"),
 ]
 all_cases = pytest.mark.parametrize("case", CASES, ids=repr)
 WITH_OWN_OBJECTIVE = [

@@ -262,7 +262,7 @@ def _ref_log_probs(
         return None
     sign = torch.randn(log_probs.shape, generator=generator, dtype=torch.float64).sign()
     edge = min(objective.kl_input_clamp, 0.3)
-    offsets = torch.tensor([-0.2, -1e-4, 1e-4, 0.2], dtype=torch.float64)
+    offsets = torch.tensor([-0.15, -1e-4, 1e-4, 0.2], dtype=torch.float64)
     size = edge + offsets[torch.randint(4, log_probs.shape, generator=generator)]
     return (log_probs - sign * size).float().to(device)
 
@@ -302,7 +302,7 @@ def log_ratios(
     edges = [math.log1p(objective.clip_high), math.log(objective.dual_clip)]
     if objective.clip_low < 1:
         edges.append(math.log1p(-objective.clip_low))
-    edges = [x for x in edges if x < math.inf] or [0.5, -0.5]
+    edges = [x for x in edges if x < math.inf] or [0.3, -0.3]
     around = [0.0, *[3 * edge for edge in edges]]
     around += [edge + side for edge in edges for side in (-offset, offset)]
     choices = torch.tensor(around, dtype=torch.float64)

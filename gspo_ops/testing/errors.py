@@ -69,3 +69,9 @@ def non_zeros(x: Tensor) -> float:
 
 def differing(x: Tensor, y: Tensor) -> float:
     return float((x != y).sum())
+
+
+def ratio_of(stats: dict[str, Tensor]) -> Tensor:
+    """s_i, and 1 + log(s_i) beyond 1, so that a difference is relative to large ones."""
+    log_ratio = stats["log_ratio"].double()
+    return torch.where(log_ratio > 0, 1 + log_ratio, log_ratio.exp())

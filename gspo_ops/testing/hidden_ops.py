@@ -20,7 +20,15 @@ from .. import (
 from ..backend import use_triton
 from .bounds import ALLOWED, BOUNDS, FEW, Measured
 from .cases import Case, HeadTensors, upstream
-from .errors import differing, largest, non_zeros, on_policy_errors, relative, worst
+from .errors import (
+    differing,
+    largest,
+    non_zeros,
+    on_policy_errors,
+    ratio_of,
+    relative,
+    worst,
+)
 
 _Options = dict[str, Any]  # of an op
 _OfPlan = Callable[[_Options], dict[str, float]]  # errors by their names
@@ -48,11 +56,13 @@ def head_plans(head: HeadTensors) -> dict[str, _Options]:
 def measure_from_hidden(case: Case, head: HeadTensors) -> Iterator[Measured]:
     """Both ops with every plan, each against float64 and against the first plan."""
     plans = head_plans(head)
+    if case.objective.entropy_coef > 0:
+        plans = {n: plan for n, plan in plans.items() if plan["plan"] in ("auto", "recompute")}
     parts = [
         ("policy_loss_from_hidden", plans, _of_loss(case, head)),
         ("policy_loss_from_hidden", plans, _of_loss_on_policy(case, head)),
     ]
-    if isinstance(case.objective, GSPO):  # log-probs have no objective
+    if case.objective == GSPO():  # log-probs have no objective
         for with_entropy, kinds in ((False, ("keep", "auto", "recompute")), (True, ("recompute",))):
             chosen = {name: plan for name, plan in plans.items() if plan["plan"] in kinds}
             of_plan = _of_log_probs(case, head, with_entropy)
@@ -100,15 +110,11 @@ def _of_log_probs(case: Case, head: HeadTensors, with_entropy: bool) -> _OfPlan:
 
 
 def _of_loss(case: Case, head: HeadTensors) -> _OfPlan:
-    exact_case = case.double()
-    log_probs64 = reference.log_probs_from_logits(exact_case.logits, case.targets).requires_grad_()
-    loss64, stats64 = reference.policy_loss_from_log_probs(
-        log_probs64, exact_case.old_log_probs, exact_case.advantages, **exact_case.options()
-    )
-    of_loss = upstream(loss64, 4)
-    (g,) = torch.autograd.grad(loss64 * of_loss, log_probs64)
+    of_loss = upstream(torch.zeros(()), 4).to(case.logits.device)
+    loss64, stats64, g, h = _exact_loss(case, case.double().old_log_probs, of_loss)
     exact_ratios = _ratios(case, stats64)
-    expected = _expected(case, head, g)
+    expected = _expected(case, head, g, h)
+    is_dead = g == 0 if h is None else (g == 0) & (h == 0)
     alive = _any_in_row(expected.exact.grads["dhidden"].to(case.dtype))
 
     def from_logits(leaves: HeadTensors) -> _Outcome:
@@ -140,7 +146,7 @@ def _of_loss(case: Case, head: HeadTensors) -> _OfPlan:
             "clip decisions flipped": float((_any_in_row(dhidden) != alive).sum()),
             **expected.errors(ours.grads, expected.exact.grads),
             **_plans_apart(expected, ours, first[0]),
-            "non-zeros in dead rows": non_zeros(dhidden[g == 0]),
+            "non-zeros in dead rows": non_zeros(dhidden[is_dead]),
             "bits that differ on repeat": _all_differing(ours, _through(head, function)),
         }
         if logits_op is None:
@@ -156,13 +162,8 @@ def _of_loss(case: Case, head: HeadTensors) -> _OfPlan:
 
 def _of_loss_on_policy(case: Case, head: HeadTensors) -> _OfPlan:
     """old_log_probs=None, and old log-probs that the same plan has given before."""
-    exact_case = case.double()
-    log_probs64 = reference.log_probs_from_logits(exact_case.logits, case.targets).requires_grad_()
-    loss64, _ = reference.policy_loss_from_log_probs(
-        log_probs64, None, exact_case.advantages, **exact_case.options()
-    )
-    (g,) = torch.autograd.grad(loss64, log_probs64)
-    expected = _expected(case, head, g)
+    _, _, g, h = _exact_loss(case, None, torch.ones(()))
+    expected = _expected(case, head, g, h)
 
     def of_plan(options: _Options) -> dict[str, float]:
         olds: list[Tensor | None] = [None]
@@ -189,6 +190,22 @@ def _of_loss_on_policy(case: Case, head: HeadTensors) -> _OfPlan:
         return {q: largest(errors[q] for errors in found) for q in found[0]}
 
     return of_plan
+
+
+def _exact_loss(
+    case: Case, old_log_probs: Tensor | None, of_loss: Tensor
+) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
+    """Loss and statistics in float64, and gradients by log-probs and, with a bonus, entropies."""
+    exact = case.double()
+    log_probs = reference.log_probs_from_logits(exact.logits, case.targets).requires_grad_()
+    entropy = reference.entropy_from_logits(exact.logits, case.targets).requires_grad_()
+    loss, stats = reference.policy_loss_of_tokens(
+        log_probs, entropy, old_log_probs, exact.advantages, **exact.options()
+    )
+    (loss * of_loss).backward()
+    assert log_probs.grad is not None
+    has_bonus = case.objective.entropy_coef > 0
+    return loss.detach(), stats, log_probs.grad, entropy.grad if has_bonus else None
 
 
 class _Result(NamedTuple):
@@ -276,8 +293,8 @@ def _kind(errors: dict[str, float]) -> str:
 
 
 def _ratios(case: Case, stats: dict[str, Tensor]) -> dict[str, Tensor]:
-    """s_i of sequences by name of the bound that holds for their length."""
-    ratio, has_few = stats["log_ratio"].double().exp(), case.lengths < FEW
+    """s_i of sequences, of large ones the log, by name of the bound that holds for their length."""
+    ratio, has_few = ratio_of(stats), case.lengths < FEW
     return {"ratio": ratio[~has_few], "ratio of a few tokens": ratio[has_few]}
 
 

@@ -22,6 +22,7 @@ from .errors import (
     largest,
     non_zeros,
     on_policy_errors,
+    ratio_of,
     relative,
     worst,
 )
@@ -34,7 +35,7 @@ def measure_from_logits(case: Case) -> Iterator[Measured]:
         ("policy_loss_from_logits", _of_loss),
         ("policy_loss_from_logits", _of_loss_on_policy),
     ]
-    if case.dtype == torch.float32:
+    if case.dtype == torch.float32 and case.objective.entropy_coef == 0:
         parts.insert(1, ("policy_loss_from_log_probs", _of_loss_from_log_probs))
     for op, errors in parts:
         for quantity, value in errors(case).items():
@@ -83,7 +84,7 @@ def _of_loss_from_log_probs(case: Case) -> dict[str, float]:
     flipped = (ours.grad == 0) != (theirs.grad == 0)
     return {
         "loss": worst(out.loss - loss64),
-        "ratio": worst(out.stats["log_ratio"].double().exp() - stats64["log_ratio"].exp()),
+        "ratio": worst(ratio_of(out.stats) - ratio_of(stats64)),
         "clip decisions flipped": float(flipped.sum()),
         "grad of log_probs, rel L2": relative(ours.grad, theirs.grad),
         "non-zeros in dead rows": non_zeros(ours.grad[~case.valid]),
@@ -115,7 +116,7 @@ def _of_loss(case: Case) -> dict[str, float]:
     dead = (logits64.grad == 0).all(-1)
     return {
         "loss": worst(loss - loss64),
-        "ratio": worst(stats["log_ratio"].double().exp() - stats64["log_ratio"].exp()),
+        "ratio": worst(ratio_of(stats) - ratio_of(stats64)),
         "clip decisions flipped": float(flipped.sum()),
         **grad_errors(grad, logits64.grad, case.targets),
         "non-zeros in dead rows": non_zeros(grad[dead]),

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from .. import GSPO, Objective
 from .bounds import Measured
-from .cases import OBJECTIVES, Case, HeadTensors, make_case, synthetic_head, synthetic_logits
+from .cases import (
+    FURTHER_OBJECTIVES,
+    OBJECTIVES,
+    Case,
+    HeadTensors,
+    make_case,
+    synthetic_head,
+    synthetic_logits,
+)
 from .hidden_ops import measure_from_hidden
 from .logits_ops import measure_from_logits
 
@@ -22,6 +30,7 @@ def verify(
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16),
     shapes: Sequence[tuple[int, int, int]] = ((9, 16, 4097), (8, 5, 32000)),
     head_shapes: Sequence[tuple[int, int, int, int]] = ((9, 8, 37, 4097),),
+    further: Sequence[Objective] = FURTHER_OBJECTIVES,
     logits: Tensor | None = None,
     head: HeadTensors | None = None,
     targets: Tensor | None = None,
@@ -35,6 +44,7 @@ def verify(
         dtypes: of the logits, or of hidden states and weight.
         shapes: (B, T, V) of the synthetic logits.
         head_shapes: (B, T, H, V) of the synthetic hidden states and weights.
+        further: objectives that are checked on small synthetic inputs, beside the three on all.
         logits, head, targets: (B, T, V), (B, T, H) and (V, H), and (B, T) of a real model, instead
             of synthetic ones.
         quick: one case per dtype for each head, not each objective and layout.
@@ -56,7 +66,24 @@ def verify(
             shape = tuple(case.logits.shape)
             progress(f"{str(case.dtype)[6:]} {case.name} {shape} {'head' if case.head else ''}")
             measured += measure(case)
+    for case in _further_cases(device, dtypes, further):
+        progress(f"{str(case.dtype)[6:]} {case.name} {'head' if case.head else ''}")
+        measured += measure(case)
     return measured
+
+
+def _further_cases(
+    device: torch.device, dtypes: Sequence[torch.dtype], objectives: Sequence[Objective]
+) -> Iterator[Case]:
+    """Small cases: from logits in each dtype and layout, from hidden states in one of them."""
+    logits = synthetic_logits(9, 6, 65, device=device)
+    head = synthetic_head(9, 6, 16, 65, device=device)
+    for i, objective in enumerate(objectives):
+        for j, dtype in enumerate(dtypes):
+            for packed in (False, True):
+                yield make_case(logits.to(dtype), objective, packed=packed, seed=i)
+            if i % len(dtypes) == j:
+                yield make_case(head.to(dtype), objective, packed=i % 2 == 0, seed=i)
 
 
 def _variants(

@@ -9,14 +9,14 @@ import os
 import sys
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
-from .. import GRPO, GSPO, GSPOToken, Objective
+from .. import CISPO, GMPO, GRPO, GSPO, SAPO, GSPOToken, Objective
 from ..backend import has_bf16
 
 if sys.version_info >= (3, 11):
@@ -25,7 +25,9 @@ else:
     import tomli as tomllib
 
 Dtype = Literal["auto", "bfloat16", "float32"]
-OBJECTIVES = {"gspo": GSPO, "gspo-token": GSPOToken, "grpo": GRPO}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "gspo": GSPO, "gspo-token": GSPOToken, "grpo": GRPO, "gmpo": GMPO, "cispo": CISPO, "sapo": SAPO,
+}  # fmt: skip
 
 
 class _Section:
@@ -116,33 +118,35 @@ class ObjectiveConfig(_Section):
     """The policy objective; what is not given is the paper's.
 
     Attributes:
-        name: `"gspo"`, `"gspo-token"` or `"grpo"`.
-        clip_low, clip_high: clip range below and above 1; by default that of the GSPO paper.
-        aggregation: as in `gspo_ops.Objective`.
+        name: `"gspo"`, `"gspo-token"`, `"grpo"`, `"gmpo"`, `"cispo"` or `"sapo"`.
+        clip_low, clip_high: clip range below and above 1; by default that of its paper, for GRPO
+            that of the GSPO paper.
+        dual_clip: as in `gspo_ops.Objective`.
+        aggregation: as in `gspo_ops.Objective`; by default the average over sequences, for CISPO
+            over tokens.
         kl_coef: weight of the KL term to the model before training, of which a copy is kept (with
             LoRA the adapters are switched off instead).
-        kl_estimator: as in `gspo_ops.Objective`.
+        kl_estimator, kl_weight: as in `gspo_ops.Objective`.
+        entropy_coef: weight of the entropy bonus.
     """
 
-    name: Literal["gspo", "gspo-token", "grpo"] = "gspo"
+    name: Literal["gspo", "gspo-token", "grpo", "gmpo", "cispo", "sapo"] = "gspo"
     clip_low: float | None = None
     clip_high: float | None = None
-    aggregation: str = "seq-mean-token-mean"
+    dual_clip: float | None = None
+    aggregation: str | None = None
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
+    kl_weight: str = "one"
+    entropy_coef: float = 0.0
 
     def __post_init__(self) -> None:
         self.build()  # its own messages name these fields
 
     def build(self) -> Objective:
         """The objective of `gspo_ops`."""
-        given: dict[str, Any] = {
-            name: getattr(self, name) for name in ("aggregation", "kl_coef", "kl_estimator")
-        }
-        for name in ("clip_low", "clip_high"):
-            if getattr(self, name) is not None:
-                given[name] = getattr(self, name)
-        return OBJECTIVES[self.name](**given)
+        given = {x.name: getattr(self, x.name) for x in fields(self) if x.name != "name"}
+        return OBJECTIVES[self.name](**{k: x for k, x in given.items() if x is not None})
 
 
 @dataclass(frozen=True)
