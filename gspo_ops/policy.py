@@ -95,7 +95,8 @@ class Policy(NamedTuple):
     def rows_with_gradient(self) -> Tensor | None:
         """Non-zero where a row may have a gradient, as far as that is known beforehand."""
         mask = self.sequences.mask
-        if not self.objective.needs_advantage():
+        is_shared = self.advantage_per_token and self.objective.shares_gradient()
+        if is_shared or not self.objective.needs_advantage():
             return mask
         has_advantage = self.advantages != 0
         if not self.advantage_per_token:

@@ -20,6 +20,7 @@ from trl import GRPOTrainer
 
 from .. import Objective, policy_loss_from_log_probs
 from ..checks import check_choice
+from ..constants import IGNORED
 from .transformers import Skip, live_checkpointing, log_probs_from_model, loss_from_model
 from .trl_metrics import Step, log_step
 from .trl_settings import BY_ITEMS, needs_log_probs, objective_of
@@ -92,8 +93,12 @@ class GSPOTrainer(GRPOTrainer):
                 model, batch, logits_to_keep, temperature=self.temperature, return_entropy=True,
                 return_router_loss=compute_aux_loss, check_model=self._check_model,
             )  # fmt: skip
-            aux_loss = router_loss[0] if router_loss else None
-            return SimpleNamespace(log_probs=log_probs, entropy=entropy, aux_loss=aux_loss)
+            is_padding = labels[:, -logits_to_keep:] == IGNORED
+            return SimpleNamespace(
+                log_probs=log_probs.masked_fill(is_padding, 0.0),
+                entropy=entropy.masked_fill(is_padding, 0.0),
+                aux_loss=router_loss[0] if router_loss else None,
+            )
 
         return super()._get_per_token_logps_and_entropies(
             scored, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy,

@@ -53,10 +53,18 @@ class Step(NamedTuple):
             return torch.ones_like(self.log_probs)
         return (self.log_probs - self.old_log_probs).exp()
 
+    def mask_of(self, x: Tensor) -> Tensor:
+        """What counts of (B, T), or of (B, 1), where each sequence does."""
+        return self.mask if x.shape == self.mask.shape else torch.ones_like(x)
+
 
 @torch.no_grad()
 def log_step(trainer: GRPOTrainer, step: Step, steps: int) -> None:
     """Append a step's metrics to the trainer's.
+
+    Defined as in TRL, but that they count tokens of the mask alone also where responses have room
+    for one token, whose values TRL takes for those of sequences, with a token or not. A sequence
+    that is left out counts as not clipped.
 
     Args:
         steps: calls whose gradients are added up, by which the loss is divided already.
@@ -65,10 +73,11 @@ def log_step(trainer: GRPOTrainer, step: Step, steps: int) -> None:
     metrics = trainer._metrics["train" if is_training else "eval"]
     gather, over_ranks = trainer.accelerator.gather, trainer.accelerator.reduce
 
-    def mean(x: Tensor, mask: Tensor = step.mask) -> float:
+    def mean(x: Tensor) -> float:
         """Of sequences where each has one value, else of tokens."""
-        if x.ndim == 2 and x.shape[1] == 1:
-            mask = torch.ones_like(x)
+        return mean_of(x, step.mask_of(x))
+
+    def mean_of(x: Tensor, mask: Tensor) -> float:
         totals = torch.stack([torch.where(mask != 0, x, 0.0).sum(), mask.sum().float()])
         total, count = over_ranks(totals, reduction="sum").unbind()
         return (total / count.clamp(min=1.0)).item()
@@ -83,8 +92,9 @@ def log_step(trainer: GRPOTrainer, step: Step, steps: int) -> None:
             found["entropy_coef"] = trainer.entropy_coef
     ratio = step.ratio(trainer.importance_sampling_level)
     if step.ref_log_probs is not None:
-        found["kl"] = mean(_kl(step, ratio if trainer.args.use_bias_correction_kl else None))
-    found["entropy"] = mean(step.entropy, step.mask * step.stats["computed"][:, None])
+        kl = _kl(step, ratio if trainer.args.use_bias_correction_kl else None)
+        found["kl"] = mean(kl)
+    found["entropy"] = mean_of(step.entropy, step.mask * step.stats["computed"][:, None])
     if trainer.loss_type in CLIPPED:
         found |= _clip_ratios(trainer, step, ratio, mean)
     elif trainer.loss_type == "cispo":
@@ -112,7 +122,7 @@ def _clip_ratios(
     is_high = ((ratio > 1 + trainer.epsilon_high) & (step.advantages > 0)).float()
 
     def by_sequence(x: Tensor) -> Tensor:  # NaN for an empty one, of tokens
-        mask = torch.ones_like(x) if x.shape[1] == 1 else step.mask
+        mask = step.mask_of(x)
         return trainer.accelerator.gather((x * mask).sum(1) / mask.sum(1))
 
     return {

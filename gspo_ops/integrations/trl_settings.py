@@ -118,6 +118,8 @@ def objective_of(trainer: GRPOTrainer, advantage_per_token: bool) -> Objective:
 def _surrogate(trainer: GRPOTrainer) -> dict[str, Any]:
     config, high = trainer.args, trainer.epsilon_high
     if trainer.loss_type == "cispo":  # the largest weight itself
+        if high < 1:
+            raise ValueError(f"epsilon_high={high!r} is below 1, and so is every weight of cispo")
         return {"surrogate": "weighted", "clip_low": 1.0, "clip_high": high - 1.0}
     if trainer.loss_type == "vespo":  # no ratio: its weights are those of the rollout
         return {"surrogate": "weighted", "clip_low": 0.0, "clip_high": 0.0}
@@ -130,6 +132,8 @@ def _surrogate(trainer: GRPOTrainer) -> dict[str, Any]:
     clip_range = {"clip_low": trainer.epsilon_low, "clip_high": high}
     if config.delta is None:
         return clip_range
+    if config.delta < 1:
+        raise ValueError(f"delta={config.delta!r} is below 1")
     # min(min(r, delta) A, clip(r) A): the lower bound is where A > 0 stops, the upper where A < 0
     bounds = sorted((config.delta, 1.0 + high))
     return clip_range | {"clip_high": bounds[0] - 1.0, "dual_clip": bounds[1]}
