@@ -46,11 +46,31 @@ def gpt_oss():
     return transformers.GptOssForCausalLM(config), tokenizer
 
 
+def tokenizer_with(**names):
+    """With tokens of images, each of which is an attribute too."""
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=character_tokenizer().backend_tokenizer, pad_token="<pad>",
+        eos_token="<eos>", unk_token="<unk>", clean_up_tokenization_spaces=False,
+        extra_special_tokens=names,
+    )  # fmt: skip
+
+
+class ProcessorOfImages(transformers.Qwen2_5_VLProcessor):
+    """Without videos, whose processor needs torchvision."""
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+        self.image_token, self.image_token_id = tokenizer.image_token, tokenizer.image_token_id
+        self.video_token, self.video_token_id = tokenizer.video_token, tokenizer.video_token_id
+        transformers.ProcessorMixin.__init__(
+            self, image_processor, tokenizer, chat_template=chat_template
+        )
+
+
 def qwen2_5_vl():
-    tokenizer = character_tokenizer()
-    names = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
-    tokenizer.add_special_tokens({"additional_special_tokens": names})
-    image, video, start, end = tokenizer.convert_tokens_to_ids(names)
+    tokenizer = tokenizer_with(
+        image_token="<|image_pad|>", video_token="<|video_pad|>",
+        start_token="<|vision_start|>", end_token="<|vision_end|>",
+    )  # fmt: skip
     text = SIZES | {
         "vocab_size": len(tokenizer),
         "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
@@ -61,24 +81,22 @@ def qwen2_5_vl():
         "window_size": 8, "initializer_range": 0.2,
     }  # fmt: skip
     config = transformers.Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, image_token_id=image, video_token_id=video,
-        vision_start_token_id=start, vision_end_token_id=end,
+        text_config=text, vision_config=vision, image_token_id=tokenizer.image_token_id,
+        video_token_id=tokenizer.video_token_id, vision_start_token_id=tokenizer.start_token_id,
+        vision_end_token_id=tokenizer.end_token_id,
     )  # fmt: skip
-    processor = transformers.Qwen2_5_VLProcessor(
+    processor = ProcessorOfImages(
         transformers.Qwen2VLImageProcessorPil(
             patch_size=4, merge_size=1, temporal_patch_size=2, min_pixels=64, max_pixels=64
         ),
         tokenizer,
-        transformers.Qwen2VLVideoProcessor(patch_size=4, merge_size=1),
         chat_template=TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>"),
     )
     return transformers.Qwen2_5_VLForConditionalGeneration(config), processor
 
 
 def gemma3():
-    tokenizer = character_tokenizer()
-    names = {"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<image>"}
-    tokenizer.add_special_tokens(names)
+    tokenizer = tokenizer_with(boi_token="<boi>", eoi_token="<eoi>", image_token="<image>")
     text = SIZES | {"vocab_size": len(tokenizer), "sliding_window": 8, "query_pre_attn_scalar": 8}
     vision = {
         "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
@@ -86,8 +104,8 @@ def gemma3():
     }  # fmt: skip
     config = transformers.Gemma3Config(
         text_config=text, vision_config=vision, mm_tokens_per_image=4, initializer_range=0.2,
-        image_token_index=tokenizer.image_token_id, boi_token_index=tokenizer.boi_token_id,
-        eoi_token_index=tokenizer.eoi_token_id, eos_token_id=1,
+        image_token_id=tokenizer.image_token_id, boi_token_id=tokenizer.boi_token_id,
+        eoi_token_id=tokenizer.eoi_token_id, eos_token_id=1,
     )  # fmt: skip
     processor = transformers.Gemma3Processor(
         transformers.Gemma3ImageProcessorPil(size={"height": 8, "width": 8}),
