@@ -130,7 +130,7 @@ def asked_about_images():
 
 def reward(completions, **_):
     texts = (x if isinstance(x, str) else x[0]["content"] for x in completions)
-    return [float(len(set(text)) % 3) for text in texts]
+    return [float(sum(map(ord, text)) % 7) for text in texts]
 
 
 SETTINGS = {
@@ -184,7 +184,7 @@ def llama():
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("kind", ["PromptTuning", "Prefix", "PromptEncoder"])
+@pytest.mark.parametrize("kind", ["PromptTuning", "PrefixTuning", "PromptEncoder"])
 def test_prompt_learning(kind, settings, tmp_path):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -215,9 +215,12 @@ class _Seam:
         parameters = inspect.signature(self.own).parameters.values()
         if any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in parameters):
             arguments = {"use_cache": False} | arguments
-        was = vars(model).get("forward")
+        was, own = vars(model).get("forward"), model.forward
+        # peft has it in its own's place for a prompt that is disabled
+        by_wrappers = [part for part in _around(wrapped) if vars(part).get("forward") == own]
         self._put(model, self.tap)
-        model.forward = self._forward
+        for part in (model, *by_wrappers):
+            part.forward = self._forward
         try:
             result = wrapped(**arguments) if within is None else self._forward(**arguments)
             if self.finish is not None:
@@ -233,6 +236,8 @@ class _Seam:
             ) from error
         finally:
             self._put(model, self.last)
+            for part in by_wrappers:
+                part.forward = own
             del model.forward
             if was is not None:
                 model.forward = was
@@ -370,15 +375,25 @@ def _compare(model: Any, transform: Transform, hidden: Tensor, logits: Tensor) -
 
 def unwrapped(model: Any) -> Any:
     """The model of transformers inside of torch.compile, DDP, FSDP, DeepSpeed and peft."""
-    while True:
-        parts = getattr(model, "_modules", {})
-        inside = {"_orig_mod", "module", "_fsdp_wrapped_module"} & parts.keys()
-        if inside:
-            model = parts[inside.pop()]
-        elif hasattr(model, "get_base_model"):  # peft
-            model = model.get_base_model()
-        else:
-            return model
+    while (inside := _inside(model)) is not None:
+        model = inside
+    return model
+
+
+def _inside(wrapper: Any) -> Any:
+    """What a module wraps, or None."""
+    parts = getattr(wrapper, "_modules", {})
+    inside = {"_orig_mod", "module", "_fsdp_wrapped_module"} & parts.keys()
+    if inside:
+        return parts[inside.pop()]
+    return wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else None  # peft
+
+
+def _around(model: Any) -> Iterator[Any]:
+    """The wrappers of a model, from the outside."""
+    while (inside := _inside(model)) is not None:
+        yield model
+        model = inside
 
 
 def last_layer(model: Any) -> Any:
