@@ -176,7 +176,7 @@ def _loss_terms(
     return _Terms(
         loss=_saturated(loss, dtype),
         g=torch.where(valid, _saturated(g, dtype), 0.0),
-        h=h if objective.entropy_coef else h[:0],
+        h=h[:0] if entropy is None else h,
         ratio=ratio,
         is_low=found.is_low,
         is_high=found.is_high,

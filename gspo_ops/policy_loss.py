@@ -30,7 +30,7 @@ def empty_loss(log_probs: Tensor | None, entropy: Tensor | None, policy: Policy)
         stats=like.new_empty(len(STATS)),
         log_ratio=like.new_empty(policy.sequences.batch),
         g=like.new_empty(policy.sequences.rows),
-        h=like.new_empty(policy.sequences.rows if policy.objective.entropy_coef else 0),
+        h=like.new_empty(0 if entropy is None else policy.sequences.rows),
         inv_denominator=like.new_empty(()),
     )
 

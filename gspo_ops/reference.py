@@ -187,7 +187,8 @@ def policy_loss_of_tokens(
         )
         seen.low.append((A < 0) & (decisive < 1 - objective.clip_low))
         seen.high.append((A > 0) & (decisive > 1 + objective.clip_high))
-        seen.dual.append((A < 0) & (decisive > objective.dual_clip))
+        if objective.dual_clip < math.inf:
+            seen.dual.append((A < 0) & (decisive > objective.dual_clip))
         seen.kl.append(-log_ratio.detach())
         seen.k3.append(torch.expm1(_capped(log_ratio.detach())) - log_ratio.detach())
     if denominator is None:
@@ -215,7 +216,7 @@ class _Seen:
         if not self.ratio:
             zero, one = like.new_zeros(()), like.new_ones(())
             names = ("clip_frac_sequences", "clip_frac_tokens", "clip_frac_low", "clip_frac_high",
-                     "clip_frac_dual", "approx_kl", "approx_kl_k3")  # fmt: skip
+                     "approx_kl", "approx_kl_k3")  # fmt: skip
             ones = ("ratio_mean", "ratio_min", "ratio_max", "effective_sample_size")
             return dict.fromkeys(names, zero) | dict.fromkeys(ones, one) | {"log_ratio": log_ratio}
         ratio, low, high = torch.cat(self.ratio), torch.cat(self.low), torch.cat(self.high)
@@ -229,12 +230,13 @@ class _Seen:
             "clip_frac_tokens": (low | high).to(like).mean(),
             "clip_frac_low": low.to(like).mean(),
             "clip_frac_high": high.to(like).mean(),
-            "clip_frac_dual": torch.cat(self.dual).to(like).mean(),
             "approx_kl": torch.cat(self.kl).mean(),
             "approx_kl_k3": torch.cat(self.k3).mean(),
             "effective_sample_size": w.sum().square() / w.square().sum() / len(w),
             "log_ratio": log_ratio,
         }
+        if self.dual:
+            stats["clip_frac_dual"] = torch.cat(self.dual).to(like).mean()
         if self.ref_kl:
             stats["ref_kl"] = torch.cat(self.ref_kl).mean()
         return stats

@@ -14,7 +14,7 @@ from gspo_ops import (
     policy_loss_from_logits,
     reference,
 )
-from gspo_ops.testing import OBJECTIVES, log_ratios, relative, worst
+from gspo_ops.testing import OBJECTIVES, log_ratios, relative, said, worst
 
 pytestmark = [
     pytest.mark.kernels,
@@ -493,7 +493,7 @@ def test_a_user_s_objective_from_logits(device):
     assert (logits.grad[mask == 0] == 0).all()
 
 
-@pytest.mark.parametrize("objective", [GSPO(kl_coef=0.05), GSPOToken(), GRPO()], ids=str)
+@pytest.mark.parametrize("objective", [GSPO(kl_coef=0.05), GSPOToken(), GRPO()], ids=said)
 def test_entropy_and_options_from_logits(device, objective):
     """Temperature, soft cap, KL and entropy reach the op that takes logits."""
     torch.manual_seed(1)
