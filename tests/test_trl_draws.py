@@ -190,7 +190,10 @@ def log_probs_of(trainer, kind, inputs, **options):
 
 
 def step(trainer, kind, settings, inputs, of=None):
-    """Loss of a kind of trainer, from log-probs of one; gradient, metrics and the state of the entropy's controller."""
+    """Loss, gradient, metrics and the entropy's controller, of a kind of trainer.
+
+    Its log-probs are its own, or those of another.
+    """
     trainer.entropy_coef = settings["entropy_coef"]
     trainer._last_world_entropy, trainer._entropy_window_stats = 2.0, None
     trainer._get_per_token_logps_and_entropies = partial(

@@ -163,6 +163,7 @@ def assert_same_runs(model, processor, out, **options):
             if name in theirs:
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), name
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    return trainer.model
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -171,10 +172,13 @@ def test_three_steps(make, settings, tmp_path):
     torch.manual_seed(0)
     model, processor = make()
     sees = isinstance(processor, transformers.ProcessorMixin)
-    assert_same_runs(
+    trained = assert_same_runs(
         model, processor, tmp_path, train_dataset=asked_about_images() if sees else None,
         gradient_checkpointing=True, **settings,
     )  # fmt: skip
+    for name, before in model.named_parameters():
+        if "patch_embed" in name and name.endswith("weight"):  # of what sees
+            assert not torch.equal(trained.get_parameter(name), before)
 
 
 def llama():

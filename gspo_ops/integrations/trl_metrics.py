@@ -92,8 +92,9 @@ def log_step(trainer: GRPOTrainer, step: Step, steps: int) -> None:
             found["entropy_coef"] = trainer.entropy_coef
     ratio = step.ratio(trainer.importance_sampling_level)
     if step.ref_log_probs is not None:
-        kl = _kl(step, ratio if trainer.args.use_bias_correction_kl else None)
-        found["kl"] = mean(kl)
+        difference = step.ref_log_probs - step.log_probs
+        kl = torch.expm1(difference) - difference
+        found["kl"] = mean(kl * ratio if trainer.args.use_bias_correction_kl else kl)
     found["entropy"] = mean_of(step.entropy, step.mask * step.stats["computed"][:, None])
     if trainer.loss_type in CLIPPED:
         found |= _clip_ratios(trainer, step, ratio, mean)
@@ -104,12 +105,6 @@ def log_step(trainer: GRPOTrainer, step: Step, steps: int) -> None:
         found["vespo/phi_seq_mean"] = mean(step.phi)
     for name, value in (found | _ours(step, gather)).items():
         metrics[name].append(value)
-
-
-def _kl(step: Step, ratio: Tensor | None) -> Tensor:
-    difference = step.ref_log_probs - step.log_probs
-    kl = torch.expm1(difference) - difference
-    return kl if ratio is None else kl * ratio
 
 
 def _clip_ratios(
