@@ -67,14 +67,15 @@ def _tokens(log_probs: Tensor | None, policy: Policy) -> _Tokens:
     advantages = _nan_if_infinite(torch.where(valid, advantages, 0.0))
     new_minus_old = _difference(log_probs, policy.old_log_probs, valid)
     log_ratio = decisive = new_minus_old
+    weights = _rollout_weights(policy, ids, valid)
+    of_tokens = [valid.double(), weights, new_minus_old]
     if objective.ratio_level == "geometric":
         log_low, log_high = objective.log_clip_range()
         log_ratio = torch.where(advantages > 0, log_ratio.clamp(max=log_high), log_ratio)
         log_ratio = torch.where(advantages < 0, log_ratio.clamp(min=log_low), log_ratio)
-    weights = _rollout_weights(policy, ids, valid)
-    of_tokens = valid.double(), new_minus_old, log_ratio, weights
+        of_tokens.append(log_ratio)
     sums = _over_ranks(torch.stack([sequences.sum(x) for x in of_tokens]), policy)
-    n, new_minus_old_sum, log_ratio_sum, weight_sum = sums
+    n, weight_sum, new_minus_old_sum, log_ratio_sum = *sums[:3], sums[-1]
     if objective.ratio_level != "token":
         log_ratio = (log_ratio_sum / n.clamp(min=1))[ids]
     if objective.ratio_level != "geometric":
