@@ -961,7 +961,7 @@ def on_rank_bytes() -> tuple[int, int]:
     of_context = bytes_of(
         policy_loss_from_log_probs, leaf(log_probs), log_probs, torch.ones(B), context_group=group
     )
-    assert of_context == [agreement, 8 * 3 * B, 8 * (B + 6 + 4 + 2)]
+    assert of_context == [agreement, 8 * 3 * B, 8 * (B + 7 + 4 + 2)]
     # of a vocabulary: 3 numbers per row of logits; 4 of hidden states, and dhidden
     batch, hidden, weight = a_batch()
     batch |= {"mask": None, "old_log_probs": None}  # so that all rows have a gradient
