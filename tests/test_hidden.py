@@ -925,8 +925,13 @@ def test_tiles_of_kernels_are_not_made_by_several_threads_at_once(device, produc
 
 def product_flops(function) -> int:
     """FLOPs of every matrix product, also of those inside an operator."""
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
-        function()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # the profiler does not see threads of ours
+    try:
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+            function()
+    finally:
+        torch.set_num_threads(before)
     total = 0
     for event in recorded.events():
         if event.name.removeprefix("aten::") in PRODUCTS:

@@ -29,7 +29,13 @@ _AXES = {
 }  # fmt: skip
 # statistics that are fractions of sequences, and of tokens
 _OF_SEQUENCES = ("clip_frac_sequences",)
-_OF_TOKENS = ("clip_frac_tokens", "clip_frac_low", "clip_frac_high", "active_token_frac")
+_OF_TOKENS = (
+    "clip_frac_tokens",
+    "clip_frac_low",
+    "clip_frac_high",
+    "clip_frac_dual",
+    "active_token_frac",
+)
 _FEW = 4  # tokens of a sequence with which it is found out what packed sequences see
 _separate: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
