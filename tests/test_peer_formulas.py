@@ -183,8 +183,8 @@ def k3(d):
     return (-d).exp() - 1 + d
 
 
-def clamped(estimate):
-    return lambda d: estimate(d.clamp(-0.5, 0.5)).clamp(-0.1, 0.1)
+def clamped(estimate, before=0.5, after=0.12):
+    return lambda d: estimate(d.clamp(-before, before)).clamp(-after, after)
 
 
 def straight_through(estimate):
@@ -271,16 +271,19 @@ LOG_CLIP = math.log1p(-3e-3), math.log1p(4e-3)
 SEQUENCES = {"mean": "sequences", "borders": Borders(LOG_CLIP, "mean")}
 SHARED = Objective(ratio_level="sequence_shared", **CLIP)
 SHARED_SUM = replace(SHARED, aggregation="seq-mean-token-sum")
-CLAMPS = {"kl_input_clamp": 0.5, "kl_output_clamp": 0.1}
 ESTIMATES = {
     "k1": k1, "k2": k2, "k3": k3, "abs": torch.abs, "k1+": straight_through(k1),
     "k3+": straight_through(k3),
 }  # fmt: skip
-KL_BORDERS = {  # of both clamps, in d
-    "k1": (-0.5, -0.1, 0.1, 0.5), "k2": (-0.5, -math.sqrt(0.2), math.sqrt(0.2), 0.5),
-   
-    "k3": (-0.5, -0.416221, 0.483183, 0.5),
-}  # fmt: skip
+CLAMPS = [  # of d and of the estimate, and where d meets them
+    ("k1", 0.5, math.inf, (-0.5, 0.5)),
+    ("k1", math.inf, 0.12, (-0.12, 0.12)),
+    ("k2", 0.5, math.inf, (-0.5, 0.5)),
+    ("k2", math.inf, 0.12, (-math.sqrt(0.24), math.sqrt(0.24))),
+    ("k3", 0.5, 0.12, (-0.452958, 0.5)),
+]
+K3_CLAMPS = {"kl_input_clamp": 0.5, "kl_output_clamp": 0.12}
+K3_BORDERS = Borders(CLAMPS[-1][-1])
 
 SURROGATES = {
     "all: clip": Formula(
@@ -353,15 +356,16 @@ KL = {
         for name, estimate in ESTIMATES.items()
     },
     **{
-        f"verl, OpenRLHF, NeMo-RL: {name}, clamped": Formula(
-            with_kl(clamped(ESTIMATES[name])), kl(kl_estimator=name, **CLAMPS),
+        f"OpenRLHF, NeMo-RL: {name} clamped at {before} and {after}": Formula(
+            with_kl(clamped(ESTIMATES[name], before, after)),
+            kl(kl_estimator=name, kl_input_clamp=before, kl_output_clamp=after),
             ref_borders=Borders(borders),
         )
-        for name, borders in KL_BORDERS.items()
+        for name, before, after, borders in CLAMPS
     },
     "verl: k3+, clamped": Formula(
-        with_kl(straight_through(clamped(k3))), kl(kl_estimator="k3+", **CLAMPS),
-        ref_borders=Borders(KL_BORDERS["k3"]),
+        with_kl(straight_through(clamped(k3))), kl(kl_estimator="k3+", **K3_CLAMPS),
+        ref_borders=K3_BORDERS,
     ),
     "slime use_unbiased_kl": Formula(with_kl(k3, token_ratio), kl(kl_weight="ratio")),
     "slime gspo, use_unbiased_kl": Formula(
@@ -374,9 +378,9 @@ KL = {
     ),
     "NeMo-RL at b816b57, use_on_policy_kl_approximation": Formula(
         with_kl(clamped(k3), lambda x: (x.new - x.rollout).exp().detach()), grpo(),
-        second=lambda x: only_kl(x, kl_weight="ratio_detached", **CLAMPS)
+        second=lambda x: only_kl(x, kl_weight="ratio_detached", **K3_CLAMPS)
         | {"old_log_probs": x.rollout},
-        ref_borders=Borders(KL_BORDERS["k3"]),
+        ref_borders=K3_BORDERS,
     ),
     "NeMo-RL: KL with the gradient of what samples": Formula(
         with_kl(k3, one_with_gradient), grpo(),
@@ -529,9 +533,9 @@ def test_gmpo_takes_one_advantage():
 def test_the_output_clamp_comes_before_the_ratio():
     """slime's low_var_kl and NeMo-RL multiply by the ratio first; NeMo-RL at b816b57 agrees."""
     formula = Formula(
-        with_kl(lambda d: k3(d).clamp(-0.1, 0.1), token_ratio),
-        kl(kl_weight="ratio", kl_output_clamp=0.1),
-        ref_borders=Borders(KL_BORDERS["k3"]),
+        with_kl(clamped(k3), token_ratio),
+        kl(kl_weight="ratio", **K3_CLAMPS),
+        ref_borders=K3_BORDERS,
     )
     x = make_batch(formula, 0)
     expected = by_formula(formula, x)
