@@ -6,8 +6,8 @@ Sources, of which the mathematics was read and no code is taken:
   oracles too where verl is installed
 - OpenRLHF at 3e57e80: openrlhf/models/loss.py; openrlhf/models/utils.py at 473f61b
 - slime at 00c2d6d: slime/backends/megatron_utils/loss.py; slime/utils/ppo_utils.py at 501dae9
-- NeMo-RL at 006907a: nemo_rl/algorithms/loss/loss_functions.py and utils.py; what it had before
-  at b816b57: nemo_rl/algorithms/loss_functions.py
+- NeMo-RL at 006907a: nemo_rl/algorithms/loss/loss_functions.py, with calculate_kl of utils.py as
+  it calls it; what was there before at b816b57: nemo_rl/algorithms/loss_functions.py
 - TRL 1.16, for one KL term: trl/trainer/grpo_trainer.py
 
 k1, k2, k3, TIS, IcePop and dual clip are the same in all but TRL, and named "all".
@@ -284,6 +284,7 @@ CLAMPS = [  # of d and of the estimate, and where d meets them
 ]
 K3_CLAMPS = {"kl_input_clamp": 0.5, "kl_output_clamp": 0.12}
 K3_BORDERS = Borders(CLAMPS[-1][-1])
+CORRECT = (torch.arange(B) % 2 == 0)[:, None]
 
 SURROGATES = {
     "all: clip": Formula(
@@ -338,13 +339,12 @@ SURROGATES = {
         lambda x: -one_with_gradient(x) * x.advantages, grpo(), lambda x: {"old_log_probs": None}
     ),
     "NeMo-RL positive_example_nll_weight": Formula(
-        lambda x: ppo(x) - 0.2 * x.new * x.mask.sum() / x.mask[::2].sum()
-        * (torch.arange(B) % 2 == 0)[:, None],
+        lambda x: ppo(x) - 0.2 * x.new * CORRECT * x.mask.sum() / (x.mask & CORRECT).sum(),
         grpo(),
         second=lambda x: {
             "objective": of_log_prob(), "old_log_probs": None,
             "advantages": torch.full_like(x.advantages, 0.2),
-            "mask": x.mask & (torch.arange(B) % 2 == 0)[:, None],
+            "mask": x.mask & CORRECT,
         },
     ),
 }  # fmt: skip
@@ -556,7 +556,7 @@ def test_a_log_ratio_of_30_is_not_cut_at_20(log_ratio):
 
 
 def test_a_mean_divides_by_the_count():
-    """verl, OpenRLHF and NeMo-RL add 1e-8 to it."""
+    """verl, OpenRLHF and NeMo-RL add 1e-8 to a sequence's."""
     new = torch.zeros(1, 1, dtype=torch.float64, requires_grad=True)
     gspo_ops.policy_loss_from_log_probs(new, None, torch.ones(1).double()).loss.backward()
     torch.testing.assert_close(new.grad, -torch.ones(1, 1).double(), rtol=1e-12, atol=0)
