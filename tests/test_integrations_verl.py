@@ -367,6 +367,61 @@ def test_what_the_forward_is_not_for_is_refused(monkeypatch):
                 function(*arguments)
 
 
+# The loss of verl's actor, with its KL and entropy terms
+
+PARTS = ((2, 3), (1, 3), (4, 3), (2, 1))  # tokens of prompt and response
+
+
+@pytest.mark.parametrize(
+    ("mode", "kl"),
+    [("gspo", "low_var_kl"), ("vanilla", "k1"), ("cispo", "abs"), ("sapo", "mse"), ("gpg", "k3+")],
+)
+def test_actor_s_loss_with_kl_and_entropy(mode, kl):
+    """From the fused forward and our loss, beside logits and verl's own."""
+    terms = {"use_kl_loss": True, "kl_loss_type": kl, "kl_loss_coef": 0.3, "entropy_coeff": 0.2}
+    results = []
+    for dtype, name in ((torch.float64, mode), (torch.float32, f"{ours.NAME}_{mode}")):
+        model, data = make_model("Llama, tied", dtype), make_actor_s_data(dtype)
+        ids, positions = data["input_ids"].values()[None], data["position_ids"].values()[None]
+        inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": None}
+        labels = ids.roll(-1, dims=1)
+        if dtype == torch.float64:
+            found = eager(model, labels, **inputs)
+        else:
+            ours.fuse_forward(model)
+            found = fused(model, **inputs, shift_labels=labels)
+        offsets = data["input_ids"].offsets()
+        output = {
+            key: torch.nested.nested_tensor_from_jagged(x[0], offsets)
+            for key, x in zip(("log_probs", "entropy"), found, strict=True)
+        }
+        loss, metrics = make_loss("token-mean", name, **terms)(model_output=output, data=data)
+        loss.backward()
+        terms_of = [metrics[key].values[0] for key in ("kl_loss", "actor/entropy_loss")]
+        results.append(({n: p.grad for n, p in model.named_parameters()}, [loss.item(), *terms_of]))
+    (expected_grads, expected), (grads, got) = results
+    assert got == pytest.approx(expected, rel=1e-5)
+    for name, grad in grads.items():
+        assert relative(grad, expected_grads[name]) <= 2e-5, name
+
+
+def make_actor_s_data(dtype):
+    sequences = [make_tokens(sum(part), seed=i) for i, part in enumerate(PARTS)]
+    longest = max(response for _, response in PARTS)
+    mask = torch.arange(longest) < torch.tensor([response for _, response in PARTS])[:, None]
+    old, ref, advantages = (upstream(torch.empty(mask.shape, dtype=dtype), i) for i in range(3))
+    data = {
+        "input_ids": nested(sequences),
+        "position_ids": nested([torch.arange(len(x)) for x in sequences]),
+        "prompts": nested([x[:p] for x, (p, _) in zip(sequences, PARTS, strict=True)]),
+        "responses": nested([x[p:] for x, (p, _) in zip(sequences, PARTS, strict=True)]),
+        "response_mask": mask.long(), "advantages": advantages,
+        "old_log_probs": old - 4, "ref_log_prob": ref - 4,
+    }  # fmt: skip
+    numbers = {"dp_size": 1, "batch_num_tokens": 23, "global_batch_size": 7}
+    return tensordict_utils.get_tensordict(data, numbers)
+
+
 # verl's engine, on a CPU
 
 
