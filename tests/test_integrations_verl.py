@@ -380,7 +380,7 @@ def test_actor_s_loss_with_kl_and_entropy(mode, kl):
     """From the fused forward and our loss, beside logits and verl's own."""
     terms = {"use_kl_loss": True, "kl_loss_type": kl, "kl_loss_coef": 0.3, "entropy_coeff": 0.2}
     results = []
-    for dtype, name in ((torch.float64, mode), (torch.float32, f"{ours.NAME}_{mode}")):
+    for dtype, name in ((torch.float64, mode), (torch.float32, f"{ours.register()}_{mode}")):
         model, data = make_model("Llama, tied", dtype), make_actor_s_data(dtype)
         ids, positions = data["input_ids"].values()[None], data["position_ids"].values()[None]
         inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": None}
