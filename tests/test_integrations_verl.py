@@ -383,7 +383,7 @@ def test_actor_s_loss_with_kl_and_entropy(mode, kl):
     for dtype, name in ((torch.float64, mode), (torch.float32, f"{ours.register()}_{mode}")):
         model, data = make_model("Llama, tied", dtype), make_actor_s_data(dtype)
         ids, positions = data["input_ids"].values()[None], data["position_ids"].values()[None]
-        inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": None}
+        inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
         labels = ids.roll(-1, dims=1)
         if dtype == torch.float64:
             found = eager(model, labels, **inputs)
