@@ -40,8 +40,9 @@ for folder in sys.argv[1:]:
     os._exit(0)
 """
 OPTIONS = {
-    "logits": "shapes=[(9, 3, 70)], head_shapes=[]",
+    "logits": "shapes=[(9, 3, 70)], head_shapes=[], further=[]",
     "head": "shapes=[], head_shapes=[(5, 1, 40, 1100)], quick=True",
+    "objective": "shapes=[], head_shapes=[]",
 }
 
 # mistake: (file, line as it is, line as broken), for the kernels and for the CPU path
@@ -62,12 +63,12 @@ KERNELS = {
     ),
     "missing cross-token term": (
         "kernels/policy_loss.py",
-        'g_weight = rollout_mean if RATIO_LEVEL == "sequence" else rollout_weight',
+        "g_weight = rollout_mean if IS_MEAN else rollout_weight",
         "g_weight = rollout_weight",
     ),
     "the token's ratio for the sequence's": (
         "kernels/policy_loss.py",
-        "-(ratio * weight) * (advantage * g_weight)",
+        "-(slope * weight) * (advantage * g_weight)",
         "-(tl.exp(token_log_ratio) * weight) * (advantage * g_weight)",
     ),
     "no length normalisation": (
@@ -82,11 +83,12 @@ KERNELS = {
     ),
     "wrong clip side": (
         "kernels/policy_loss.py",
-        "valid & (advantage > 0) & (log_ratio > log_clip_high)",
-        "valid & (advantage < 0) & (log_ratio > log_clip_high)",
+        "valid & (advantage > 0) & (decisive > log_clip_high)",
+        "valid & (advantage < 0) & (decisive > log_clip_high)",
     ),
     "clipped rows still trained": (
-        "kernels/policy_loss.py", "g = tl.where(is_clipped, 0.0, ", "g = tl.where(False, 0.0, "
+        "kernels/policy_loss.py",
+        "g = tl.where(has_stopped, 0.0, ", "g = tl.where(has_stopped & False, 0.0, ",
     ),
 }  # fmt: skip
 CPU_PATH = {
@@ -101,13 +103,44 @@ CPU_PATH = {
     ),
     "wrong clip side": (
         "gspo_ops/policy_cpu.py",
-        "(advantages > 0) & (tokens.log_ratio > log_high)",
-        "(advantages < 0) & (tokens.log_ratio > log_high)",
+        "(advantages > 0) & (tokens.decisive > log_high)",
+        "(advantages < 0) & (tokens.decisive > log_high)",
     ),
     "mask ignored": (
         "gspo_ops/policy_cpu.py", "    return valid\n", "    return torch.ones_like(valid)\n"
     ),
-    "no length normalisation": ("gspo_ops/policy_cpu.py", "g = g / n[tokens.ids]", "pass"),
+    "no length normalisation": (
+        "gspo_ops/policy_cpu.py", "(x / tokens.n.clamp(min=1)[tokens.ids] for x", "(x for x"
+    ),
+}  # fmt: skip
+OBJECTIVES_ON_CPU = {
+    "nothing": ("gspo_ops/policy_cpu.py", "value = slope = ratio\n", "value = slope = ratio\n"),
+    "a dual clip that trains": (
+        "gspo_ops/policy_cpu.py", "self.is_low | self.is_high | self.is_dual",
+        "self.is_low | self.is_high",
+    ),
+    "no gradient through a shared ratio": (
+        "gspo_ops/policy_cpu.py", "g, shared = shared, g", "g = shared"
+    ),
+    "weights that are not clipped": (
+        "gspo_ops/policy_cpu.py", "value = slope = ratio.clamp(low, high)", "value = slope = ratio"
+    ),
+    "one temperature": (
+        "gspo_ops/policy_cpu.py", "tau.masked_fill(advantages > 0", "tau.masked_fill(advantages > 9"
+    ),
+    "log-ratios of tokens that are not clipped": (
+        "gspo_ops/policy_cpu.py", "log_ratio.clamp(max=log_high)", "log_ratio"
+    ),
+    "a clamped estimate that trains": (
+        "gspo_ops/policy_cpu.py", "torch.where(is_free | delta.isnan(), grad, 0.0)", "grad"
+    ),
+    "an estimate differentiated as written": (
+        "gspo_ops/policy_cpu.py", 'kind.endswith("+")', 'kind.endswith("-")'
+    ),
+    "a ratio without a gradient": (
+        "gspo_ops/policy_cpu.py", 'objective.kl_weight == "ratio"', 'objective.kl_weight == "none"'
+    ),
+    "a bonus without a gradient": ("gspo_ops/autograd.py", "h * (grad_loss", "0 * h * (grad_loss"),
 }  # fmt: skip
 HEAD_KERNELS = {
     "nothing": ("kernels/hidden.py", "acc = tl.dot(e, x, acc", "acc = tl.dot(e, x, acc"),
@@ -170,6 +203,7 @@ MISTAKES = {
     ("logits", False): CPU_PATH,
     ("head", True): HEAD_KERNELS,
     ("head", False): HEAD_CPU_PATH,
+    ("objective", False): OBJECTIVES_ON_CPU,
 }
 
 
@@ -181,8 +215,11 @@ def broken_copy(folder, file, line, broken):
     path.write_text(source.replace(line, broken))
 
 
-@pytest.mark.parametrize("start", OPTIONS)
-@pytest.mark.parametrize("interpreted", [True, False], ids=["kernels", "cpu path"])
+@pytest.mark.parametrize(
+    ("start", "interpreted"),
+    MISTAKES,
+    ids=lambda x: ["cpu path", "kernels"][x] if x in (0, 1) else x,
+)
 def test_verify_notices_what_is_broken(tmp_path, interpreted, start):
     mistakes = MISTAKES[start, interpreted]
     for name, mistake in mistakes.items():

@@ -47,7 +47,8 @@ def verify(
         further: objectives that are checked on small synthetic inputs, beside the three on all.
         logits, head, targets: (B, T, V), (B, T, H) and (V, H), and (B, T) of a real model, instead
             of synthetic ones.
-        quick: one case per dtype for each head, not each objective and layout.
+        quick: one case per dtype for each head, not each objective and layout, and no further
+            objectives.
         progress: called with one line per case.
 
     Returns:
@@ -66,7 +67,7 @@ def verify(
             shape = tuple(case.logits.shape)
             progress(f"{str(case.dtype)[6:]} {case.name} {shape} {'head' if case.head else ''}")
             measured += measure(case)
-    for case in _further_cases(device, dtypes, further):
+    for case in _further_cases(device, dtypes, () if quick else further):
         progress(f"{str(case.dtype)[6:]} {case.name} {'head' if case.head else ''}")
         measured += measure(case)
     return measured
