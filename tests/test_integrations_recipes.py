@@ -143,29 +143,96 @@ def test_slime_refuses_what_it_does_not_do(python_blocks):
 # NeMo-RL: f(next_token_logprobs, data, global_valid_seqs, global_valid_toks)
 
 
+def calculate_kl(log_probs, ref, kl_type, input_clamp_value, output_clamp_value,
+                 importance_sampling_weights):  # fmt: skip
+    """NeMo-RL's: where a clamp acts, neither the estimate nor its weight has a gradient."""
+    d, w = log_probs - ref, importance_sampling_weights
+    if input_clamp_value is not None:
+        is_clamped = d.abs() > input_clamp_value
+        d, w = d.clamp(-input_clamp_value, input_clamp_value), w.where(~is_clamped, w.detach())
+    kl = w * {"k1": d, "k2": d.square() / 2, "k3": (-d).exp() - 1 + d}[kl_type]
+    return kl if output_clamp_value is None else kl.clamp(-output_clamp_value, output_clamp_value)
+
+
 class ClippedPGLossFn:
-    """What NeMo-RL's has and does with these settings, in its own words no more than needed."""
+    """NeMo-RL's, in its own words no more than needed: loss without the 1e-8 in its means."""
 
     def __init__(self, cfg, use_fused_linear_logprobs=False):
         vars(self).update(vars(cfg), use_fused_linear_logprobs=use_fused_linear_logprobs)
 
     def __call__(self, next_token_logprobs, data, global_valid_seqs, global_valid_toks):
-        mask, advantages = data["token_mask"][:, 1:], data["advantages"][:, 1:]
-        difference = (next_token_logprobs - data["prev_logprobs"][:, 1:]) * mask
-        ratio = (difference.sum(-1) / mask.sum(-1).clamp(min=1)).exp()[:, None]
-        clipped = ratio.clamp(1 - self.ratio_clip_min, 1 + self.ratio_clip_max)
-        terms = torch.maximum(-advantages * ratio, -advantages * clipped) * mask
-        means = terms.sum(-1) / mask.sum(-1).clamp(min=1)
-        loss = (means * data["sample_mask"]).sum() / global_valid_seqs
+        new, A = next_token_logprobs, data["advantages"][:, 1:]
+        mask = data["token_mask"][:, 1:] * data["sample_mask"][:, None]
+        kept = mask * data.get("curr_logprobs_keep_mask", 1)
+        old, generated = data["prev_logprobs"][:, 1:], data["generation_logprobs"][:, 1:]
+        old, of_old = (new.detach(), kept) if self.force_on_policy_ratio else (old, mask)
+
+        def mean(x, mask):
+            if self.token_level_loss:
+                return (x * mask).sum() / global_valid_toks
+            means = (x * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+            return means.sum() / global_valid_seqs
+
+        terms = self._terms(new, old, A, kept)
+        if self.use_importance_sampling_correction:
+            terms = terms * self._weights(old - generated, of_old)
+        loss = mean(terms, kept)
+        if self.reference_policy_kl_penalty:
+            x = data.get("curr_logprobs_unfiltered", new)
+            base = generated if self.use_on_policy_kl_approximation else x.detach()
+            loss = loss + self.reference_policy_kl_penalty * mean(calculate_kl(
+                x, data["reference_policy_logprobs"][:, 1:], self.reference_policy_kl_type,
+                self.kl_input_clamp_value, self.kl_output_clamp_value, (x - base).exp(),
+            ), mask)  # fmt: skip
+        if self.positive_example_nll_weight:
+            correct = kept * (data["rewards"] > 0)[:, None]
+            loss = loss - self.positive_example_nll_weight * (new * correct).sum() / correct.sum()
         return loss, {"loss": loss.item(), "token_mult_prob_error": 1.0, "grad": loss.requires_grad}
+
+    def _terms(self, new, old, A, mask):
+        low, high = 1 - self.ratio_clip_min, 1 + self.ratio_clip_max
+        if self.disable_ppo_ratio:
+            return -A * new
+        if self.force_on_policy_ratio:
+            return -A * (new - old).exp()
+        log_ratio = new - old
+        if self.sequence_level_importance_ratios:
+            count = mask.sum(-1, keepdim=True).clamp(min=1)
+            log_ratio = (log_ratio * mask).sum(-1, keepdim=True) / count
+        ratio = log_ratio.exp()
+        if self.use_cispo:
+            return -A * ratio.detach().clamp(low, high) * new
+        terms = torch.maximum(-A * ratio, -A * ratio.clamp(low, high))
+        if self.ratio_clip_c is None:
+            return terms
+        return torch.where(A < 0, torch.minimum(terms, -A * self.ratio_clip_c), terms)
+
+    def _weights(self, log_weight, mask):
+        kind, low = self.truncated_importance_sampling_type, 0.0
+        if self.truncated_importance_sampling_ratio_min is not None:
+            low = self.truncated_importance_sampling_ratio_min
+        high = self.truncated_importance_sampling_ratio
+        total = (log_weight * mask).sum(-1, keepdim=True)
+        count = mask.sum(-1, keepdim=True).clamp(min=1)
+        w = (total if self.sequence_level_importance_ratios else log_weight).exp()
+        if kind == "tis":
+            return w.clamp(low, high)
+        decisive = (total / count).exp() if kind == "seq-mask-tis" else w
+        return w if kind is None else w * ((decisive >= low) & (decisive <= high))
 
 
 def nemo_config(**options):
     return SimpleNamespace(
         **{
-            "sequence_level_importance_ratios": True, "reference_policy_kl_penalty": 0,
-            "use_importance_sampling_correction": False, "ratio_clip_c": None,
-            "ratio_clip_min": LOW, "ratio_clip_max": HIGH, **options,
+            "sequence_level_importance_ratios": True, "token_level_loss": False,
+            "ratio_clip_min": LOW, "ratio_clip_max": HIGH, "ratio_clip_c": None,
+            "disable_ppo_ratio": False, "force_on_policy_ratio": False, "use_cispo": False,
+            "reference_policy_kl_penalty": 0, "reference_policy_kl_type": "k3",
+            "kl_input_clamp_value": 20.0, "kl_output_clamp_value": 10.0,
+            "use_on_policy_kl_approximation": False, "positive_example_nll_weight": 0.0,
+            "use_importance_sampling_correction": False,
+            "truncated_importance_sampling_type": None, "truncated_importance_sampling_ratio": None,
+            "truncated_importance_sampling_ratio_min": None, **options,
         }
     )  # fmt: skip
 
@@ -180,26 +247,35 @@ def make_nemo_batch(dtype):
         token_mask[i, prompt + RESPONSES[i] :] = 0
     sample_mask = torch.ones(batch)
     sample_mask[-1] = 0
-    log_probs = -5 * torch.rand(batch, length, generator=generator, dtype=torch.float64)
+
+    def random():
+        return torch.rand(batch, length, generator=generator, dtype=torch.float64)
+
+    log_probs = -5 * random()
     previous = log_probs - torch.tensor(SHIFTS, dtype=torch.float64)[:, None]
-    advantages = torch.tensor(ADVANTAGES)[:, None].expand(batch, length)
-    data = {
-        "token_mask": token_mask, "sample_mask": sample_mask,
-        "prev_logprobs": previous.to(dtype), "advantages": advantages.to(dtype),
+    per_token = {
+        "prev_logprobs": previous, "generation_logprobs": log_probs + random() - 0.5,
+        "reference_policy_logprobs": log_probs + 4 * random() - 2,
+        "advantages": torch.tensor(ADVANTAGES)[:, None].expand(batch, length),
     }  # fmt: skip
+    data = {name: x.to(dtype) for name, x in per_token.items()}
+    data |= {"token_mask": token_mask, "sample_mask": sample_mask,
+             "rewards": torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0, 1.0])}  # fmt: skip
     return log_probs[:, 1:].to(dtype), data
 
 
 @pytest.fixture
-def gspo_loss_fn(python_blocks):
+def fused_loss_fn(python_blocks):
     (code,) = python_blocks(DOCUMENT)["NeMo-RL"]
-    return run(code, {"nemo_rl.algorithms.loss": {"ClippedPGLossFn": ClippedPGLossFn}})[
-        "GSPOLossFn"
-    ]
+    modules = {
+        "nemo_rl.algorithms.loss": {"ClippedPGLossFn": ClippedPGLossFn},
+        "nemo_rl.algorithms.utils": {"calculate_kl": calculate_kl},
+    }
+    return run(code, modules)["FusedPGLossFn"]
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_nemo_rl(gspo_loss_fn, packed):
+def test_nemo_rl(fused_loss_fn, packed):
     """The whole batch, or one sequence at a time, as where they are packed."""
     log_probs, data = make_nemo_batch(torch.float32)
     seqs, toks = torch.tensor(11.0), torch.tensor(123.0)  # of all micro-batches and ranks
@@ -211,7 +287,7 @@ def test_nemo_rl(gspo_loss_fn, packed):
     )  # fmt: skip
     (UPSTREAM * expected).backward()
     log_probs = torch.where(mask == 0, torch.nan, log_probs).requires_grad_()
-    loss_fn = gspo_loss_fn(nemo_config(), use_fused_linear_logprobs=True)
+    loss_fn = fused_loss_fn(nemo_config(), use_fused_linear_logprobs=True)
     assert loss_fn.use_fused_linear_logprobs
     rows = [slice(i, i + 1) for i in range(len(SHIFTS))] if packed else [slice(None)]
     loss = 0
@@ -228,28 +304,66 @@ def test_nemo_rl(gspo_loss_fn, packed):
     assert torch.equal(log_probs.grad == 0, exact.grad == 0)
 
 
-def test_nemo_rl_before_and_after(gspo_loss_fn):
-    """Where NeMo-RL's does not overflow; the loss knows a clip range to fp32 rounding."""
+PPO = {"sequence_level_importance_ratios": False, "ratio_clip_min": 0.2, "ratio_clip_max": 0.28}
+TOKENS = {**PPO, "token_level_loss": True}
+KL = {"reference_policy_kl_penalty": 0.3}
+NO_CLAMPS = {"kl_input_clamp_value": None, "kl_output_clamp_value": None}
+CLAMPS = {"kl_input_clamp_value": 1.0, "kl_output_clamp_value": 0.4}
+CORRECTED = {"use_importance_sampling_correction": True}
+SETTINGS = {
+    "GSPO": {},
+    "sequence mean": PPO,
+    "token mean": TOKENS,
+    "dual clip": {**TOKENS, "ratio_clip_c": 1.5},
+    "GSPO, dual clip": {"ratio_clip_c": 1.0002, "ratio_clip_max": 1e-4},
+    "CISPO": {**TOKENS, "use_cispo": True},
+    "REINFORCE": {**TOKENS, "disable_ppo_ratio": True, "ratio_clip_c": 1.5},
+    "on-policy": {**PPO, "force_on_policy_ratio": True},
+    "on-policy, corrected": {**TOKENS, "force_on_policy_ratio": True, **CORRECTED},
+    "GSPO, on-policy": {"force_on_policy_ratio": True},
+    **{f"{kind}, clamped": {**TOKENS, **KL, **CLAMPS, "reference_policy_kl_type": kind}
+       for kind in ("k1", "k2", "k3")},
+    "GSPO, k3": {**KL, **NO_CLAMPS},
+    "KL, on-policy approximation": {**TOKENS, **KL, **CLAMPS,
+                                    "use_on_policy_kl_approximation": True},
+    "corrected": {**TOKENS, **CORRECTED},
+    "GSPO, corrected": CORRECTED,
+    **{f"{kind}, {of}": {**base, **CORRECTED, "truncated_importance_sampling_type": kind,
+                         "truncated_importance_sampling_ratio": 1.2,
+                         "truncated_importance_sampling_ratio_min": 0.9}
+       for kind, of, base in (("tis", "tokens", TOKENS), ("tis", "sequences", {}),
+                              ("icepop", "tokens", TOKENS), ("icepop", "sequences", {}),
+                              ("seq-mask-tis", "tokens", TOKENS))},
+    "tis without a lower bound": {**PPO, **CORRECTED, "truncated_importance_sampling_type": "tis",
+                                  "truncated_importance_sampling_ratio": 1.2},
+    "NLL of correct examples": {**TOKENS, "positive_example_nll_weight": 0.2},
+    "all of it": {**TOKENS, **KL, **CORRECTED, "positive_example_nll_weight": 0.2,
+                  "ratio_clip_c": 1.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_nemo_rl_before_and_after(fused_loss_fn, name, filtered):
+    """Where NeMo-RL's does not overflow, every setting has its loss and its gradient."""
     log_probs, data = make_nemo_batch(torch.float64)
-    data["prev_logprobs"][4] = data["prev_logprobs"][3]
+    noise = torch.randn(data["prev_logprobs"].shape, generator=torch.Generator().manual_seed(1))
+    data["prev_logprobs"][4] += SHIFTS[4]
+    if not nemo_config(**SETTINGS[name]).sequence_level_importance_ratios:
+        data["prev_logprobs"] += 0.3 * noise
     results = []
-    for kind in (ClippedPGLossFn, gspo_loss_fn):
+    for kind in (ClippedPGLossFn, fused_loss_fn):
         x = log_probs.clone().requires_grad_()
-        loss, _ = kind(nemo_config())(x, data, torch.tensor(11.0), torch.tensor(123.0))
+        batch = dict(data)
+        if filtered:  # by top-k: another log-prob stands where the token was not among them
+            keep = torch.ones_like(x).index_fill(1, torch.tensor([3, 6]), 0)
+            batch |= {"curr_logprobs_keep_mask": keep, "curr_logprobs_unfiltered": x}
+        new = torch.where(keep != 0, x, 0.0) if filtered else x
+        loss, _ = kind(nemo_config(**SETTINGS[name]))(
+            new, batch, torch.tensor(11.0), torch.tensor(123.0)
+        )
         (UPSTREAM * loss).backward()
         results.append((loss.detach(), x.grad))
-    for before, after, tolerance in zip(*results, (1e-7, 1e-14), strict=True):
-        torch.testing.assert_close(after, before, atol=tolerance, rtol=0)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"sequence_level_importance_ratios": False}, {"reference_policy_kl_penalty": 0.01},
-        {"use_importance_sampling_correction": True}, {"ratio_clip_c": 3.0},
-    ],
-    ids=lambda options: next(iter(options)),
-)  # fmt: skip
-def test_nemo_rl_refuses_what_it_does_not_do(gspo_loss_fn, options):
-    with pytest.raises(ValueError, match="GSPOLossFn is"):
-        gspo_loss_fn(nemo_config(**options))
+    assert results[0][1].any()
+    for before, after in zip(*results, strict=True):
+        torch.testing.assert_close(after, before, atol=1e-14, rtol=1e-11)
