@@ -42,9 +42,6 @@ def run(code, modules):
 
 PROMPTS, RESPONSES = (2, 3, 1, 4, 2, 1), (4, 1, 5, 3, 2, 3)
 VOCAB, PADDING, TEMPERATURE = 24, 5, 0.8
-REFUSED = (
-    "use_kl_loss", "use_tis", "use_opsm", "entropy_coef", "calculate_per_token_loss"
-)  # fmt: skip
 
 
 def make_slime_batch():
@@ -63,32 +60,109 @@ def make_slime_batch():
     return torch.randn(1, sum(total) + PADDING, VOCAB, generator=generator) * 3, batch
 
 
-def slime_reference(logits, batch, old=None):
-    """Padded, one response after another: the sum of GSPO's terms, and the responses' log-probs."""
-    losses, log_probs, end = [], [], 0
-    for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+def make_reducer(batch, per_token=False, of_rollouts=None):
+    """slime's average of tokens of responses, one after another."""
+    masks = batch["loss_masks"]
+    counts = [max(int(m.sum()), 1) for m in masks] if of_rollouts is None else of_rollouts
+
+    def reduce(x):
+        parts = x.split(batch["response_lengths"])
+        sums = [(part * m).sum() for part, m in zip(parts, masks, strict=True)]
+        return sum(sums) if per_token else sum(s / n for s, n in zip(sums, counts, strict=True))
+
+    return reduce
+
+
+def of_responses(logits, batch):
+    """Log-probs and entropies of the responses, one after another."""
+    found, end = [], 0
+    for prompt, response, tokens in zip(PROMPTS, RESPONSES, batch["unconcat_tokens"], strict=True):
         first, end = end + prompt - 1, end + prompt + response
-        rows, targets = logits[0, first : end - 1], batch["unconcat_tokens"][i][prompt:]
-        log_probs.append(
-            reference.log_probs_from_logits(rows, targets, temperature=TEMPERATURE).detach()
-        )
-        if old is not None:
-            advantage = torch.tensor([ADVANTAGES[i]], dtype=torch.float64)
-            loss, _ = reference.policy_loss_from_logits(
-                rows[None], targets[None], old[i][None].double(), advantage,
-                mask=batch["loss_masks"][i][None], temperature=TEMPERATURE, denominator=1.0,
-                objective=GSPO(clip_low=LOW, clip_high=HIGH),
-            )  # fmt: skip
-            losses.append(loss)
-    return sum(losses), log_probs
+        rows, targets = logits[0, first : end - 1], tokens[prompt:]
+        of_rows = (reference.log_probs_from_logits, reference.entropy_from_logits)
+        found.append([f(rows, targets, temperature=TEMPERATURE) for f in of_rows])
+    return (torch.cat(x) for x in zip(*found, strict=True))
+
+
+def approx_kl(log_probs, ref, kl_loss_type, importance_ratio=None):
+    """slime's compute_approx_kl: what is clamped is the product."""
+    d = log_probs - ref
+    kl = {"k1": d, "k2": d.square() / 2}.get(kl_loss_type, (-d).exp() - 1 + d)
+    kl = kl if importance_ratio is None else importance_ratio * kl
+    return kl.clamp(-10, 10) if kl_loss_type == "low_var_kl" else kl
+
+
+def loss_of_slime(args, batch, logits, mean):
+    """slime's, in its own words no more than needed, and some of its metrics."""
+    new, entropy = of_responses(logits, batch)
+    dtype, lengths = new.dtype, batch["response_lengths"]
+    A, mask = torch.cat(batch["advantages"]).to(dtype), torch.cat(batch["loss_masks"])
+
+    def given(name):
+        return torch.cat(batch[name]).to(dtype) if batch.get(name) else new.detach()
+
+    def of_sequences(x):
+        pairs = zip(x.split(lengths), batch["loss_masks"], strict=True)
+        means = [part[m != 0].sum() / max(int(m.sum()), 1) for part, m in pairs]
+        return torch.stack(means).repeat_interleave(torch.tensor(lengths))
+
+    old = given("rollout_log_probs" if args.use_rollout_logprobs else "log_probs")
+    log_ratio = new - old
+    if args.advantage_estimator == "gspo":
+        log_ratio = of_sequences(log_ratio)
+    r, low, high = log_ratio.exp(), 1 - args.eps_clip, 1 + args.eps_clip_high
+    if args.pg_loss_type == "reinforce":
+        terms, stops = -A * new, torch.zeros_like(mask)
+    elif args.pg_loss_type == "cispo":
+        terms, stops = -A * r.detach().clamp(low, high) * new, (r < low) | (r > high)
+    else:
+        terms = torch.maximum(-A * r, -A * r.clamp(low, high))
+        stops = -A * r.clamp(low, high) > -A * r
+        if args.eps_clip_c:
+            terms = torch.where(A < 0, torch.minimum(terms, -A * args.eps_clip_c), terms)
+    if args.use_opsm:
+        terms = terms * ~((A < 0) & (of_sequences(old - new) > args.opsm_delta))
+    if args.use_tis:
+        trained = new.detach() if args.pg_loss_type == "reinforce" else given("log_probs")
+        w = (trained - given("rollout_log_probs")).exp()
+        terms = terms * w.clamp(args.tis_clip_low, args.tis_clip)
+    loss = pg_loss = mean(terms.where(mask != 0, 0.0))
+    loss = loss - args.entropy_coef * mean(entropy)
+    if args.use_kl_loss:
+        ratio = (new - old).exp() if args.use_unbiased_kl else None
+        kl = approx_kl(new, given("ref_log_probs"), args.kl_loss_type, ratio)
+        loss = loss + args.kl_loss_coef * mean(kl)
+    metrics = {"loss": loss, "pg_loss": pg_loss, "entropy_loss": mean(entropy),
+               "pg_clipfrac": mean(stops.to(dtype)), "ppo_kl": mean(old - new)}  # fmt: skip
+    return loss, metrics
 
 
 def slime_arguments(**options):
     defaults = {
-        "eps_clip": LOW, "eps_clip_high": HIGH, "rollout_temperature": TEMPERATURE,
-        "use_rollout_logprobs": False, **dict.fromkeys(REFUSED, 0),
+        "advantage_estimator": "gspo", "pg_loss_type": "ppo", "eps_clip": LOW,
+        "eps_clip_high": HIGH, "eps_clip_c": None, "rollout_temperature": TEMPERATURE,
+        "rollout_top_p": 1.0, "use_rollout_logprobs": False, "use_kl_loss": False,
+        "kl_loss_type": "k3", "kl_loss_coef": 0.3, "use_unbiased_kl": False, "entropy_coef": 0.0,
+        "use_tis": False, "tis_clip_low": 0.0, "tis_clip": 1.2, "use_opsm": False,
+        "opsm_delta": 0.1, "use_score_centering": False, "get_mismatch_metrics": False,
+        "custom_tis_function_path": None,
     }  # fmt: skip
     return SimpleNamespace(**defaults | options)
+
+
+def make_slime_loss(code, group=None, ranks_of_context=1):
+    mpu = SimpleNamespace(
+        get_tensor_model_parallel_group=lambda: group,
+        get_context_parallel_world_size=lambda: ranks_of_context,
+    )
+    modules = {
+        "megatron.core": {"mpu": mpu},
+        "slime.backends.megatron_utils.loss": {"policy_loss_function": loss_of_slime},
+        "slime.utils.ppo_utils": {
+            "compute_approx_kl": approx_kl, "get_pg_loss_type": lambda args: args.pg_loss_type,
+        },
+    }  # fmt: skip
+    return run(code, modules)["policy_loss"]
 
 
 @pytest.mark.parametrize("source", ["log_probs", "rollout_log_probs", "on-policy"])
@@ -99,45 +173,112 @@ def test_slime(ranks, python_blocks, size, source):
 
 
 def on_rank_slime(code, source):
-    """Each rank its part of the vocabulary."""
-    mpu = SimpleNamespace(get_tensor_model_parallel_group=lambda: dist.group.WORLD)
-    gspo_loss = run(code, {"megatron.core": {"mpu": mpu}})["gspo_loss"]
+    """Each rank its part of the vocabulary; one ratio beyond exp(88)."""
+    policy_loss = make_slime_loss(code, dist.group.WORLD)
     logits, batch = make_slime_batch()
     exact = logits.double().requires_grad_()
-    _, old = slime_reference(exact, batch)
+    new, _ = of_responses(exact, batch)
+    old = new.detach().split(RESPONSES)
     if source != "on-policy":
         old = [(x - shift).float() for x, shift in zip(old, SHIFTS, strict=True)]
         batch[source] = old
-    expected, _ = slime_reference(exact, batch, old)
+    ends = torch.tensor([0, *RESPONSES]).cumsum(0).int()
+    expected, _ = reference.policy_loss_from_log_probs(
+        new, torch.cat(old).double(), torch.tensor(ADVANTAGES).double(), cu_seqlens=ends,
+        mask=torch.cat(batch["loss_masks"]), objective=GSPO(clip_low=LOW, clip_high=HIGH),
+        denominator=1.0,
+    )  # fmt: skip
     (UPSTREAM * expected).backward()
     rank, size = dist.get_rank(), dist.get_world_size()
     mine = logits.chunk(size, dim=-1)[rank].clone().requires_grad_()
     arguments = slime_arguments(use_rollout_logprobs=source == "rollout_log_probs")
-    loss, metrics = gspo_loss(arguments, batch, mine, lambda x: None)
+    loss, metrics = policy_loss(arguments, batch, mine, make_reducer(batch))
     (UPSTREAM * loss).backward()
     assert loss.item() == pytest.approx(expected.item(), rel=ROUNDING)
     expected_grad = exact.grad.chunk(size, dim=-1)[rank]
     assert relative(mine.grad, expected_grad) <= ROUNDING
     assert torch.equal((mine.grad == 0).all(-1), (expected_grad == 0).all(-1))
-    # as slime puts them together
-    values = torch.tensor([0, *metrics.values()])
-    assert values[1] == loss
+    torch.tensor([0, *metrics.values()])  # as slime puts them together
+    assert metrics["loss"] == metrics["pg_loss"] == loss
     is_on_policy = source == "on-policy"
-    assert values[2] == (0 if is_on_policy else len(CLIPPED))
+    assert metrics["pg_clipfrac"] == (0 if is_on_policy else len(CLIPPED))
     shift = 0.0 if is_on_policy else sum(SHIFTS[:-1])
-    assert values[3].item() == pytest.approx(-shift, rel=1e-5)
+    assert metrics["ppo_kl"].item() == pytest.approx(-shift, rel=1e-5)
 
 
-def test_slime_refuses_what_it_does_not_do(python_blocks):
-    (code,) = python_blocks(DOCUMENT)["slime"]
-    mpu = SimpleNamespace(get_tensor_model_parallel_group=lambda: None)
-    gspo_loss = run(code, {"megatron.core": {"mpu": mpu}})["gspo_loss"]
+GRPO_OF_SLIME = {"advantage_estimator": "grpo", "eps_clip": 0.2, "eps_clip_high": 0.28}
+SLIME_SETTINGS = {
+    "GSPO": {},
+    "GRPO": GRPO_OF_SLIME,
+    "dual clip": {**GRPO_OF_SLIME, "eps_clip_c": 1.5},
+    "CISPO": {**GRPO_OF_SLIME, "pg_loss_type": "cispo", "eps_clip": 1.0},
+    "REINFORCE": {**GRPO_OF_SLIME, "pg_loss_type": "reinforce"},
+    "GSPO, CISPO": {"pg_loss_type": "cispo"},
+    "TIS": {**GRPO_OF_SLIME, "use_tis": True, "tis_clip_low": 0.9},
+    "GSPO, TIS": {"use_tis": True},
+    "REINFORCE, TIS": {**GRPO_OF_SLIME, "pg_loss_type": "reinforce", "use_tis": True},
+    "off-policy sequences": {**GRPO_OF_SLIME, "use_opsm": True},
+    "rollout's log-probs": {**GRPO_OF_SLIME, "use_rollout_logprobs": True},
+    **{kind: {**GRPO_OF_SLIME, "use_kl_loss": True, "kl_loss_type": kind}
+       for kind in ("k1", "k2", "k3", "low_var_kl")},
+    "GSPO, unbiased KL": {"use_kl_loss": True, "use_unbiased_kl": True,
+                          "kl_loss_type": "low_var_kl"},
+    "KL that is only reported": {"use_kl_loss": True, "kl_loss_coef": 0.0},
+    "entropy": {"entropy_coef": 0.2},
+    "all of it": {**GRPO_OF_SLIME, "use_tis": True, "use_opsm": True, "use_kl_loss": True,
+                  "use_unbiased_kl": True, "entropy_coef": 0.2, "eps_clip_c": 1.5},
+}  # fmt: skip
+REDUCERS = {"samples": {}, "tokens": {"per_token": True},
+            "rollouts": {"of_rollouts": [5, 5, 6, 6, 5, 5]}}  # fmt: skip
+
+
+def make_full_batch(is_gspo):
     logits, batch = make_slime_batch()
-    for name in REFUSED:
-        with pytest.raises(ValueError, match=f"{name}=True is not supported"):
-            gspo_loss(slime_arguments(**{name: True}), batch, logits, None)
-    with pytest.raises(ValueError, match="targets must have shape"):  # context parallelism
-        gspo_loss(slime_arguments(), batch, logits[:, : logits.shape[1] // 2], None)
+    generator = torch.Generator().manual_seed(1)
+    new, _ = of_responses(logits, batch)
+    for name, width in (("log_probs", 1.0), ("rollout_log_probs", 1.0), ("ref_log_probs", 6.0)):
+        noise = width * (torch.rand(new.shape, generator=generator) - 0.5)
+        batch[name] = list((new + noise).split(RESPONSES))
+    if is_gspo:
+        pairs = zip(new.split(RESPONSES), (*SHIFTS[:4], 0.02, 0.0), strict=True)
+        batch["log_probs"] = [x - shift for x, shift in pairs]
+    return logits, batch
+
+
+@pytest.mark.parametrize("reducer", REDUCERS)
+@pytest.mark.parametrize("name", SLIME_SETTINGS)
+def test_slime_before_and_after(python_blocks, name, reducer):
+    """Every setting, with every average of slime."""
+    (code,) = python_blocks(DOCUMENT)["slime"]
+    arguments = slime_arguments(**SLIME_SETTINGS[name])
+    logits, batch = make_full_batch(arguments.advantage_estimator == "gspo")
+    results = []
+    for loss_of, dtype in ((loss_of_slime, torch.float64), (make_slime_loss(code), torch.float32)):
+        x = logits.to(dtype).requires_grad_()
+        loss, metrics = loss_of(arguments, batch, x, make_reducer(batch, **REDUCERS[reducer]))
+        (UPSTREAM * loss).backward()
+        results.append((x.grad, metrics))
+    (expected_grad, expected), (grad, found) = results
+    assert relative(grad, expected_grad) <= 5e-6
+    for key, value in expected.items():
+        assert found[key].item() == pytest.approx(value.item(), rel=5e-6, abs=1e-5), key
+    assert ("tis_clipfrac" in found) == arguments.use_tis
+    assert ("kl_loss" in found) == arguments.use_kl_loss
+
+
+@pytest.mark.parametrize("setting", ["use_score_centering", "get_mismatch_metrics",
+                                     "rollout_top_p", "context parallelism"])  # fmt: skip
+def test_slime_s_own_loss_for_the_rest(python_blocks, setting):
+    (code,) = python_blocks(DOCUMENT)["slime"]
+    is_context = setting == "context parallelism"
+    policy_loss = make_slime_loss(code, ranks_of_context=2 if is_context else 1)
+    options = {} if is_context else {setting: 0.9}
+    logits, batch = make_full_batch(True)
+    arguments, reducer = slime_arguments(**options), make_reducer(batch)
+    with pytest.warns(UserWarning, match=f"the loss is slime's own, for {setting}"):
+        loss, metrics = policy_loss(arguments, batch, logits, reducer)
+    assert loss == loss_of_slime(arguments, batch, logits, reducer)[0]
+    assert "tis" not in metrics
 
 
 # NeMo-RL: f(next_token_logprobs, data, global_valid_seqs, global_valid_toks)
