@@ -1,4 +1,4 @@
-"""The registered loss and the fused forward beside verl's own, on the same tensors."""
+"""The fused forward and the shorter updates beside verl's own, on the same tensors."""
 
 import contextlib
 import copy
@@ -14,6 +14,9 @@ import torch.distributed as dist
 
 from gspo_ops import reference
 from gspo_ops.integrations import verl as ours
+from gspo_ops.integrations import verl_losses
+from gspo_ops.integrations.verl_losses import AGGREGATIONS
+from gspo_ops.integrations.verl_skip import PROPORTIONAL
 from gspo_ops.testing import relative
 
 if importlib.util.find_spec("verl") is None:
@@ -24,101 +27,11 @@ transformers = pytest.importorskip("transformers")
 import verl  # noqa: E402
 from verl.models.transformers import dense_common, monkey_patch  # noqa: E402
 from verl.utils import tensordict_utils  # noqa: E402
-from verl.workers.config import ActorConfig, FSDPActorConfig, PolicyLossConfig  # noqa: E402
+from verl.workers.config import FSDPActorConfig, PolicyLossConfig  # noqa: E402
 from verl.workers.utils import padding  # noqa: E402
 from verl.workers.utils.losses import ppo_loss  # noqa: E402
 
-MODES = list(ours._AGGREGATIONS)
-INFOS = {
-    "counted here": {},
-    "global": {"dp_size": 2, "batch_num_tokens": 31, "global_batch_size": 9},
-    "scaled": {"dp_size": 2, "batch_num_tokens": 31, "global_batch_size": 9,
-               "loss_scale_factor": 50},
-}  # fmt: skip
-
-
-def make_config(info, **options):
-    config = FSDPActorConfig(
-        strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1,
-        clip_ratio_low=3e-4, clip_ratio_high=4e-4,
-        policy_loss=PolicyLossConfig(loss_mode=ours.register()), **options,
-    )  # fmt: skip
-    assert isinstance(config, ActorConfig)
-    config.global_batch_info.update(info)
-    return config
-
-
-def make_batch(dtype, per_token):
-    generator = torch.Generator().manual_seed(0)
-    mask = torch.ones(6, 8, dtype=torch.long)
-    mask[1, 3:] = 0
-    mask[2] = 0  # no token at all
-    mask[4, ::2] = 0
-    old = -torch.rand(6, 8, generator=generator, dtype=torch.float64) * 5
-    shift = torch.tensor([1e-4, 3.5e-4, 0.1, -2e-4, -5e-4, 5e-4], dtype=torch.float64)
-    noise = torch.randn(6, 8, generator=generator, dtype=torch.float64) * 1e-4
-    new = old + shift[:, None] + noise
-    advantages = torch.randn(6, 8 if per_token else 1, generator=generator, dtype=torch.float64)
-    weights = 0.5 + torch.rand(6, 8, generator=generator, dtype=torch.float64)
-    return [x.to(dtype) for x in (old, new, advantages.expand(6, 8).contiguous(), weights)] + [mask]
-
-
-def run(function, config, mode, dtype, per_token, weighted):
-    old, new, advantages, weights, mask = make_batch(dtype, per_token)
-    new.requires_grad_()
-    loss, metrics = function(
-        old, new, advantages, mask, mode, config, weights if weighted else None
-    )
-    (3.0 * loss).backward()
-    return loss.detach(), new.grad, metrics
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize("info", INFOS)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_equals_verl_s_own(dtype, mode, info, per_token, weighted):
-    config = make_config(INFOS[info])
-    theirs = run(core_algos.get_policy_loss_fn("gspo"), config, mode, dtype, per_token, weighted)
-    name = config.policy_loss.loss_mode
-    mine = run(core_algos.get_policy_loss_fn(name), config, mode, dtype, per_token, weighted)
-    tolerance = 1e-7 if dtype == torch.float64 else 2e-6  # verl divides by a length plus 1e-8
-    for a, b in zip(mine[:2], theirs[:2], strict=True):
-        torch.testing.assert_close(a, b, atol=0, rtol=tolerance)
-    assert (mine[1] == 0).sum() == (theirs[1] == 0).sum() > 0
-    for key, value in theirs[2].items():
-        assert mine[2][key] == pytest.approx(value, abs=2e-7), key
-    assert mine[2]["gspo_ops/active_token_frac"] < 1
-
-
-def test_padding_may_hold_anything():
-    config = make_config({})
-    old, new, advantages, _, mask = make_batch(torch.float32, False)
-    expected, _ = ours.policy_loss(old, new, advantages, mask, config=config)
-    new = torch.where(mask == 0, torch.nan, new).requires_grad_()
-    loss, _ = ours.policy_loss(old, new, advantages, mask, config=config)
-    loss.backward()
-    assert torch.equal(loss, expected)
-    assert (new.grad[mask == 0] == 0).all()
-
-
-def test_wrong_uses_are_refused():
-    old, new, advantages, _, mask = make_batch(torch.float32, False)
-    with pytest.raises(ValueError, match=r"loss_agg_mode must be one of 'token-mean'.*got 'mean'"):
-        ours.policy_loss(old, new, advantages, mask, "mean", make_config({}))
-    with pytest.raises(ValueError, match="config must be verl's ActorConfig"):
-        ours.policy_loss(old, new, advantages, mask)
-    with pytest.raises(ValueError, match="must have global_batch_size with dp_size=2"):
-        ours.policy_loss(old, new, advantages, mask, config=make_config({"dp_size": 2}))
-    wide = FSDPActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1)
-    with pytest.warns(UserWarning, match="clip_ratio_low=0.2 never clips"):
-        ours.policy_loss(old, new, advantages, mask, config=wide)
-
-
-def test_registering_twice_is_fine():
-    assert ours.register() == ours.register() == "gspo_ops"
-
+MODES = list(AGGREGATIONS)
 
 # The fused forward
 
@@ -308,6 +221,116 @@ def test_a_model_wrapped_by_peft_and_a_copy():
     assert torch.equal(fused(wrapped, **inputs)[0], expected)
 
 
+@pytest.mark.parametrize("alone", [True, False], ids=["head", "head and body"])
+def test_an_adapter_on_the_head(alone):
+    peft = pytest.importorskip("peft")
+    targets = ["lm_head"] if alone else ["lm_head", "q_proj", "up_proj"]
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        config = peft.LoraConfig(target_modules=targets, r=4, init_lora_weights=False)
+        model = make_model("Qwen3", dtype)
+        is_exact = dtype == torch.float64
+        if not is_exact:
+            ours.fuse_forward(model)
+        torch.manual_seed(1)
+        wrapped = peft.get_peft_model(model, config).to(dtype)
+        inputs, labels = make_packed(), make_tokens(1, sum(LENGTHS), seed=1)
+        found = (eager(wrapped, labels, **inputs) if is_exact
+                 else fused(wrapped, **inputs, shift_labels=labels))  # fmt: skip
+        results.append([*(x.detach() for x in found), grads_of(wrapped, *found)])
+    *expected, expected_grads = results[0]
+    *got, grads = results[1]
+    for x, y in zip(got, expected, strict=True):
+        assert relative(x, y) <= 2e-5
+    assert grads.keys() == expected_grads.keys()
+    assert any("lm_head" in name for name in grads)
+    for name, grad in grads.items():
+        assert grad.any(), name
+        assert relative(grad, expected_grads[name]) <= 5e-5, name
+
+
+IMAGE, START, END, VIDEO = 46, 47, 48, 49  # tokens
+PATCHES = 4
+VISION = {
+    "depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "patch_size": 4,
+    "out_hidden_size": 32, "spatial_merge_size": 1, "initializer_range": 0.2,
+}  # fmt: skip
+
+
+def make_seeing(family):
+    text = SIZES | {
+        "head_dim": 8, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    vision = (
+        VISION
+        | {
+            "Qwen2_5_VL": {"fullatt_block_indexes": [1], "window_size": 8},
+            "Qwen3VL": {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+        }[family]
+    )
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO,
+        vision_start_token_id=START, vision_end_token_id=END, attn_implementation="eager",
+    )  # fmt: skip
+    kind = getattr(transformers, f"{family}ForConditionalGeneration")
+    return kind(config).eval().double()
+
+
+def make_images():
+    """One sequence with an image, positions as verl makes them: of text, time, height and width."""
+    ids = torch.tensor([[5, START, *[IMAGE] * PATCHES, END, 7, 8, 9, 10]])
+    grid = torch.tensor([[1, 2, 2]])
+    before, after = torch.arange(2), torch.arange(4, 9)
+    of_image = torch.tensor([[2, 2, 2, 2], [2, 2, 3, 3], [2, 3, 2, 3]])
+    seen = torch.cat([before.expand(3, -1), of_image, after.expand(3, -1)], dim=1)
+    positions = torch.cat([torch.arange(ids.shape[1])[None], seen])[:, None]
+    pixels = upstream(torch.empty(PATCHES, 3 * 2 * 16, dtype=torch.float64), 5)
+    return {"input_ids": ids, "position_ids": positions, "pixel_values": pixels,
+            "image_grid_thw": grid}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "patched"), [("Qwen2_5_VL", False), ("Qwen3VL", False), ("Qwen3VL", True)]
+)
+def test_models_that_see_images(family, patched, monkeypatch):
+    """As transformers has them, and with the forwards that verl gives them."""
+    model = make_seeing(family)
+    if patched:
+        monkey_patch_of_verl(model, monkeypatch)
+    text = {
+        "input_ids": make_tokens(1, 5) % (IMAGE - 2) + 2,
+        "position_ids": torch.arange(5).expand(4, 1, -1),
+    }
+    batches = [make_images(), text]
+    labels = [make_tokens(*batch["input_ids"].shape, seed=1) for batch in batches]
+    expected = [eager(model, y, **batch) for batch, y in zip(batches, labels, strict=True)]
+    expected_grads = [grads_of(model, *x) for x in expected]
+    assert any("visual" in name for name in expected_grads[0])
+    ours.fuse_forward(model)
+    for i, batch in enumerate(batches):
+        got = fused(model, **batch, shift_labels=labels[i])
+        for x, y in zip(got, expected[i], strict=True):
+            assert relative(x.detach(), y.detach()) <= 1e-10
+        found = grads_of(model, *got)
+        assert found.keys() == expected_grads[i].keys()
+        for name, grad in found.items():
+            assert relative(grad, expected_grads[i][name]) <= 1e-10, name
+
+
+def monkey_patch_of_verl(model, monkeypatch):
+    """verl's, for this test; verl 0.9 looks for a class that transformers 5 has renamed."""
+    modeling = sys.modules[type(model).__module__]
+    output = transformers.modeling_outputs.CausalLMOutputWithPast
+    monkeypatch.setattr(modeling, "Qwen3VLCausalLMOutputWithPast", output, raising=False)
+    for name in [name for name in vars(modeling) if name.startswith("Qwen3VL")]:
+        kind = getattr(modeling, name)
+        if isinstance(kind, type) and "forward" in vars(kind):
+            monkeypatch.setattr(kind, "forward", kind.forward)  # put back afterwards
+    monkeypatch.setattr(monkey_patch, "is_trl_available", lambda: False)
+    monkey_patch.apply_monkey_patch(model, use_remove_padding=False)
+
+
 def test_only_the_backend_of_this_name_is_ours():
     ours.register()
     model = make_model("Llama")
@@ -335,9 +358,6 @@ def test_what_the_forward_is_not_for_is_refused(monkeypatch):
     model = make_model("Llama")
     with pytest.raises(ValueError, match="LlamaModel has no output embeddings"):
         ours.fuse_forward(model.model)
-    model.config.vision_config = {}
-    with pytest.raises(ValueError, match="model must be a text model, got LlamaForCausalLM"):
-        ours.fuse_forward(model)
     for version in ("0.8.2", "0.10.0", "1.0"):
         monkeypatch.setattr(verl, "__version__", version)
         for function, arguments in (
@@ -345,6 +365,61 @@ def test_what_the_forward_is_not_for_is_refused(monkeypatch):
         ):  # fmt: skip
             with pytest.raises(ImportError, match=f"is for verl 0.9, got {version}"):
                 function(*arguments)
+
+
+# The loss of verl's actor, with its KL and entropy terms
+
+PARTS = ((2, 3), (1, 3), (4, 3), (2, 1))  # tokens of prompt and response
+
+
+@pytest.mark.parametrize(
+    ("mode", "kl"),
+    [("gspo", "low_var_kl"), ("vanilla", "k1"), ("cispo", "abs"), ("sapo", "mse"), ("gpg", "k3+")],
+)
+def test_actor_s_loss_with_kl_and_entropy(mode, kl):
+    """From the fused forward and our loss, beside logits and verl's own."""
+    terms = {"use_kl_loss": True, "kl_loss_type": kl, "kl_loss_coef": 0.3, "entropy_coeff": 0.2}
+    results = []
+    for dtype, name in ((torch.float64, mode), (torch.float32, f"{ours.register()}_{mode}")):
+        model, data = make_model("Llama, tied", dtype), make_actor_s_data(dtype)
+        ids, positions = data["input_ids"].values()[None], data["position_ids"].values()[None]
+        inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+        labels = ids.roll(-1, dims=1)
+        if dtype == torch.float64:
+            found = eager(model, labels, **inputs)
+        else:
+            ours.fuse_forward(model)
+            found = fused(model, **inputs, shift_labels=labels)
+        offsets = data["input_ids"].offsets()
+        output = {
+            key: torch.nested.nested_tensor_from_jagged(x[0], offsets)
+            for key, x in zip(("log_probs", "entropy"), found, strict=True)
+        }
+        loss, metrics = make_loss("token-mean", name, **terms)(model_output=output, data=data)
+        loss.backward()
+        terms_of = [metrics[key].values[0] for key in ("kl_loss", "actor/entropy_loss")]
+        results.append(({n: p.grad for n, p in model.named_parameters()}, [loss.item(), *terms_of]))
+    (expected_grads, expected), (grads, got) = results
+    assert got == pytest.approx(expected, rel=1e-5)
+    for name, grad in grads.items():
+        assert relative(grad, expected_grads[name]) <= 2e-5, name
+
+
+def make_actor_s_data(dtype):
+    sequences = [make_tokens(sum(part), seed=i) for i, part in enumerate(PARTS)]
+    longest = max(response for _, response in PARTS)
+    mask = torch.arange(longest) < torch.tensor([response for _, response in PARTS])[:, None]
+    old, ref, advantages = (upstream(torch.empty(mask.shape, dtype=dtype), i) for i in range(3))
+    data = {
+        "input_ids": nested(sequences),
+        "position_ids": nested([torch.arange(len(x)) for x in sequences]),
+        "prompts": nested([x[:p] for x, (p, _) in zip(sequences, PARTS, strict=True)]),
+        "responses": nested([x[p:] for x, (p, _) in zip(sequences, PARTS, strict=True)]),
+        "response_mask": mask.long(), "advantages": advantages,
+        "old_log_probs": old - 4, "ref_log_prob": ref - 4,
+    }  # fmt: skip
+    numbers = {"dp_size": 1, "batch_num_tokens": 23, "global_batch_size": 7}
+    return tensordict_utils.get_tensordict(data, numbers)
 
 
 # verl's engine, on a CPU
@@ -487,7 +562,8 @@ def on_rank_update(directory, layout, cut):
     assert torch.equal(old_log_probs(skipping, layout, cut), old)  # of everyone
     old += torch.linspace(-2e-4, 2e-4, old.numel()).view_as(old)
     cases = [(mode, ours.NAME) for mode in MODES]
-    cases += [("token-mean", name) for name in ours._PROPORTIONAL]
+    cases += [("token-mean", name) for name in PROPORTIONAL]
+    cases += [("token-mean", f"{ours.NAME}_{name}") for name in ("vanilla", "sapo", "cispo", "gpg")]
     for mode, name in cases:
         (theirs, everyone), (mine, ran) = (
             update(worker, make_loss(mode, name), make_sequences(layout, cut, old))
@@ -628,11 +704,12 @@ def update(worker, loss_function, data):
     return found, [sorted(names) for names in ran[:-1]]
 
 
-def test_what_can_t_be_skipped_exactly_is_refused_by_name(monkeypatch):
+def test_what_can_t_be_skipped_exactly_is_trained(monkeypatch, caplog):
     from verl.workers.engine_workers import ActorRolloutRefWorker
 
     plain = ActorRolloutRefWorker.actor_worker_cls
     monkeypatch.setattr(ActorRolloutRefWorker, "actor_worker_cls", plain)
+    monkeypatch.setattr(plain, "train_batch", lambda self, data: data)
     assert plain.__module__.startswith("verl.")  # importing patches nothing
     ours.skip_zero_advantages()
     skipping = ActorRolloutRefWorker.actor_worker_cls
@@ -640,19 +717,30 @@ def test_what_can_t_be_skipped_exactly_is_refused_by_name(monkeypatch):
     ours.skip_zero_advantages()
     assert ActorRolloutRefWorker.actor_worker_cls is skipping
     worker = object.__new__(skipping)
-    refused = [
+    kept = [
         ("strategy='megatron'", {"strategy": "megatron"}),
         ("use_kl_loss=True", {"use_kl_loss": True}),
         ("entropy_coeff=0.001", {"entropy_coeff": 1e-3}),
         ("loss_agg_mode='seq-mean-token-sum-norm' without loss_scale_factor",
          {"mode": "seq-mean-token-sum-norm", "loss_scale_factor": None}),
     ]  # fmt: skip
-    others = set(core_algos.POLICY_LOSS_REGISTRY) - set(ours._PROPORTIONAL)
+    names = {name for name in core_algos.POLICY_LOSS_REGISTRY if not name.startswith(ours.NAME)}
+    others = names - set(PROPORTIONAL)
     assert others == {"bypass_mode", "clip_cov", "dro", "geo_mean", "kl_cov"}
-    refused += [(f"policy_loss.loss_mode='{name}'", {"name": name}) for name in others]
-    for setting, options in refused:
-        with pytest.raises(ValueError, match=re.escape(setting)):
-            worker.set_loss_fn(make_loss(**options))
-    with pytest.raises(ValueError, match=r"needs verl's ppo_loss.*distillation"):
-        worker.set_loss_fn(functools.partial(print, config=None))
+    others |= {f"{ours.NAME}_{name}" for name in others}
+    losses = [(setting, make_loss(**options)) for setting, options in kept]
+    losses += [(f"loss_mode={name!r}", make_loss(name=name)) for name in others]
+    losses.append(("distillation", functools.partial(print, config=None)))
+    verl_losses.say_once.cache_clear()
+    for setting, loss in losses:
+        caplog.clear()
+        for _ in range(2):
+            worker.set_loss_fn(loss)
+            assert worker.loss_fn is loss
+        assert worker.train_batch("all of it") == "all of it"
+        (said,) = caplog.messages
+        assert setting in said
+    caplog.clear()
     worker.set_loss_fn(make_loss())
+    assert worker.loss_fn.args[0].func is ppo_loss
+    assert not caplog.messages
