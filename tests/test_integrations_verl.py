@@ -451,6 +451,29 @@ def on_rank_engine(directory, packed, dtype):
             assert relative(x, theirs[name]) <= {"fp32": 5e-6, "bf16": 0.1}[dtype], name
 
 
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_verl_s_engine_with_adapters(ranks, tmp_path, packed):
+    pytest.importorskip("peft")
+    make_model("Llama, tied").save_pretrained(tmp_path)
+    ranks(2)(on_rank_adapters, str(tmp_path), packed)
+
+
+def on_rank_adapters(directory, packed):
+    """Under FSDP2, with LoRA on the head and in the body, beside the same with logits.
+
+    The head is tied, since FSDP2 can't shard peft's layer by itself, as verl would an untied one.
+    """
+    mine, theirs = (
+        step(make_engine(directory, "fp32", backend, ["lm_head", "q_proj"]), packed)
+        for backend in (ours.register(), None)
+    )
+    assert any("lm_head" in name for name in mine)
+    assert mine.keys() == theirs.keys()
+    for name, x in mine.items():
+        assert x.any()
+        assert relative(x, theirs[name]) <= 5e-6, name
+
+
 def on_a_cpu():
     """Tell verl that there is a CPU, and no TRL, whose 1.16 it can't use."""
     from verl.plugin.platform import set_platform
@@ -466,8 +489,8 @@ def on_a_cpu():
     monkey_patch.is_trl_available = lambda: False
 
 
-def make_engine(directory, dtype, backend):
-    """verl's, from its configs."""
+def make_engine(directory, dtype, backend, adapted=None):
+    """verl's, from its configs, with LoRA where it is asked for."""
     on_a_cpu()
     from verl.workers.config import FSDPEngineConfig, HFModelConfig
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
@@ -475,12 +498,20 @@ def make_engine(directory, dtype, backend):
     model = HFModelConfig(
         path=directory, load_tokenizer=False, override_config={"attn_implementation": "eager"},
         use_fused_kernels=backend is not None, fused_kernel_options={"impl_backend": backend},
+        lora_rank=4, target_modules=adapted,
     )  # fmt: skip
     settings = FSDPEngineConfig(
         strategy="fsdp2", use_torch_compile=False, mixed_precision={"param_dtype": dtype}
     )
     engine = FSDPEngineWithLMHead(model, settings, None, None)
-    engine.module = engine._build_fsdp_module(engine._build_module())
+    module = engine._build_module()
+    if adapted is not None:
+        module = engine._build_lora_module(module)
+        torch.manual_seed(0)
+        for name, p in module.named_parameters():
+            if "lora_" in name:  # of which B is 0 at first
+                torch.nn.init.normal_(p, std=0.1)
+    engine.module = engine._build_fsdp_module(module)
     return engine
 
 
@@ -514,7 +545,8 @@ def step(engine, packed):
     engine.module.zero_grad()
     loss, _ = engine.forward_step(batch, loss_function, forward_only=False)
     loss.backward()
-    for name, p in engine.module.named_parameters():
+    trained = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+    for name, p in trained:
         if hasattr(p.grad, "full_tensor"):
             found[name] = p.grad.full_tensor()
         else:
