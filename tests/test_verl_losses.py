@@ -166,6 +166,23 @@ def test_every_loss_of_verl_has_a_counterpart():
         assert f"gspo_ops_{name}" in core_algos.POLICY_LOSS_REGISTRY
 
 
+def test_a_loss_of_one_s_own_has_a_counterpart(monkeypatch, logged):
+    def own(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config,
+            rollout_is_weights):  # fmt: skip
+        return (old_log_prob * advantages * log_prob).sum(), {"own": 1.0}
+
+    monkeypatch.setattr(core_algos, "POLICY_LOSS_REGISTRY", {"own": own})
+    ours.register()
+    batch = make_batch(torch.float64, True)
+    theirs, mine = (
+        run(core_algos.get_policy_loss_fn(name), make_config(), "of its own", batch, True)
+        for name in ("own", "gspo_ops_own")
+    )
+    assert torch.equal(mine[1], theirs[1])
+    assert mine[2] == {"own": 1.0}
+    assert len(logged.messages) == 1
+
+
 @pytest.mark.parametrize("mode", FUSED)
 def test_padding_may_hold_anything(mode):
     config = make_config(mode)
@@ -195,7 +212,7 @@ def test_a_ratio_beyond_verl_s_clamp_has_its_gradient():
 
 def test_wrong_uses_are_refused():
     old, new, advantages, _, mask = make_batch(torch.float32, False)
-    with pytest.raises(ValueError, match=r"loss_agg_mode must be one of 'token-mean'.*got 'mean'"):
+    with pytest.raises(ValueError, match="Invalid loss_agg_mode: mean"):  # verl's own words
         ours.policy_loss(old, new, advantages, mask, "mean", make_config())
     with pytest.raises(ValueError, match="config must be verl's ActorConfig"):
         ours.policy_loss(old, new, advantages, mask)

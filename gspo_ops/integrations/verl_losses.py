@@ -91,18 +91,14 @@ def policy_loss(
         The loss, and metrics under verl's names and, with `gspo_ops/`, ours.
 
     Raises:
-        ValueError: the aggregation is unknown, or its global count is missing.
+        ValueError: config is None, or the global count of its average is missing.
     """
     if config is None:
         raise ValueError("config must be verl's ActorConfig, got None")
-    if loss_agg_mode not in AGGREGATIONS:
-        known = ", ".join(map(repr, AGGREGATIONS))
-        raise ValueError(f"loss_agg_mode must be one of {known}, got {loss_agg_mode!r}")
     batch = _Batch(old_log_prob, log_prob, advantages, response_mask, rollout_is_weights)
     average = _OF_PAPER if mode in ("sapo", "geo_mean") else loss_agg_mode
-    aggregation, count = AGGREGATIONS[average]
     try:
-        objective = _objective(mode, config, aggregation)
+        objective = _objective(mode, config, average)
         if mode == "geo_mean":
             batch = _of_sequences(batch)
     except ValueError as error:
@@ -110,7 +106,10 @@ def policy_loss(
 
         say_once(f"loss_mode={NAME}_{mode} is verl's own {mode}: {error}")
         return get_policy_loss_fn(mode)(*batch[:4], loss_agg_mode, config, rollout_is_weights)
-    info = config.global_batch_info
+    if mode == "geo_mean":  # which counts empty sequences, of this micro-batch
+        denominator: float | Tensor | None = float(len(response_mask))
+    else:
+        denominator = _denominator(average, config.global_batch_info, response_mask)
     loss, stats = policy_loss_from_log_probs(
         log_prob,
         None if mode == "gpg" else old_log_prob,
@@ -118,9 +117,7 @@ def policy_loss(
         mask=response_mask,
         objective=objective,
         rollout_weights=batch.weights,
-        denominator=float(len(response_mask))
-        if mode == "geo_mean"
-        else _denominator(count, average, info, response_mask),
+        denominator=denominator,
     )
     ours = {f"{NAME}/{name}": x.item() for name, x in stats.items() if x.ndim == 0}
     return loss, _metrics(mode, objective, batch, stats) | ours
@@ -136,12 +133,15 @@ class _Batch(NamedTuple):
     weights: Tensor | None
 
 
-def _objective(mode: str, config: Any, aggregation: Aggregation) -> Objective:
-    """What a mode means.
+def _objective(mode: str, config: Any, average: str) -> Objective:
+    """What a mode means with one of verl's averages.
 
     Raises:
         ValueError: no objective says it.
     """
+    if average not in AGGREGATIONS:
+        raise ValueError(f"no objective has loss_agg_mode={average!r}")
+    aggregation, _ = AGGREGATIONS[average]
     low, high = (
         config.clip_ratio if of_side is None else of_side
         for of_side in (config.clip_ratio_low, config.clip_ratio_high)
@@ -195,16 +195,15 @@ def say_once(message: str) -> None:
     _logger.warning(message)
 
 
-def _denominator(
-    count: str | None, mode: str, info: dict[str, Any], mask: Tensor
-) -> float | Tensor | None:
+def _denominator(average: str, info: dict[str, Any], mask: Tensor) -> float | Tensor | None:
     """What verl divides by: counts of the global batch, per data-parallel rank."""
+    _, count = AGGREGATIONS[average]
     ranks = info.get("dp_size", 1)
     given = info.get(count) if count else 1
     if given is None and ranks > 1:
         raise ValueError(f"global_batch_info must have {count} with dp_size={ranks}")
     norm = 1
-    if mode == "seq-mean-token-sum-norm":
+    if average == "seq-mean-token-sum-norm":
         norm = info.get("loss_scale_factor") or mask.shape[-1]
     if given is None:  # counted here
         return None if norm == 1 else norm * (mask.sum(-1) > 0).sum().float().clamp(min=1)
