@@ -161,6 +161,20 @@ def test_what_the_head_says_is_not_overridden():
         loss_from_model(model, batch, None, torch.ones(4), mask=mask, softcap=None)
 
 
+def test_positions_of_several_axes_reach_the_first_use():
+    """A model for images may need them, whether or not its first batch has images."""
+    model, ids = make("Llama"), torch.randint(2, 50, (2, 9))
+    expected = log_probs_from_model(make("Llama"), {"input_ids": ids}, T)
+    own = model.forward
+
+    def forward(input_ids=None, *, position_ids, **arguments):
+        return own(input_ids, position_ids=position_ids[0], **arguments)
+
+    model.forward = forward
+    batch = {"input_ids": ids, "position_ids": torch.arange(9).expand(3, 2, 9)}
+    torch.testing.assert_close(log_probs_from_model(model, batch, T), expected)
+
+
 def test_the_check_can_be_left_out():
     """What the model makes of its logits is learnt all the same."""
     model, (batch, _) = make("Gemma2, soft cap"), make_batch()

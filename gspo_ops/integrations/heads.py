@@ -297,7 +297,7 @@ def learn(
     last = last_layer(inner)
     probe = _Probe(last)
     probe.is_real = check
-    if batch.keys() <= _OF_TEXT:
+    if _is_text(batch):
         batch = {"input_ids": batch["input_ids"][:1, -_TOKENS:]}
     found: list[Transform] = []
 
@@ -317,6 +317,12 @@ def learn(
     ):
         _Seam(inner, last, probe).run(model, batch, finish, within)
     _transforms[inner] = found[0]
+
+
+def _is_text(batch: Mapping[str, Any]) -> bool:
+    positions = batch.get("position_ids")
+    # positions of several axes are those of models for images, which may not do without them
+    return batch.keys() <= _OF_TEXT and (positions is None or positions.ndim < 3)
 
 
 def _fitted(model: Any, logits: Tensor) -> Transform:
