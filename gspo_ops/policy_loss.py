@@ -39,8 +39,8 @@ def empty_loss(log_probs: Tensor | None, entropy: Tensor | None, policy: Policy)
 def policy_loss_fwd(
     log_probs: Tensor | None, entropy: Tensor | None, policy: Policy
 ) -> LossAndGrad:
-    """Loss, statistics, g and h. Log-probs are None where the policy does not read them, entropies
-    without an entropy bonus."""
+    """Loss, statistics, g and h. Log-probs are None where the policy does not read them; entropies
+    are None without an entropy bonus."""
     # what ranks have to exchange in between does not fit into one launch
     is_alone = policy.context_group is None
     if use_triton(policy.advantages) and policy.sequences.batch and is_alone:

@@ -148,8 +148,12 @@ def top_entropy_weights(
     check_number("fraction", fraction, minimum=0.0, exclusive=True)
     if fraction > 1:
         raise ValueError(f"fraction must be at most 1, got {fraction!r}")
-    if mask is not None and mask.shape != entropy.shape:
-        raise ValueError(f"mask must have shape {tuple(entropy.shape)}, got {tuple(mask.shape)}")
+    if mask is not None:
+        check_tensor("mask", mask, entropy.device)
+        if mask.shape != entropy.shape:
+            raise ValueError(
+                f"mask must have shape {tuple(entropy.shape)}, got {tuple(mask.shape)}"
+            )
     valid = torch.ones_like(entropy, dtype=torch.bool) if mask is None else mask != 0
     values = _of_all_ranks(entropy[valid], group).sort().values
     if len(values) == 0:

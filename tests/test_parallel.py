@@ -29,6 +29,7 @@ from gspo_ops import (
     policy_loss_from_log_probs,
     policy_loss_from_logits,
     reference,
+    top_entropy_weights,
 )
 from gspo_ops.head import Head, HeadOptions
 from gspo_ops.hidden import hidden_fwd
@@ -698,6 +699,20 @@ def on_rank_sequences() -> None:
             assert_stats(stats, expected.stats)
             assert_same_everywhere(loss, *stats.values())
             torch.testing.assert_close(mine.grad, whole.grad[own], rtol=2e-6, atol=0, msg=order)
+
+
+def test_top_entropy_weights_over_ranks(ranks):
+    ranks(2)(on_rank_top_entropy)
+
+
+def on_rank_top_entropy() -> None:
+    """Each rank has another number of tokens, one of them none; all share a quantile."""
+    entropy = torch.rand(20, generator=torch.Generator().manual_seed(0))
+    expected = top_entropy_weights(entropy, 0.3)
+    for border in (7, 20):
+        mine = [slice(None, border), slice(border, None)][dist.get_rank()]
+        found = top_entropy_weights(entropy[mine], 0.3, group=dist.group.WORLD)
+        assert torch.equal(found, expected[mine])
 
 
 @sizes

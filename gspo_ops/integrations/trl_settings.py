@@ -105,7 +105,7 @@ def objective_of(trainer: GRPOTrainer, advantage_per_token: bool) -> Objective:
     if trainer.use_adaptive_entropy:
         raise ValueError("use_adaptive_entropy=True has a controller, which is TRL's")
     if trainer.loss_type not in _AGGREGATIONS:
-        raise ValueError(f"loss_type={trainer.loss_type!r} is none that gspo_ops knows")
+        raise ValueError(f"loss_type={trainer.loss_type!r} is not one that gspo_ops knows")
     level: Any = trainer.importance_sampling_level
     if level == "sequence" and advantage_per_token:
         level = "sequence_shared"
