@@ -260,14 +260,13 @@ def test_the_patch_check_sees_patches():
     assert {"torch.Tensor.exp", "triton.cdiv", "torch.nn.functional.linear"} <= set(seen)
 
 
-def test_import_takes_no_longer_than_that_of_torch_and_triton():
-    """CPU time, the least of some runs: what runs beside this may not count."""
-    code = "import time, {}; print(time.process_time())"
-    bare, ours = "torch, triton", "torch, triton, gspo_ops"
-    least = dict.fromkeys((bare, ours), math.inf)
-    for _ in range(8):
-        for names in least:
-            least[names] = min(least[names], python(code.format(names)))
-        if least[ours] <= 1.15 * least[bare]:
-            return
-    pytest.fail(f"{least}")
+def test_import_takes_little_beside_that_of_torch_and_triton():
+    """CPU time within one process, the least share of some runs: a busy machine may not count."""
+    code = (
+        "import time, torch, triton; bare = time.process_time(); "
+        "import gspo_ops; print(time.process_time() / bare)"
+    )
+    shares = []
+    while len(shares) < 8 and min(shares, default=math.inf) > 1.15:
+        shares.append(python(code))
+    assert min(shares) <= 1.15, shares
