@@ -239,7 +239,11 @@ def measure(
             errors[case, name] = relative(gradient(contender, step), expected)
     del exact
     progress(f"{rounds} rounds of {len(steps)} updates")
-    names = {f"{i} {name}": (case, name) for i, case in enumerate(cases) for name in everybody}
+    # A contender's updates follow each other: the ratio to its own at f=1 is of the same minute.
+    names = {
+        f"{case.dead} {name} {case.f}": (case, name)
+        for dead in DEAD for name in everybody for case in cases if case.dead == dead
+    }  # fmt: skip
     taken = interleaved(
         {key: partial(sample, steps[of], device) for key, of in names.items()}, rounds
     )
