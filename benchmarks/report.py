@@ -342,8 +342,9 @@ def updates_table(report: dict) -> list[str]:
         f"checkpointing, clipping of the gradient, AdamW; {report['sequences']} responses of "
         f"{report['tokens']} tokens that it has sampled after {report['prompt']} of a prompt. A "
         f"fraction f of them has a gradient; the others have no advantage, or are clipped. Medians "
-        f"of {report['rounds']} rounds, interleaved over all cases: seconds, the time relative to "
-        f"f=1 of the same contender and to the first contender at the same f, both round by round, "
+        f"of {report['rounds']} rounds, in which a contender's updates follow each other: seconds, "
+        f"the time relative to f=1 of the same contender and to the first contender at the same f, "
+        f"both round by round, "
         f"peak memory beyond what stands there before, and the distance (relative L2) of the "
         f"gradient from that of the reference trainer's fused loss with nothing left out.",
         "",
