@@ -1,8 +1,9 @@
 """Check your own trainer's loss against the reference, on inputs that show the usual mistakes.
 
-`gspo_ops.testing` makes ragged batches whose ratios lie on both sides of the clip range, some of them
-5e-6 from its edges. `gspo_ops.reference` is the definition, here in float64. Replace `your_loss`: it is
-right if its gradient is off by rounding only, as it is in the first line of the table.
+`gspo_ops.testing` makes ragged batches whose ratios lie on both sides of the clip range, some of
+them 5e-6 from its edges. `gspo_ops.reference` is the definition, here in float64. Replace
+`your_loss`: it is right if its gradient is off by rounding only, as it is in the first line of the
+table.
 
     python examples/check_your_loss.py
 """
@@ -52,16 +53,19 @@ LOSSES: dict[str, Loss] = {
 
 def gradient_error(loss: Loss) -> float:
     """Distance of d loss / d logits from the reference in float64, relative L2."""
-    case = make_case(synthetic_logits(33, 24, 300, device=torch.device("cpu")), GSPO(), packed=False)
+    case = make_case(
+        synthetic_logits(33, 24, 300, device=torch.device("cpu")), GSPO(), packed=False
+    )
     kept = case.lengths > 0  # the case has a response without a token, which few trainers allow
     mask, advantages, old = case.mask[kept], case.advantages[kept], case.old_log_probs[kept]
     targets = case.targets[kept].clamp(min=0)
     exact = case.double().logits[kept].requires_grad_()  # 0 where masked; case.logits has NaN there
     logits = exact.detach().float().requires_grad_()
     loss(logits, targets, old, advantages, mask).backward()
-    reference.policy_loss_from_logits(
+    expected, _ = reference.policy_loss_from_logits(
         exact, targets, old.double(), advantages.double(), mask=mask, objective=GSPO()
-    ).loss.backward()
+    )
+    expected.backward()
     return relative(logits.grad, exact.grad)
 
 

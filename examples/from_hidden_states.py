@@ -1,9 +1,9 @@
 """An on-policy loop from hidden states: the N x V logits of an update never exist.
 
-The body of the model runs, its head is not called, and the op takes the head's weight. One update per
-batch is on-policy, so no old log-probs are needed. The batch is trained in micro-batches, whose losses
-add up to that of the whole batch because they share one denominator. A response is rewarded for its
-share of even tokens.
+The body of the model runs, its head is not called, and the op takes the head's weight. One update
+per batch is on-policy, so no old log-probs are needed. The batch is trained in micro-batches, whose
+losses add up to that of the whole batch because they share one denominator. A response is rewarded
+for its share of even tokens.
 
     python examples/from_hidden_states.py
 """
@@ -23,13 +23,15 @@ CONFIG = LlamaConfig(
     intermediate_size=128,
     num_hidden_layers=2,
     num_attention_heads=4,
+    pad_token_id=0,
+    eos_token_id=None,  # all responses have T tokens
 )
 
 
 def sample(model: LlamaForCausalLM) -> Tensor:
     """Prompts with their responses, (B, S)."""
-    prompts = torch.randint(3, VOCABULARY, (PROMPTS, PROMPT_LENGTH)).repeat_interleave(GROUP, 0)
-    return model.generate(prompts, do_sample=True, top_k=0, min_new_tokens=T, max_new_tokens=T)
+    prompts = torch.randint(1, VOCABULARY, (PROMPTS, PROMPT_LENGTH)).repeat_interleave(GROUP, 0)
+    return model.generate(prompts, do_sample=True, top_k=0, max_new_tokens=T)
 
 
 def response_hidden(model: LlamaForCausalLM, tokens: Tensor) -> Tensor:
@@ -42,7 +44,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(CONFIG)
     weight = model.lm_head.weight
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(STEPS):
         tokens = sample(model)
         targets = tokens[:, PROMPT_LENGTH:]

@@ -1,8 +1,8 @@
 """A whole GSPO loop from logits: sample groups of responses, score them, take updates.
 
-The model is small and random, and a response is rewarded for its share of even tokens, so that there
-is something to learn within seconds. Each line shows the ratio before the first update of a batch,
-which is exactly 1, and the share of tokens that the clip range leaves out of the second one.
+The model is small and random, and a response is rewarded for its share of even tokens, so that
+there is something to learn within seconds. Each line shows the ratio before the first update of a
+batch, which is exactly 1, and the share of tokens that the clip range leaves out of the second one.
 
     python examples/from_logits.py
 """
@@ -63,7 +63,8 @@ def main() -> None:
             optimizer.zero_grad()
             seen.append(stats)
         print(
-            f"step {step}: reward {rewards.mean():.3f}, first ratio {seen[0]['ratio_mean'].item()}, "
+            f"step {step}: reward {rewards.mean():.3f}, "
+            f"first ratio {seen[0]['ratio_mean'].item()}, "
             f"clipped {seen[0]['clip_frac_tokens']:.2f} then {seen[-1]['clip_frac_tokens']:.2f}"
         )
 

@@ -1,8 +1,8 @@
 """Two processes that share a model by FSDP2, each with its own part of the batch.
 
-`loss_from_model` takes the sharded model as it is. One denominator for all processes makes the averaged
-gradient that of the whole batch, even though they have 2 and 6 of its 8 sequences. The first process
-compares the gradient with that of an unsharded copy on the whole batch.
+`loss_from_model` takes the sharded model as it is. One denominator for all processes makes the
+averaged gradient that of the whole batch, even though they have 2 and 6 of its 8 sequences. The
+first process compares the gradient with that of an unsharded copy on the whole batch.
 
     torchrun --nproc-per-node 2 examples/fsdp2.py
 """
@@ -32,14 +32,8 @@ CONFIG = LlamaConfig(
 
 def policy_loss(model: LlamaForCausalLM, batch: dict[str, Tensor], **options: Any) -> Tensor:
     inputs = {"input_ids": batch["tokens"]}
-    return loss_from_model(
-        model,
-        inputs,
-        advantages=batch["advantages"],
-        mask=batch["mask"],
-        objective=GSPO(),
-        **options,
-    ).loss
+    of_batch = {"advantages": batch["advantages"], "mask": batch["mask"]}
+    return loss_from_model(model, inputs, objective=GSPO(), **of_batch, **options).loss
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
 """An objective of your own: a function of log-probs, differentiated by autograd.
 
-The example is TOPR (arXiv 2503.14286): sequences with a positive advantage have no importance weight,
-and those with a negative one have their ratio, at most 1. A function gets flat tensors (N,) of the
-tokens, and says which it clipped, for the statistics. It needs no kernel: logits, padding and
-averaging are taken care of. Its gradient is compared with that of plain PyTorch.
+The example is TOPR (arXiv 2503.14286): sequences with a positive advantage have no importance
+weight, and those with a negative one have their ratio, at most 1. A function gets flat tensors (N,)
+of the tokens, and says which it clipped, for the statistics. It needs no kernel: logits, padding
+and averaging are taken care of. Its gradient is compared with that of plain PyTorch.
 
     python examples/own_objective.py
 """
@@ -24,7 +24,7 @@ def topr(
     sequence_ids: Tensor,
     lengths: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """-min(s_i, 1) A_i log_prob_t, without the weight where A_i >= 0; s_i = pi(y_i) / pi_old(y_i)."""
+    """-w_i A_i log_prob_t: w_i is min(pi(y_i) / pi_old(y_i), 1) for A_i < 0, and 1 otherwise."""
     log_ratios = torch.zeros(len(lengths)).index_add(
         0, sequence_ids, (log_probs - old_log_probs).detach()
     )[sequence_ids]
@@ -36,9 +36,7 @@ def topr(
 topr.aggregation = "seq-mean-token-sum"  # the log-prob of a sequence, averaged over sequences
 
 
-def plain(
-    logits: Tensor, targets: Tensor, old: Tensor, advantages: Tensor, mask: Tensor
-) -> Tensor:
+def plain(logits: Tensor, targets: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     """The same in plain PyTorch."""
     log_probs = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
     log_prob = (log_probs * mask).sum(1)
@@ -56,7 +54,9 @@ def main() -> None:
     old = log_probs + 0.1 * torch.randn(B, T)
     advantages = torch.randn(B)
 
-    loss, stats = policy_loss_from_logits(logits, targets, old, advantages, mask=mask, objective=topr)
+    loss, stats = policy_loss_from_logits(
+        logits, targets, old, advantages, mask=mask, objective=topr
+    )
     (gradient,) = torch.autograd.grad(loss, logits)
     exact = logits.detach().double().requires_grad_()
     expected = plain(exact, targets, old.double(), advantages.double(), mask)

@@ -1,8 +1,8 @@
 """Packed sequences: responses of different lengths in one row, without padding.
 
-Prompts and responses lie one after another in a single row of tokens, with positions that start again
-at each sequence. The loss takes the rows that predict response tokens, and `cu_seqlens` says where each
-response begins, as in FlashAttention. Loss and gradient are those of the padded batch.
+Prompts and responses lie one after another in a single row of tokens, with positions that start
+again at each sequence. The loss takes the rows that predict response tokens, and `cu_seqlens` says
+where each response begins, as in FlashAttention. Loss and gradient are those of the padded batch.
 
     python examples/packed.py
 """

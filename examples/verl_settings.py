@@ -1,12 +1,12 @@
 """verl: the settings that turn the fused loss and the fused forward on.
 
-Every worker has to register them before it builds its model. `external_lib` names a module that verl
-imports there, and this file is such a module:
+Every worker has to register them before it builds its model. `external_lib` names a module that
+verl imports there, and this file is such a module:
 
     PYTHONPATH=examples python -m verl.trainer.main_ppo $(python examples/verl_settings.py) ...
 
-Run by itself, it prints the settings. It also calls the loss that is registered, which needs no verl,
-and compares loss and gradient with the definition in float64.
+Run by itself, it prints the settings. It also calls the loss that is registered, which needs no
+verl, and compares loss and gradient with the definition in float64.
 """
 
 import sys

@@ -62,7 +62,7 @@ def python_blocks() -> Callable[[str], dict[str, list[str]]]:
     """`python_blocks(path)` is the Python code of a document, by the heading it stands under."""
 
     def of_document(path: str) -> dict[str, list[str]]:
-        text = (ROOT / path).read_text()
+        text = (Path(__file__).parent.parent / path).read_text()
         blocks: dict[str, list[str]] = {}
         heading = ""
         # a fence is taken as a whole: comments in it are not headings

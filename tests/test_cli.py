@@ -92,13 +92,17 @@ def train(monkeypatch, outcome, *overrides):
     return cli.main(["train", "out=a run", *overrides])
 
 
-@pytest.mark.parametrize(("kept", "after"), [("true", "sample 'a run' "), ("false", "plot 'a run' ")])
+@pytest.mark.parametrize(
+    ("kept", "after"), [("true", "sample 'a run' "), ("false", "plot 'a run' ")]
+)
 def test_train_ends_with_what_to_do_next(kept, after, monkeypatch, capsys):
     assert train(monkeypatch, "the summary", f"checkpoint.save_model={kept}") == 0
     assert after in next_line(capsys)
 
 
-@pytest.mark.parametrize("ended", [Interrupted("stopped"), Diverged("not finite"), CannotWrite("full")])
+@pytest.mark.parametrize(
+    "ended", [Interrupted("stopped"), Diverged("not finite"), CannotWrite("full")]
+)
 def test_train_says_how_to_go_on_after_an_early_end(ended, monkeypatch, capsys):
     assert train(monkeypatch, ended) != 0
     line = next_line(capsys)

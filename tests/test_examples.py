@@ -9,10 +9,8 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 from gspo_ops.integrations import verl as verl_integration
 
@@ -56,7 +54,7 @@ def test_from_hidden_states():
     output = run("from_hidden_states")
     assert_learns(output)
     assert set(numbers(output, "ratio")) == {1.0}
-    assert output.splitlines()[-1].startswith("plan=keep")
+    assert output.splitlines()[-1].startswith("keep: ")
 
 
 def test_packed():
@@ -104,18 +102,26 @@ def test_verl_settings_register_where_a_worker_imports_them(monkeypatch):
 
 def test_moe_routing_replay():
     output = run("moe_routing_replay")
-    low, high = numbers(output, "ratio"), numbers(output, "to")
+    low, high = numbers(output, "ratios"), numbers(output, "to")
     assert (low[0], high[0]) == (1.0, 1.0)
     assert low[-1] < 1 < high[-1]
-    assert numbers(output, "then")[-1] > 1  # percent
-    replayed, natural = numbers(output, "by")[-1], numbers(output, "replay,")[-1]
-    assert replayed != natural
+    moved = re.findall(rf"({NUMBER})% of the experts", output)
+    assert float(moved[-1]) > 0
+    replayed, native = numbers(output, "a log-prob")[-1], numbers(output, "replay,")[-1]
+    assert replayed < native / 2
 
 
 def test_fsdp2():
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     done = subprocess.run(
-        [*command, "--master-port", "0", EXAMPLES / "fsdp2.py"],
+        [*command, EXAMPLES / "fsdp2.py"],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -156,7 +162,9 @@ def test_an_example_is_short_says_how_to_run_it_and_is_listed(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_an_example_imports_public_names(path):
-    for module, names in re.findall(r"^from (gspo_ops\S*) import \(?([^()]*?)\)?$", path.read_text(), re.M):
+    for module, names in re.findall(
+        r"^from (gspo_ops\S*) import \(?([^()]*?)\)?$", path.read_text(), re.M
+    ):
         loaded = importlib.import_module(module)
         for name in re.findall(r"\w+", names):
             assert not name.startswith("_")

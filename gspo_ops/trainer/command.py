@@ -79,8 +79,8 @@ def _next_step(config: TrainConfig) -> str:
 def _train_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gspo-ops train",
-        description="Train a language model on verifiable problems, with the fused op as its loss.\n"
-        "docs/trainer.md has all keys.",
+        description="Train a language model on verifiable problems, with the fused op as its\n"
+        "loss. docs/trainer.md has all keys.",
         epilog=_TRAIN_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
