@@ -25,9 +25,10 @@ def topr(
     lengths: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """-w_i A_i log_prob_t: w_i is min(pi(y_i) / pi_old(y_i), 1) for A_i < 0, and 1 otherwise."""
-    log_ratios = torch.zeros(len(lengths)).index_add(
+    log_ratio = log_probs.new_zeros(len(lengths)).index_add(
         0, sequence_ids, (log_probs - old_log_probs).detach()
-    )[sequence_ids]
+    )
+    log_ratios = log_ratio[sequence_ids]
     is_negative = advantages < 0
     weights = torch.where(is_negative, log_ratios.clamp(max=0).exp(), 1.0)
     return -weights * advantages * log_probs, is_negative & (log_ratios > 0)
