@@ -25,6 +25,7 @@ from torch import Tensor
 import gspo_ops
 from gspo_ops import GSPO
 from gspo_ops.backend import has_bf16
+from gspo_ops.environment import ISSUES
 from gspo_ops.testing import relative
 
 from .measure import (
@@ -50,6 +51,12 @@ ROUNDS = {"cpu": 4, "cuda": 20}
 # and beyond the tighter ones for fp32, or eager's error and an ulp for 16 bits, ours is not timed.
 DIFFERENT, FP32_ERROR, ULP = 0.05, 5e-6, {2: 2**-8, 4: 0.0}
 MODEL = "model"  # in place of a path
+_EXAMPLES = """examples:
+  gspo-ops bench                                                 default sizes, both paths
+  gspo-ops bench --path hidden --shape 1024,151936,896 --f 1 0.5
+  gspo-ops bench --against eager,liger --out bench.json --plot bench.png
+  gspo-ops bench --path model                                    whole updates of a model
+"""
 _CACHE = 256 << 20  # bytes, larger than any machine's last level
 _COPY = {"cpu": 256 << 20, "cuda": 2 << 30}
 
@@ -253,7 +260,7 @@ def measure(
             continue
         if why := refusal(name, found[name], found[BASELINE], dtype):
             if name.startswith(OURS):
-                raise SystemExit(f"not timed: {name}: {why}")
+                raise SystemExit(f"not timed: {name}: {why}\nnext: report this at {ISSUES}")
             results[name] = {"refused": why}
     del truth
     timed = {n: providers[n].compute for n in found if n not in results}
@@ -331,6 +338,16 @@ def lines(row: dict) -> list[str]:
     return table
 
 
+def next_step(rows: Sequence[dict]) -> str:
+    """What to do after these results, in one line."""
+    providers = [of for row in rows for of in row["providers"].values()]
+    if any(of.get("missing") == "not installed" for of in providers):
+        return "next: pip install 'gspo-ops[bench]' adds the peers that are not installed"
+    if default_device().type == "cuda":
+        return "next: make gpu, in a checkout, writes a results file to share (docs/gpu.md)"
+    return "next: docs/integrations.md shows how to put the loss into your trainer"
+
+
 def shape_of(text: str) -> tuple[int, int, int]:
     """N,V,H or N,V."""
     try:
@@ -361,8 +378,10 @@ def parser() -> argparse.ArgumentParser:
     names = "; ".join(dict.fromkeys(name for of in LOSSES.values() for name in of))
     found = argparse.ArgumentParser(
         prog="gspo-ops bench",
-        description="Time, peak memory and error of GSPO's loss and gradient: ours, eager, "
+        description="Time, peak memory and error of GSPO's loss and gradient: ours, eager,\n"
         "torch.compile and peers, on this machine. Peers come with pip install 'gspo-ops[bench]'.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = found.add_argument
     add(
@@ -407,6 +426,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         fractions = args.f or updates.FRACTIONS
         updates.run(args.model, fractions, args.rounds or 3, args.out, args.plot, progress)
+        print(next_step([]))
         return 0
     device = default_device().type
     rounds = args.rounds or ROUNDS[device]
@@ -441,6 +461,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from . import plots
 
         plots.bench(report, args.plot)
+    print(next_step(report["results"]))
     return 0
 
 

@@ -11,7 +11,22 @@ from typing import Any
 import torch
 
 from . import __version__
-from .environment import environment
+from .environment import ISSUES, environment
+
+_EXAMPLES = """examples:
+  gspo-ops verify                    check the ops on this machine
+  gspo-ops bench                     compare them with what you run now
+  gspo-ops train --preset demo       train SmolLM2-135M-Instruct, minutes on two CPU cores
+  gspo-ops verify --help             options and examples of a command
+"""
+_VERIFY_EXAMPLES = """examples:
+  gspo-ops verify                    on the GPU if there is one, else on the CPU
+  gspo-ops verify --device cpu
+  gspo-ops verify --model smollm2    on the logits and hidden states of a real model
+  TRITON_INTERPRET=1 gspo-ops verify --device cpu    the kernels, without a GPU
+"""
+_ENV_EXAMPLE = "example: gspo-ops env > environment.txt, for a bug report"
+_AFTER_VERIFY = "gspo-ops bench compares time and memory with what you run now"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,16 +40,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .benchmarks import bench
 
         return bench.main(argv[1:])
-    parser = argparse.ArgumentParser(prog="gspo-ops", description=__doc__)
+    args = _parser().parse_args(argv)
+    if args.command == "env":
+        print(environment())
+        return 0
+    return _verify(args.device, args.model)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gspo-ops",
+        description="Fused policy-gradient losses: train with them, check them and time them.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("train", help="train a language model with the fused op")
+    commands.add_parser("train", help="train a language model with the fused loss")
     commands.add_parser("plot", help="draw the metrics of training runs side by side")
     commands.add_parser("sample", help="show what the model of a training run answers")
-    commands.add_parser("compare", help="GSPO against GRPO, dense and MoE, several seeds")
+    commands.add_parser("compare", help="train GSPO against GRPO, dense and MoE, on several seeds")
     commands.add_parser("bench", help="time the ops against eager PyTorch, torch.compile and peers")
-    commands.add_parser("env", help="print versions and devices")
-    verify = commands.add_parser("verify", help="check every op against float64 on this machine")
+    commands.add_parser("env", help="print versions and devices", epilog=_ENV_EXAMPLE)
+    verify = commands.add_parser(
+        "verify",
+        help="check every op against float64 on this machine",
+        description="Check every op, dtype, layout and objective against float64 on this machine.",
+        epilog=_VERIFY_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     verify.add_argument(
         "--device",
         type=torch.device,
@@ -47,11 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="use logits, hidden states and head of a real model: 'smollm2', or a local path that "
         "transformers loads",
     )
-    args = parser.parse_args(argv)
-    if args.command == "env":
-        print(environment())
-        return 0
-    return _verify(args.device, args.model)
+    return parser
 
 
 def _verify(device: torch.device, model: str | None) -> int:
@@ -77,6 +107,7 @@ def _verify(device: torch.device, model: str | None) -> int:
     print(testing.table(measured))
     over = [m for m in measured if not m.ok]
     print(f"{len(measured)} checks, {len(over)} over their bound")
+    print(f"next: report all of this at {ISSUES}" if over else f"next: {_AFTER_VERIFY}")
     return 1 if over else 0
 
 

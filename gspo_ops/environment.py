@@ -12,6 +12,8 @@ import torch
 from . import __version__
 from .backend import has_bf16
 
+ISSUES = "https://github.com/gspo-ops/gspo-ops/issues"
+
 
 def environment() -> str:
     """Versions and devices, as every results file should carry them."""

@@ -21,16 +21,25 @@ with contextlib.suppress(ImportError):
 
 from gspo_ops import testing
 
+ROOT = Path(__file__).parent.parent
+# About the repository: an unpacked sdist has neither its links nor the results of benchmarks.
+OF_A_CHECKOUT = ("test_packaging.py", "test_readme.py")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     testing.patch_interpreter()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave the tests of other processes to them, where several share the work without a plugin."""
+    """Leave the tests of other processes to them, where several share the work without a plugin,
+    and those about a checkout where this is none."""
     if part := os.environ.get("GSPO_OPS_TESTS_PART"):
         first, step = map(int, part.split("/"))
         items[:] = items[first::step]
+    if (ROOT / "PKG-INFO").is_file():
+        skip = pytest.mark.skip(reason="is about a checkout, and this is an unpacked sdist")
+        for item in items:
+            if item.path.name in OF_A_CHECKOUT:
+                item.add_marker(skip)
 
 
 @pytest.fixture(autouse=True)

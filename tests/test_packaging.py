@@ -1,8 +1,10 @@
 """What the wheel and the sdist hold, and that they work where the checkout can't be imported."""
 
+import email
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import gspo_ops
+from gspo_ops.environment import ISSUES
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
@@ -170,6 +175,35 @@ def test_installed_wheel_has_its_commands(installed, tmp_path):
     *helps, (_, timed) = result.values()
     assert all(text.startswith("usage: gspo-ops") for _, text in helps)
     assert "eager" in timed
+
+
+def test_sdist_has_what_the_tests_need(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    needed = [
+        *ROOT.glob("tests/*.py"), *ROOT.glob("examples/*"), *ROOT.glob("docs/*.md"),
+        *ROOT.glob("gspo_ops/benchmarks/*.py"),
+        *(ROOT / name for name in ("Makefile", "constraints.txt", "CONTRIBUTING.md", "README.md")),
+    ]  # fmt: skip
+    needed = [path for path in needed if path.is_file()]
+    assert {path.relative_to(ROOT).as_posix() for path in needed} <= names
+    assert not [name for name in names if name.endswith((".pyc", ".png"))]
+
+
+def test_versions_and_addresses_agree(wheel):
+    """Of the metadata, the citation, the changelog and what the commands print."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [x for x in archive.namelist() if x.endswith(".dist-info/METADATA")]
+        metadata = email.message_from_bytes(archive.read(name))
+    citation = (ROOT / "CITATION.cff").read_text()
+    version, source = (
+        re.search(rf"^{key}: (\S+)$", citation, re.M)[1] for key in ("version", "repository-code")
+    )
+    assert version == metadata["Version"] == gspo_ops.__version__
+    assert f"\n## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+    urls = dict(entry.split(", ") for entry in metadata.get_all("Project-URL"))
+    assert urls["Source"] == source
+    assert urls["Issues"] == ISSUES == f"{source}/issues"
 
 
 def test_installed_wheel_has_no_kernels_package(installed, tmp_path):

@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .config import load_config, presets
+from .config import TrainConfig, load_config, presets
 from .progress import CannotWrite, Diverged, Interrupted
 
 _REQUIRED = ("transformers", "reasoning_gym", "tqdm", "matplotlib")
+_TRAIN_EXAMPLES = """examples:
+  gspo-ops train --preset demo                        what make demo does
+  gspo-ops train run.toml update.learning_rate=5e-6   a file, and key=value on top
+  gspo-ops train run.toml --resume                    from the last checkpoint in its out
+  torchrun --nproc-per-node 2 --no-python gspo-ops train --preset demo
+"""
+_PLOT_EXAMPLES = """examples:
+  gspo-ops plot runs/demo
+  gspo-ops plot runs/a runs/b --out both.png
+"""
+_SAMPLE_EXAMPLES = """examples:
+  gspo-ops sample runs/train                          its answers to held-out problems
+  gspo-ops sample runs/train "3 + 4 =" --responses 4
+"""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,18 +58,31 @@ def main(argv: Sequence[str]) -> int:
         return 2
     except (Interrupted, Diverged, CannotWrite) as ended:
         print(f"gspo-ops train: {ended}", file=sys.stderr)
+        lower = " and a lower update.learning_rate" if isinstance(ended, Diverged) else ""
+        print(f"next: the same command with --resume{lower}")
         return 130 if isinstance(ended, Interrupted) else 1
     if trainer.ranks.is_first:
-        print(summary)
         print(f"metrics.jsonl, samples.jsonl, summary.json and training.png are in {config.out}")
+        print(summary)
+        print(_next_step(config))
     return 0
+
+
+def _next_step(config: TrainConfig) -> str:
+    """What to do after a run, in one line."""
+    out = shlex.quote(str(config.out))
+    if config.checkpoint.save_model:
+        return f"next: gspo-ops sample {out} shows what the model answers"
+    return f"next: gspo-ops plot {out} OTHER_RUN draws runs side by side"
 
 
 def _train_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gspo-ops train",
-        description="Train a language model on verifiable problems, with the fused op as its loss. "
-        "docs/trainer.md has all keys.",
+        description="Train a language model on verifiable problems, with the fused op as its\n"
+        "loss. docs/trainer.md has all keys.",
+        epilog=_TRAIN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("config", nargs="?", metavar="CONFIG.toml", help="default: the preset")
@@ -70,7 +98,10 @@ def _train_parser() -> argparse.ArgumentParser:
 def plot_main(argv: Sequence[str]) -> int:
     """`gspo-ops plot`: one run, or several side by side; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="gspo-ops plot", description="Draw the metrics of runs, several side by side."
+        prog="gspo-ops plot",
+        description="Draw the metrics of runs, several side by side.",
+        epilog=_PLOT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run")
     parser.add_argument("--out", type=Path, default=Path("runs.png"), help="default: %(default)s")
@@ -95,8 +126,10 @@ def sample_main(argv: Sequence[str]) -> int:
     """`gspo-ops sample`: what the model of a run answers; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="gspo-ops sample",
-        description="Show what the model that a run has trained answers to held-out problems of "
+        description="Show what the model that a run has trained answers to held-out problems of\n"
         "the run, or to other questions, asked as the run asks.",
+        epilog=_SAMPLE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="directory of the run")
