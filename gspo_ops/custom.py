@@ -117,7 +117,7 @@ def _terms(
     ):
         raise ValueError(
             "objective must return loss terms, or a pair of them and a bool tensor of shape "
-            f"{shape} that says which ones are clipped, got {_told(clipped, dtype=True)} as second"
+            f"{shape} that marks the clipped ones, got {_told(clipped, dtype=True)} as the second"
         )
     return terms, clipped
 

@@ -22,12 +22,12 @@ PRODUCTS_TABLE = Path(__file__).with_name("products.json")  # by device and dtyp
 
 
 class LoRA(NamedTuple):
-    """A low-rank update of the head, which is never merged: weight + scale * b @ a.
+    """A low-rank update of the head, weight + scale * b @ a, which is never merged.
 
     Attributes:
         a: (r, H), with a gradient.
         b: (V, r), with a gradient.
-        scale: alpha / r, usually.
+        scale: usually alpha / r.
     """
 
     a: Tensor
@@ -223,7 +223,7 @@ def check_operands(hidden: Tensor, weight: Tensor) -> None:
         )
     _check_operand("weight", weight, hidden.device, tuple(weight.shape))
     if weight.numel() == 0:
-        raise ValueError(f"weight must have a vocabulary and a size, got {tuple(weight.shape)}")
+        raise ValueError(f"weight must not be empty, got {tuple(weight.shape)}")
 
 
 def check_lora(lora: LoRA, hidden: Tensor, weight: Tensor) -> None:
@@ -251,7 +251,7 @@ def _check_main_grad(main_grad: Tensor, hidden: Tensor, weight: Tensor) -> None:
             f"{tuple(main_grad.shape)} with strides {main_grad.stride()}"
         )
     if main_grad.requires_grad:
-        raise ValueError("main_grad requires grad, but is a buffer that is added to: detach it")
+        raise ValueError("main_grad requires grad, but is only a buffer for gradients: detach it")
     if not weight.requires_grad:
         raise ValueError("main_grad is given, but weight does not require grad")
     if weight.dtype == torch.float64 or hidden.dtype == torch.float64:

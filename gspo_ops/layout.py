@@ -123,7 +123,7 @@ def resolve_layout(
     if len(shape) == 1 and cu_seqlens is None:
         raise ValueError(
             "cu_seqlens is needed for packed input of shape (N,): the (B + 1,) first rows of its "
-            "sequences, and N"
+            "sequences, followed by N"
         )
     batch = shape[0]
     if cu_seqlens is not None:

@@ -31,7 +31,7 @@ def check_logits(logits: Tensor, targets: Tensor) -> None:
     if logits.ndim not in (2, 3):
         raise ValueError(f"logits must have shape (B, T, V) or (N, V), got {tuple(logits.shape)}")
     if logits.shape[-1] == 0:
-        raise ValueError(f"logits must have a vocabulary, got {tuple(logits.shape)}")
+        raise ValueError(f"logits must have a non-empty vocabulary, got {tuple(logits.shape)}")
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         raise ValueError(
             "logits must be contiguous along the vocabulary, got strides "

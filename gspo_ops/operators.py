@@ -216,7 +216,7 @@ def scalar(
 
 
 def _refuse_derivative(ctx: object, *grads: Tensor) -> None:
-    raise NotImplementedError("gspo_ops has no second derivatives: double backward is impossible")
+    raise NotImplementedError("gspo_ops does not support second derivatives (double backward)")
 
 
 def refuse_graph() -> None:

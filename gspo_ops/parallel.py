@@ -57,9 +57,9 @@ def _part_of_dtensor(name: str, x: Tensor, dim: int, group: ProcessGroup | None)
     mesh, placements = x.device_mesh, tuple(x.placements)  # type: ignore[attr-defined]
     if group is None:
         raise ValueError(
-            f"{name} is a DTensor with placements {placements}: where its ranks see the same rows, "
-            f"pass vocab_group={name}.device_mesh.get_group(); where each has rows of its own, as "
-            f"with FSDP, pass {name}.full_tensor()"
+            f"{name} is a DTensor with placements {placements}: if its ranks see the same rows, pass "
+            f"vocab_group={name}.device_mesh.get_group(); if each has rows of its own, as with "
+            f"FSDP, pass {name}.full_tensor()"
         )
     _check_group("vocab_group", group)
     dim = dim % x.ndim
@@ -67,14 +67,14 @@ def _part_of_dtensor(name: str, x: Tensor, dim: int, group: ProcessGroup | None)
         is_group = mesh.get_group(i).group_name == group.group_name
         if not (placement.is_shard(dim) if is_group else placement.is_replicate()):
             raise ValueError(
-                f"{name} must be split over vocab_group by Shard({dim}) and by nothing else, got a "
+                f"{name} must be sharded over vocab_group by Shard({dim}) and by nothing else, got a "
                 f"DTensor with placements {placements}"
             )
     if all(mesh.get_group(i).group_name != group.group_name for i in range(mesh.ndim)):
-        raise ValueError(f"{name} is a DTensor over other ranks than those of vocab_group")
+        raise ValueError(f"{name} is a DTensor over ranks other than those of vocab_group")
     ranks, size = group.size(), x.shape[dim]
     if (ranks - 1) * -(-size // ranks) >= size:
-        raise ValueError(f"{name} must give each of {ranks} ranks a part of the vocabulary {size}")
+        raise ValueError(f"{name} must give each of {ranks} ranks a shard of the vocabulary {size}")
     return x.to_local()  # type: ignore[attr-defined]
 
 
@@ -278,27 +278,27 @@ def global_denominator(
     context_group: ProcessGroup | None = None,
     gradients: Literal["mean", "sum"] = "mean",
 ) -> Tensor:
-    """The `denominator` that makes losses of parts of a batch add up to that of the whole.
+    """The `denominator` with which losses of parts of a batch add up to that of the whole batch.
 
         D = (non-empty sequences, or tokens for "token-mean", on all ranks) / ranks
 
-    Each rank calls the loss with it on each of its micro-batches, and adds the gradients up; what
-    averages them over the ranks, as DDP and FSDP do, then has the gradient of the whole batch.
+    Each rank passes it to the loss of each of its micro-batches and accumulates the gradients. When
+    DDP or FSDP averages them over the ranks, the result is the gradient of the whole batch.
 
     Args:
-        batches: for each micro-batch of this rank, the `mask` and `cu_seqlens` that its loss gets,
-            by these names; at least one of them.
-        objective: whose `aggregation` says what is counted.
-        group: ranks that have other sequences; None for no others.
-        context_group: ranks over which the tokens of the sequences are spread.
-        gradients: `"mean"` where they are averaged over the ranks of both groups, `"sum"` where
-            they are added up.
+        batches: for each micro-batch of this rank, the `mask` and `cu_seqlens` that are passed to
+            its loss, by these names; at least one of them.
+        objective: the objective whose `aggregation` says what is counted.
+        group: ranks with other sequences; None if there are none.
+        context_group: ranks over which the tokens of the sequences are sharded.
+        gradients: `"mean"` if gradients are averaged over the ranks of both groups, `"sum"` if they
+            are summed.
 
     Returns:
         0-dim float64 on the device of the batches, without a host synchronisation.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
     batches = list(batches)
     given = [x for batch in batches if isinstance(batch, Mapping) for x in batch.values()]
@@ -306,7 +306,7 @@ def global_denominator(
         if gradients not in ("mean", "sum"):
             raise ValueError(f"gradients must be 'mean' or 'sum', got {gradients!r}")
         if not batches:
-            raise ValueError("batches must hold one micro-batch at least")
+            raise ValueError("batches must contain at least one micro-batch")
         n = torch.cat([_lengths(i, batch) for i, batch in enumerate(batches)])
         context = group_name("context_group", context_group)
         others = group_name("group", group)

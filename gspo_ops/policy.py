@@ -184,8 +184,8 @@ def make_policy(
     if per_token and objective.ratio_level in ("sequence", "geometric"):
         raise ValueError(
             f"advantages must have shape {(layout.sequences.batch,)} for ratio_level="
-            f"{objective.ratio_level!r}, got one per token: GSPOToken takes them, and so does "
-            "ratio_level='sequence_shared'"
+            f"{objective.ratio_level!r}, got one per token: use GSPOToken or "
+            "ratio_level='sequence_shared' for these"
         )
     weight_per_token = False
     if rollout_weights is not None:

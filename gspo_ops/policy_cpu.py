@@ -307,14 +307,14 @@ def checked_mask(policy: Policy) -> Tensor:
         and (int(cu[0]) != 0 or int(cu[-1]) != rows or bool((cu.diff() < 0).any()))
     ):
         raise ValueError(
-            f"cu_seqlens must rise from 0 to N={rows} without falling, got {cu.tolist()}"
+            f"cu_seqlens must be non-decreasing from 0 to N={rows}, got {cu.tolist()}"
         )
     if mask is None:
         return torch.ones(rows, dtype=torch.bool, device=device)
     valid = mask != 0
     if device.type == "cpu" and bool((valid & (mask != 1)).any()):
         raise ValueError(
-            "mask must hold 0 and 1 only; weights belong into advantages or rollout_weights"
+            "mask must contain only 0 and 1; weights belong in advantages or rollout_weights"
         )
     return valid
 

@@ -63,10 +63,10 @@ class Batch(NamedTuple):
             ValueError: one does not fit; the message names it.
         """
         if "input_ids" not in arguments:
-            raise ValueError(f"batch must have input_ids, got {sorted(arguments)}")
+            raise ValueError(f"batch must contain input_ids, got {sorted(arguments)}")
         if "labels" in arguments:
             raise ValueError(
-                "batch must have no labels: the model makes no logits for its own loss"
+                "batch must not contain labels: the model makes no logits for its own loss"
             )
         ids = arguments["input_ids"]
         if cu_seqlens is None:
@@ -82,7 +82,7 @@ class Batch(NamedTuple):
             )
         if not {"position_ids", "cu_seq_lens_q"} & arguments.keys():
             raise ValueError(
-                "batch must have position_ids, which start again at each sequence, or "
+                "batch must contain position_ids that restart at each sequence, or "
                 "cu_seq_lens_q with cu_seqlens: else its sequences attend to each other"
             )
         return cls(dict(arguments), None, cu_seqlens)

@@ -209,7 +209,7 @@ class _Seam:
         if arguments.get("adapter_names") is not None and _base(self.last) is not self.last:
             raise ValueError(
                 f"the head of {type(model).__name__} has adapters of peft, and adapter_names gives "
-                "each row its own, which the ops can't apply"
+                "each row its own, which the ops cannot apply"
             )
         self.own, self.finish = within or model.forward, finish
         parameters = inspect.signature(self.own).parameters.values()
@@ -226,7 +226,7 @@ class _Seam:
             if self.finish is not None:
                 raise ValueError(
                     f"{type(wrapped).__name__} kept the forward that {type(model).__name__} had "
-                    "when it was wrapped, so that the ops can't apply its head"
+                    "when it was wrapped, so that the ops cannot apply its head"
                 )
             return result
         except torch._dynamo.exc.Unsupported as error:
@@ -332,7 +332,7 @@ def _fitted(model: Any, logits: Tensor) -> Transform:
     of_columns = values[:, 0]
     if not torch.equal(values, of_columns[:, None].expand_as(values)):
         raise ValueError(
-            f"{name} treats the logits of some tokens in another way than others': {_INSTEAD}"
+            f"{name} treats the logits of some tokens differently from others': {_INSTEAD}"
         )
     gain = (of_columns[1] / _PROBES[1]).item()
     top = of_columns[-1].item()
@@ -342,7 +342,7 @@ def _fitted(model: Any, logits: Tensor) -> Transform:
     error = (of_columns - expected).abs() / (1.0 + expected.abs())
     if not gain > 0 or not error.max() <= 1e-6:
         raise ValueError(
-            f"{name} makes of its logits what is neither a scale nor a soft cap: at "
+            f"{name} applies neither a scale nor a soft cap to its logits: at "
             f"{list(_PROBES)} they become {of_columns.tolist()}: {_INSTEAD}"
         )
     return transform
@@ -372,7 +372,7 @@ def _compare(model: Any, transform: Transform, hidden: Tensor, logits: Tensor) -
     if not difference <= allowed.item():
         raise ValueError(
             f"the logits of {type(model).__name__} differ by {difference:.3g} from those that its "
-            f"head's weight and bias make of its hidden states: {_INSTEAD}"
+            f"head's weight and bias give for its hidden states: {_INSTEAD}"
         )
 
 
@@ -488,7 +488,7 @@ def _lora(model: Any, layer: Any) -> LoRA | None:
     what = f"the head of {type(model).__name__} has an adapter of peft"
     # by its name: layers of other kinds have a lora_A too
     if _kind(layer) != "peft.tuners.lora.layer.Linear":
-        raise ValueError(f"{what}, {_kind(layer)}, which the ops can't apply")
+        raise ValueError(f"{what}, {_kind(layer)}, which the ops cannot apply")
     names = [name for name in names if name in layer.lora_A]
     for name in names:
         variant = getattr(layer, "lora_variant", {}).get(name)
@@ -502,7 +502,7 @@ def _lora(model: Any, layer: Any) -> LoRA | None:
             ("with dropout", dropout.training and getattr(dropout, "p", 0.0) > 0),
         ):
             if is_refused:
-                raise ValueError(f"{what} {found}, which the ops can't apply")
+                raise ValueError(f"{what} {found}, which the ops cannot apply")
     a = [layer.lora_A[name].weight for name in names]
     b = [layer.lora_B[name].weight for name in names]
     scales = [layer.scaling[name] for name in names]
