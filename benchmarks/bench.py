@@ -361,16 +361,16 @@ def parser() -> argparse.ArgumentParser:
     names = "; ".join(dict.fromkeys(name for of in LOSSES.values() for name in of))
     found = argparse.ArgumentParser(
         prog="gspo-ops bench",
-        description="Time, peak memory and error of GSPO's loss and gradient: ours, eager, "
-        "torch.compile and peers, on this machine. Peers come with pip install 'gspo-ops[bench]'.",
+        description="Measure time, peak memory and error of GSPO's loss and gradient on this machine: "
+        "gspo_ops, eager, torch.compile and peers. pip install 'gspo-ops[bench]' adds the peers.",
     )
     add = found.add_argument
     add(
         "--path", choices=[*LOSSES, MODEL], nargs="+", default=list(LOSSES),
-        help=f"default: {' and '.join(LOSSES)}; {MODEL}, alone: whole updates of a model, by the "
-        "trainers",
+        help=f"what is timed (default: {' and '.join(LOSSES)}); {MODEL}, which cannot be combined "
+        "with others: whole updates of a model, by each trainer",
     )  # fmt: skip
-    add("--model", default="smollm2", help=f"of --path {MODEL}: smollm2, or a local directory")
+    add("--model", default="smollm2", help=f"model of --path {MODEL}: smollm2 (default) or a directory")
     add(
         "--shape", type=shape_of, nargs="+", metavar="N,V,H", default=[SHAPES[device]],
         help=f"rows, vocabulary, hidden size (default here: {','.join(map(str, SHAPES[device]))})",
@@ -381,10 +381,10 @@ def parser() -> argparse.ArgumentParser:
         help="fractions of sequences with a gradient (default here: "
         f"{', '.join(map(str, FRACTIONS[device]))})",
     )  # fmt: skip
-    add("--lengths", choices=("square", "ragged"), default="square", help="of the sequences")
+    add("--lengths", choices=("square", "ragged"), default="square", help="lengths of the sequences")
     add("--frozen-head", action="store_true", help="no gradient for the head's weight")
-    add("--rounds", type=positive, help=f"default here: {ROUNDS[device]}; of models: 3")
-    add("--against", nargs="+", metavar="NAME", help=f"parts of names, of: {names}")
+    add("--rounds", type=positive, help=f"default here: {ROUNDS[device]}; 3 for models")
+    add("--against", nargs="+", metavar="NAME", help=f"time only providers whose name contains one of these: {names}")
     add("--out", type=Path, help="JSON file to write")
     add("--plot", type=Path, help="PNG file to write")
     return found
@@ -402,7 +402,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if MODEL in args.path:
         if args.path != [MODEL]:
-            of.error(f"--path {MODEL} stands alone")
+            of.error(f"--path {MODEL} cannot be combined with others")
         from . import updates
 
         fractions = args.f or updates.FRACTIONS
