@@ -361,8 +361,8 @@ def parser() -> argparse.ArgumentParser:
     names = "; ".join(dict.fromkeys(name for of in LOSSES.values() for name in of))
     found = argparse.ArgumentParser(
         prog="gspo-ops bench",
-        description="Measure time, peak memory and error of GSPO's loss and gradient on this machine: "
-        "gspo_ops, eager, torch.compile and peers. pip install 'gspo-ops[bench]' adds the peers.",
+        description="Measure time, peak memory and error of GSPO's loss and gradient on this "
+        "machine: gspo_ops, eager, torch.compile and peers. pip install 'gspo-ops[bench]' adds the peers.",
     )
     add = found.add_argument
     add(
@@ -370,7 +370,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"what is timed (default: {' and '.join(LOSSES)}); {MODEL}, which cannot be combined "
         "with others: whole updates of a model, by each trainer",
     )  # fmt: skip
-    add("--model", default="smollm2", help=f"model of --path {MODEL}: smollm2 (default) or a directory")
+    add("--model", default="smollm2", help=f"for --path {MODEL}: smollm2 or a local directory")
     add(
         "--shape", type=shape_of, nargs="+", metavar="N,V,H", default=[SHAPES[device]],
         help=f"rows, vocabulary, hidden size (default here: {','.join(map(str, SHAPES[device]))})",
@@ -381,10 +381,13 @@ def parser() -> argparse.ArgumentParser:
         help="fractions of sequences with a gradient (default here: "
         f"{', '.join(map(str, FRACTIONS[device]))})",
     )  # fmt: skip
-    add("--lengths", choices=("square", "ragged"), default="square", help="lengths of the sequences")
+    add("--lengths", choices=("square", "ragged"), default="square", help="of the sequences")
     add("--frozen-head", action="store_true", help="no gradient for the head's weight")
     add("--rounds", type=positive, help=f"default here: {ROUNDS[device]}; 3 for models")
-    add("--against", nargs="+", metavar="NAME", help=f"time only providers whose name contains one of these: {names}")
+    add(
+        "--against", nargs="+", metavar="NAME",
+        help=f"time only the providers whose names contain one of these words: {names}",
+    )  # fmt: skip
     add("--out", type=Path, help="JSON file to write")
     add("--plot", type=Path, help="PNG file to write")
     return found

@@ -62,8 +62,8 @@ def log_probs_from_logits(
         log_prob[t] = log_softmax(softcap(logits[t]) / temperature)[targets[t]]
         entropy[t]  = -sum_v p[t, v] * log p[t, v],    softcap(x) = softcap * tanh(x / softcap)
 
-    Logits are read once and never copied. The backward reads them once and writes dlogits once; rows
-    whose incoming gradient is zero are not read at all.
+    Logits are read once and never copied. The backward reads them once and writes dlogits once.
+    Rows whose incoming gradient is zero are not read at all.
 
     Args:
         logits: (B, T, V) or (N, V), float16, bfloat16, float32 or float64; any strides, as long as
