@@ -362,7 +362,8 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog="gspo-ops bench",
         description="Measure time, peak memory and error of GSPO's loss and gradient on this "
-        "machine: gspo_ops, eager, torch.compile and peers. pip install 'gspo-ops[bench]' adds the peers.",
+        "machine: gspo_ops, eager, torch.compile and peers, which come with "
+        "pip install 'gspo-ops[bench]'.",
     )
     add = found.add_argument
     add(

@@ -1,4 +1,4 @@
-"""What mkdocs does not do by itself: pages from the repository's root, and a check of public names."""
+"""What mkdocs lacks: pages from the repository's root, and a check of public names."""
 
 from __future__ import annotations
 

@@ -57,8 +57,8 @@ def _part_of_dtensor(name: str, x: Tensor, dim: int, group: ProcessGroup | None)
     mesh, placements = x.device_mesh, tuple(x.placements)  # type: ignore[attr-defined]
     if group is None:
         raise ValueError(
-            f"{name} is a DTensor with placements {placements}: if its ranks see the same rows, pass "
-            f"vocab_group={name}.device_mesh.get_group(); if each has rows of its own, as with "
+            f"{name} is a DTensor with placements {placements}: if its ranks see the same rows, "
+            f"pass vocab_group={name}.device_mesh.get_group(); if each has rows of its own, as with "
             f"FSDP, pass {name}.full_tensor()"
         )
     _check_group("vocab_group", group)
@@ -67,8 +67,8 @@ def _part_of_dtensor(name: str, x: Tensor, dim: int, group: ProcessGroup | None)
         is_group = mesh.get_group(i).group_name == group.group_name
         if not (placement.is_shard(dim) if is_group else placement.is_replicate()):
             raise ValueError(
-                f"{name} must be sharded over vocab_group by Shard({dim}) and by nothing else, got a "
-                f"DTensor with placements {placements}"
+                f"{name} must be sharded over vocab_group by Shard({dim}) and by nothing else, got "
+                f"a DTensor with placements {placements}"
             )
     if all(mesh.get_group(i).group_name != group.group_name for i in range(mesh.ndim)):
         raise ValueError(f"{name} is a DTensor over ranks other than those of vocab_group")

@@ -28,7 +28,7 @@ if INTERPRETED:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "example(page, heading): executes code of README.md or docs/")
+    config.addinivalue_line("markers", "example(page, heading): executes code of README.md, docs/")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

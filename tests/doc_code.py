@@ -1,9 +1,9 @@
 """The Python code in README.md and docs/, and the tests that execute it.
 
 A block is executed in one of two ways. A test marked `@pytest.mark.example(page, heading)` executes
-the blocks under that heading, with inputs and assertions of its own. The other blocks of a page are
-executed by `test_docs.py`, one after the other, as a reader would copy them. The few that need a GPU
-or a cluster begin with a comment that says so, which readers see.
+the blocks under that heading, with inputs and assertions of its own. The other blocks of a page
+are executed by `test_docs.py`, one after the other, as a reader would copy them. The few that need
+a GPU or a cluster begin with a comment that says so, which readers see.
 """
 
 import ast

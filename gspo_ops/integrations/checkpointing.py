@@ -202,7 +202,9 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError("live_checkpointing does not support second derivatives (create_graph=True)")
+            raise RuntimeError(
+                "live_checkpointing does not support second derivatives (create_graph=True)"
+            )
         pairs = zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=False)
         given = [x.detach().requires_grad_(is_needed) for x, is_needed in pairs]
         return None, *ctx.call.gradients(given, ctx.parameters, grads)

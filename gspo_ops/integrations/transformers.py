@@ -1,7 +1,7 @@
 """Policy losses of a causal language model of transformers, from the hidden states at its head.
 
-The model runs unchanged, inside its wrappers, except that its head makes no logits, and that it runs
-only for the sequences that can have a gradient. Written for transformers 5, without importing it.
+The model runs unchanged, inside its wrappers, except that its head makes no logits, and that it
+runs only for the sequences that can have a gradient. Written for transformers 5, without importing it.
 """
 
 from __future__ import annotations

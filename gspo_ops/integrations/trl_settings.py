@@ -1,4 +1,4 @@
-"""How GSPOTrainer treats the settings of TRL's `GRPOConfig`: by an objective or by another route."""
+"""How GSPOTrainer treats the settings of TRL's `GRPOConfig`: by an objective or another route."""
 
 from __future__ import annotations
 
