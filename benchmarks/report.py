@@ -94,7 +94,7 @@ def bench_summary(report: dict) -> list[str]:
     fs = [first[0]["f"], first[len(first) // 2]["f"]]
     columns = [f"{name}, f={f:g}" for name in ("gspo_ops", "fastest of the others") for f in fs]
     lines = [
-        "Forward and backward of GSPO: time and extra memory relative to eager PyTorch with fp32 "
+        "Forward and backward of GSPO: time, and extra memory, relative to eager PyTorch with fp32 "
         "logits, at a fraction f of responses with a gradient. In parentheses: the error of s_i "
         "against float64, in bold if it exceeds the clip range of 3e-4.",
         "",

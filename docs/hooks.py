@@ -51,7 +51,7 @@ def _require_documented(files: Files) -> None:
     wrong = []
     for path, item in _public_names():
         if path not in shown and path.rpartition(".")[0] not in shown:
-            wrong.append(f"{path} stands on no page of docs/api")
+            wrong.append(f"{path} is on no page of docs/api")
         if item.docstring is None:
             wrong.append(f"{path} has no docstring")
         elif item.is_function and not path.startswith("gspo_ops.reference."):
@@ -61,23 +61,24 @@ def _require_documented(files: Files) -> None:
 
 
 def _public_names() -> Iterator[tuple[str, griffe.Object]]:
-    package = griffe.load("gspo_ops", search_paths=[str(ROOT)], resolve_aliases=True)
+    extensions = griffe.load_extensions(ROOT / "docs/griffe_names.py")
+    package = griffe.load(
+        "gspo_ops", search_paths=[str(ROOT)], extensions=extensions, resolve_aliases=True
+    )
     modules = [package, *(package[f"integrations.{name}"] for name in INTEGRATIONS)]
     for module in modules:
         for name in module.exports:
             yield f"{module.path}.{name}", module[str(name)]
-    for name, item in package["reference"].functions.items():
+    for item in package["reference"].functions.values():
         if item.is_public:
             yield item.path, item
 
 
 def _undocumented(function: griffe.Function) -> list[str]:
-    sections = function.docstring.parse("google", warn_unknown_params=False)
     named = {
-        name.strip()
-        for section in sections
+        parameter.name.lstrip("*")
+        for section in function.docstring.parse("google")
         if section.kind is griffe.DocstringSectionKind.parameters
         for parameter in section.value
-        for name in parameter.name.split(",")
     }
     return [p.name for p in function.parameters if p.name not in named]

@@ -58,8 +58,8 @@ def _part_of_dtensor(name: str, x: Tensor, dim: int, group: ProcessGroup | None)
     if group is None:
         raise ValueError(
             f"{name} is a DTensor with placements {placements}: if its ranks see the same rows, "
-            f"pass vocab_group={name}.device_mesh.get_group(); if each has rows of its own, as with "
-            f"FSDP, pass {name}.full_tensor()"
+            f"pass vocab_group={name}.device_mesh.get_group(); if each has rows of its own, as "
+            f"with FSDP, pass {name}.full_tensor()"
         )
     _check_group("vocab_group", group)
     dim = dim % x.ndim

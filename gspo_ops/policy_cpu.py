@@ -306,9 +306,7 @@ def checked_mask(policy: Policy) -> Tensor:
         and device.type == "cpu"
         and (int(cu[0]) != 0 or int(cu[-1]) != rows or bool((cu.diff() < 0).any()))
     ):
-        raise ValueError(
-            f"cu_seqlens must be non-decreasing from 0 to N={rows}, got {cu.tolist()}"
-        )
+        raise ValueError(f"cu_seqlens must be non-decreasing from 0 to N={rows}, got {cu.tolist()}")
     if mask is None:
         return torch.ones(rows, dtype=torch.bool, device=device)
     valid = mask != 0

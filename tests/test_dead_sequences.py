@@ -467,7 +467,9 @@ def test_arguments_that_can_not_be_cut():
     message = r"batch\['pixel_values'\] cannot be split into sequences, as skip='dead' requires"
     with pytest.raises(ValueError, match=message):
         loss_from_model(model, batch, old, advantages, **where, skip="dead")
-    with pytest.raises(ValueError, match=r"batch\['pixel_values'\] cannot be split.*needed requires"):
+    with pytest.raises(
+        ValueError, match=r"batch\['pixel_values'\] cannot be split.*needed requires"
+    ):
         log_probs_from_model(model, batch, T, needed=LIVE)
     with pytest.raises(ValueError, match="skip must be one of 'auto', 'dead', 'none', got 'all'"):
         loss_from_model(model, batch, old, advantages, **where, skip="all")
@@ -533,7 +535,9 @@ def of_kind(kind):
     ],
 )
 def test_sequences_that_depend_on_one_another(kind, why):
-    with pytest.raises(ValueError, match=f"LlamaForCausalLM cannot be split into sequences: .*{why}"):
+    with pytest.raises(
+        ValueError, match=f"LlamaForCausalLM cannot be split into sequences: .*{why}"
+    ):
         live_checkpointing(of_kind(kind))
 
 
@@ -594,5 +598,7 @@ def test_second_derivatives():
     live_checkpointing(model)
     batch, _ = padded(model)
     out = model(**batch).logits.square().sum()
-    with pytest.raises(RuntimeError, match="live_checkpointing does not support second derivatives"):
+    with pytest.raises(
+        RuntimeError, match="live_checkpointing does not support second derivatives"
+    ):
         torch.autograd.grad(out, list(model.parameters()), create_graph=True)

@@ -8,12 +8,12 @@ import importlib.util
 import re
 from pathlib import Path
 
+import doc_code
 import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-import doc_code
 import gspo_ops
 from gspo_ops import GSPO, Objective, reference
 from gspo_ops.testing import relative

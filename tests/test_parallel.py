@@ -490,7 +490,9 @@ def on_rank_bad_part() -> None:
     refused(log_probs_from_hidden, hidden_only, "weight must have shape", weight=weight[:, 1:])
     # a function as objective, whose rows follow the log-probs
     custom = from_logits | {"objective": lambda new, old, advantages, ids: new * advantages}
-    refused(policy_loss_from_logits, custom, "mask must contain only 0 and 1", mask=batch["mask"] * 2)
+    refused(
+        policy_loss_from_logits, custom, "mask must contain only 0 and 1", mask=batch["mask"] * 2
+    )
     refused(policy_loss_from_logits, custom, "advantages must have", advantages=torch.ones(3))
 
 
@@ -516,7 +518,9 @@ def on_rank_bad_sequences() -> None:
     ]
     refused = Refusals(0)
     for function, good in calls:
-        refused(function, good, "cu_seqlens must rise", cu_seqlens=torch.tensor([0, 9, 8]))
+        refused(
+            function, good, "cu_seqlens must be non-decreasing", cu_seqlens=torch.tensor([0, 9, 8])
+        )
         refused(function, good, "cu_seqlens is needed", cu_seqlens=None)
         refused(function, good, "cu_seqlens must be int32", cu_seqlens=cu_seqlens.float())
         refused(function, good, "mask must contain only 0 and 1", mask=torch.full((8,), 2))

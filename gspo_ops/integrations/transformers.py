@@ -1,7 +1,8 @@
 """Policy losses of a causal language model of transformers, from the hidden states at its head.
 
 The model runs unchanged, inside its wrappers, except that its head makes no logits, and that it
-runs only for the sequences that can have a gradient. Written for transformers 5, without importing it.
+runs only for the sequences that can have a gradient. Written for transformers 5, which is not
+imported.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def log_probs_from_model(
             the sequences for which the model runs.
         check_model: before the model's first use, compare the head's logits with the model's own on
             at most 8 tokens, and check that packed sequences do not see each other.
-        options: further options of `log_probs_from_hidden`.
+        **options: further options of `log_probs_from_hidden`.
 
     Returns:
         (B, T) float32, or (S,) with 0 at first tokens if packed; NaN where not needed. With
@@ -146,7 +147,7 @@ def loss_from_model(
             shape that does not change from batch to batch.
         check_model: before the model's first use, compare the head's logits with the model's own on
             at most 8 tokens, and check that packed sequences do not see each other.
-        options: further options of `policy_loss_from_hidden`: `objective`, `denominator`, ...
+        **options: further options of `policy_loss_from_hidden`: `objective`, `denominator`, ...
 
     Returns:
         PolicyLoss(loss, stats). The statistics include `computed` (B,) bool, the sequences for

@@ -51,7 +51,7 @@ class GSPOTrainer(GRPOTrainer):
     it would round differently in batches of another size.
 
     Args:
-        args, kwargs: arguments of GRPOTrainer.
+        *args, **kwargs: arguments of GRPOTrainer.
         check_model: whether the head's logits are compared with the model's own at its first use.
         skip: `"auto"` leaves out sequences without a gradient if the result is exact. `"dead"` does
             so also with old log-probs in 16 bit, and refuses arguments that cannot be split into
