@@ -34,6 +34,11 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     return markdown
 
 
+def on_page_content(html: str, **_: object) -> str:
+    """A figure links to its file, where a phone shows it in full size."""
+    return re.sub(r'<img [^>]*src="([^"]*)"[^>]*>', r'<a href="\1">\g<0></a>', html)
+
+
 def _link_on_site(link: re.Match[str]) -> str:
     """A link of a document of the root; its text alone where the site has no such page."""
     text, target, anchor = link[1], link[2], link[3] or ""

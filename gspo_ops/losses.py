@@ -69,7 +69,7 @@ def policy_loss_from_log_probs(
         l_i  = (1 / |y_i|) * sum_t (log_prob_t - old_log_prob_t),     s_i = exp(l_i)
         loss = -(1 / D) * sum_i min(s_i * A_i, clip(s_i, 1 - clip_low, 1 + clip_high) * A_i)
 
-    for GSPO; `Objective` says what changes for the others.
+    This is GSPO; `Objective` says what changes for the others.
 
     Args:
         log_probs: (B, T) padded or (N,) packed, float32 or float64.
