@@ -52,11 +52,12 @@ class Objective:
             clipped ratio as a constant (CISPO, arXiv 2506.13585; unclipped, REINFORCE with
             importance weights). `"soft"`: 4 / tau * sigmoid(tau * (r - 1)) * A, where the sign of A
             selects tau (SAPO, arXiv 2511.20347).
-        clip_low, clip_high: width of the clip range below and above 1, both >= 0; by default
-            nothing is clipped.
+        clip_low: width of the clip range below 1, >= 0; by default nothing is clipped.
+        clip_high: width of the clip range above 1, >= 0; by default nothing is clipped.
         dual_clip: for A < 0, the largest value of r in the `"clipped"` surrogate, with no gradient
             beyond it (dual clip, arXiv 1912.09729); at least 1 + clip_high.
-        soft_temperature_pos, soft_temperature_neg: tau for A > 0 and for the others, > 0.
+        soft_temperature_pos: tau for A > 0, > 0.
+        soft_temperature_neg: tau for the other advantages, > 0.
         aggregation: `"seq-mean-token-mean"` (GSPO's), `"token-mean"`, `"seq-mean-token-sum"`
             or `"token-sum"`.
         kl_coef: weight of the KL term, >= 0; needs `ref_log_probs` when positive.
@@ -66,8 +67,9 @@ class Objective:
         kl_weight: `"one"`; `"ratio"` multiplies a token's estimate by its unclipped ratio and
             differentiates both (arXiv 2512.02556); `"ratio_detached"` stops the gradient through
             the ratio.
-        kl_input_clamp, kl_output_clamp: bounds to which d and the estimate are clamped on either
-            side, with no gradient beyond them; > 0, by default infinite.
+        kl_input_clamp: d is clamped to +- this, with no gradient beyond it; > 0, by default
+            infinite.
+        kl_output_clamp: the same for the estimate.
         entropy_coef: weight of the entropy bonus, >= 0, for losses from logits or hidden states.
 
     Raises:

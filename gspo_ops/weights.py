@@ -48,7 +48,8 @@ def importance_weights(
         mask: same shape, non-zero where a token counts. Values at other positions are never used.
         cu_seqlens: (B + 1,) first rows of packed sequences, followed by N.
         level: `"token"`, `"sequence"` or `"geometric"`.
-        low, high: range of the weights, 0 <= low <= high; high may be infinite.
+        low: least weight, >= 0.
+        high: largest weight, >= low, possibly infinite.
         outside: `"clip"` or `"zero"`.
 
     Returns:
