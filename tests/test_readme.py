@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gspo_ops import reference
 from gspo_ops.benchmarks import plots, report
 from gspo_ops.constants import STATS
 
@@ -56,12 +57,14 @@ def test_every_statistic_is_defined():
 def test_code_runs_and_before_equals_after(python_blocks):
     torch.manual_seed(0)
     before, after = python_blocks("README.md")["In your trainer"]
+    logits, targets = torch.randn(4, 3, 50), torch.randint(50, (4, 3))
+    shift = torch.tensor([1e-3, -1e-3, 1e-4, -1e-4])  # beyond both edges of the clip range, within
     inputs = {
-        "logits": torch.randn(2, 3, 50),
-        "targets": torch.randint(50, (2, 3)),
-        "old_log_probs": torch.full((2, 3), -4.0),
-        "advantages": torch.tensor([1.0, -1.0]),
-        "mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
+        "logits": logits,
+        "targets": targets,
+        "old_log_probs": reference.log_probs_from_logits(logits, targets) - shift[:, None],
+        "advantages": torch.tensor([1.0, -1.0, 1.0, -1.0]),
+        "mask": torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 0, 0]]),
     }
     losses, grads = [], []
     for code in (before, after):
@@ -70,7 +73,7 @@ def test_code_runs_and_before_equals_after(python_blocks):
         exec(code, scope)
         losses.append(scope["loss"])
         grads.append(logits.grad)
-    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*losses, atol=1e-6, rtol=0)
     torch.testing.assert_close(*grads)
 
 
