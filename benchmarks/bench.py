@@ -361,9 +361,8 @@ def parser() -> argparse.ArgumentParser:
     names = "; ".join(dict.fromkeys(name for of in LOSSES.values() for name in of))
     found = argparse.ArgumentParser(
         prog="gspo-ops bench",
-        description="Measure time, peak memory and error of GSPO's loss and gradient on this "
-        "machine: gspo_ops, eager, torch.compile and peers, which come with "
-        "pip install 'gspo-ops[bench]'.",
+        description="Time, peak memory and error of GSPO's loss and gradient: ours, eager, "
+        "torch.compile and peers, on this machine. Peers come with pip install 'gspo-ops[bench]'.",
     )
     add = found.add_argument
     add(

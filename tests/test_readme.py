@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import doc_code
 import pytest
 import torch
 
@@ -34,6 +35,31 @@ def test_every_picture_is_drawn_from_a_results_file():
 def test_a_figure_without_its_results_file_fails():
     with pytest.raises(FileNotFoundError):
         report.updated("<!-- results: benchmarks/results/none.json -->\n<!-- end of results -->")
+
+
+SITE = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *doc_code.pages()[1:]]
+LINK = re.compile(r"\[[^]]*\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
+
+
+def slugs(path):
+    """Anchors of the headings of a document, as GitHub and mkdocs make them."""
+    headings = [part[1] for part in doc_code.PARTS.finditer(path.read_text()) if part[1]]
+    words = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.strip().replace(" ", "-") for heading in words}
+
+
+@pytest.mark.example
+@pytest.mark.parametrize("page", SITE)
+def test_links_lead_somewhere(page):
+    """Also on GitHub, where README.md is read and the site's own check does not look."""
+    path = doc_code.ROOT / page
+    text = doc_code.PARTS.sub(lambda part: part[0] if part[1] else "", path.read_text())
+    for target, anchor in LINK.findall(text):
+        if "://" in target:
+            continue
+        found = (path.parent / target).resolve() if target else path
+        assert found.exists(), f"{page}: {target}"
+        assert not anchor or anchor in slugs(found), f"{page}: {target}#{anchor}"
 
 
 def test_readme_is_short():
