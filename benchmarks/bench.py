@@ -1,10 +1,10 @@
-"""`gspo-ops bench`: is it faster here than what you run now, lighter, and exact?
+"""`gspo-ops bench`: time, memory and error on this machine, beside what you run now.
 
-Everybody gets the same tensors. A provider's loss and gradients are compared with float64 before
+All providers get the same tensors. A provider's loss and gradients are compared with float64 before
 it is timed: one that computes something else is refused, and one whose error of the ratio exceeds
-the clip range is marked. Rounds are interleaved; ratios are taken within a round, because the speed
-of a machine drifts. The rates of a copy and of a product, measured in the same rounds, say what it
-can do at most.
+the clip range is marked. Rounds are interleaved, and ratios are taken within a round, because the
+speed of a machine drifts. The rates of a copy and of a product, measured in the same rounds, are
+what the machine can do at most.
 """
 
 from __future__ import annotations
@@ -225,8 +225,8 @@ def measure(
         drawn: its tensors.
         providers: the baseline and ours among them.
         rounds: interleaved measurements of each.
-        progress: is told what happens.
-        after: is told the row as it is after each round.
+        progress: called with a line about what happens.
+        after: called with the current row after each round.
 
     Raises:
         SystemExit: ours is not exact.

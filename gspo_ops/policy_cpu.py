@@ -1,7 +1,7 @@
 """From log-probs to a loss in torch: on a CPU, in float64, and over a context_group.
 
-All is computed in float64: it is N numbers. The kernel that does the same on a GPU stands in
-`kernels/policy_loss.py`.
+Everything is computed in float64: it is only N numbers. The kernel that does the same on a GPU is
+in `kernels/policy_loss.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .policy import LossAndGrad, ObjectiveOptions, Policy
 def torch_policy_loss(
     log_probs: Tensor | None, entropy: Tensor | None, policy: Policy
 ) -> LossAndGrad:
-    """Loss, statistics, g and h of (N,) log-probs and entropies."""
+    """Loss, statistics, g and h from (N,) log-probs and entropies."""
     dtype = policy.advantages.dtype
     tokens = _tokens(log_probs, policy)
     terms = _loss_terms(log_probs, entropy, tokens, policy)
@@ -286,7 +286,7 @@ def _denominator(policy: Policy, n: Tensor) -> Tensor:
 
 
 def check_values(policy: Policy) -> None:
-    """Refuse a mask, borders or a denominator that hold what they must not."""
+    """Refuse a mask, cu_seqlens or a denominator with invalid values."""
     checked_mask(policy)
     if policy.denominator is not None:
         _check_denominator(policy.denominator)

@@ -1,10 +1,10 @@
 """Activation checkpointing that recomputes and differentiates live sequences only.
 
 In the backward, transformers runs a checkpointed layer again on all of its input, although the
-gradient of a clipped sequence is exactly zero. Here a layer runs again on the sequences whose
+gradient of a clipped sequence is exactly zero. Here a layer runs again only on the sequences whose
 upstream gradient is not zero: a fraction f of the recomputation and of the backward.
 
-Nothing of transformers is imported.
+transformers is not imported.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ class _Call:
         }
 
     def obstacle(self) -> str | None:
-        """What keeps it from being cut."""
+        """Why the call cannot be split, if it cannot."""
         for path, x in zip(self.paths, self.leaves, strict=True):
             if not isinstance(x, PLAIN) and not (isinstance(x, Mapping) and not x):
                 return f"is given {path}, a {type(x).__name__}, which cannot be split"
@@ -271,7 +271,7 @@ class _Call:
     # Running it
 
     def run(self, given: Iterable[Tensor]) -> list[Tensor]:
-        """Its results that are tensors."""
+        """The results that are tensors."""
         leaves = list(self.leaves)
         for i, x in zip(self.given, given, strict=True):
             leaves[i] = x
@@ -294,7 +294,7 @@ class _Call:
         return outputs
 
     def result(self, outputs: tuple[Tensor, ...]) -> Any:
-        """The layer's own result, of these."""
+        """The layer's own result, made of these tensors."""
         leaves = list(self.others)
         for i, x in zip(self.returned, outputs, strict=True):
             leaves[i] = x
@@ -306,7 +306,7 @@ class _Call:
         self, given: list[Tensor], parameters: tuple[Tensor, ...],
         grads: tuple[Tensor | None, ...],
     ) -> list[Tensor | None]:  # fmt: skip
-        """With respect to what was given and the parameters, from those of the results."""
+        """Gradients with respect to arguments and parameters, from those of the results."""
         live = self._live(grads)
         if live is None:
             found = self._whole(given, parameters, grads)

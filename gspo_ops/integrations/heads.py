@@ -1,11 +1,11 @@
-"""What a causal language model's own forward does up to its head, and the head as the ops take it.
+"""A causal language model's own forward up to its head, and the head as the ops need it.
 
-The model runs as its user calls it, with whatever wraps it. Only its last layer is replaced for the
-time of a call, by one that takes the hidden states and makes no logits. What the model does to
-logits is not read from its config, whose names differ, but learnt from the model itself: it is
-given known logits, and a few real ones, which the head must reproduce.
+The model runs as its user calls it, inside its wrappers. During a call, only its last layer is
+replaced, by one that takes the hidden states and makes no logits. How the model transforms logits
+is not read from its config, where names differ, but learnt from the model itself: it is given known
+logits, and a few real ones, which the head must reproduce.
 
-Nothing of transformers or peft is imported.
+Neither transformers nor peft is imported.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _INSTEAD = "use the ops from logits for it"  # the end of what a refused model's
 
 
 class Transform(NamedTuple):
-    """What a model makes of its logits: limit * tanh(gain * z / limit), or gain * z.
+    """How a model transforms its logits: limit * tanh(gain * z / limit), or gain * z.
 
     Attributes:
-        gain: a factor of logits, or the product of several.
-        limit: of a soft cap, after all factors; None without one.
-        columns: tokens of the vocabulary that are left; a head may have more rows.
+        gain: factor of the logits, or the product of several factors.
+        limit: soft cap, after all factors; None without one.
+        columns: number of tokens of the vocabulary that remain; a head may have more rows.
     """
 
     gain: float
@@ -56,7 +56,7 @@ class OutputHead(NamedTuple):
     """logits = transform(hidden @ weight^T + bias + lora).
 
     Attributes:
-        weight: (V, H), also where it is tied to the embeddings.
+        weight: (V, H), possibly tied to the embeddings.
         bias: (V,) or None.
         lora: an adapter of peft on the head, or None.
         transform: scale and soft cap, as in Cohere and Gemma.
@@ -70,7 +70,7 @@ class OutputHead(NamedTuple):
     def options(self, temperature: float) -> dict[str, Any]:
         """The head's share of the options of the ops from hidden states.
 
-        softcap * tanh(z / softcap) / temperature is the op's, so that a gain divides both.
+        The op computes softcap * tanh(z / softcap) / temperature, so a gain divides both options.
         """
         gain, limit, _ = self.transform
         return {
@@ -81,8 +81,8 @@ class OutputHead(NamedTuple):
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., V) in fp32, or float64 for float64.
 
-        A bf16 head would round them, which alone moves a sequence's ratio by as much as GSPO's clip
-        range is wide.
+        A bf16 head would round them, which alone moves a sequence's ratio by the width of GSPO's
+        clip range.
         """
         hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
         bias = None if self.bias is None else self.bias.to(hidden)
@@ -102,7 +102,7 @@ def output_head(model: Any) -> OutputHead:
         model: a causal language model of transformers.
 
     Raises:
-        ValueError: the model has no head, or one that the ops can't apply.
+        ValueError: the model has no head, or one that the ops cannot apply.
     """
     inner = unwrapped(model)
     if inner not in _transforms:
@@ -121,20 +121,20 @@ def hidden_to(
 ) -> Result:
     """function(head, hidden, output) as the result of the model's forward.
 
-    DDP, FSDP, DeepSpeed, peft and torch.compile do their part as in any forward: they gather
-    weights, reduce gradients, and add what is trained of prompts and adapters.
+    DDP, FSDP, DeepSpeed, peft and torch.compile work as in any forward: they gather weights, reduce
+    gradients, and add trained prompts and adapters.
 
     Args:
         model: a causal language model of transformers, wrapped or not.
         batch: arguments of its forward, with `input_ids` (B, S).
-        function: takes the head, the hidden states (B, S, H) that it is given (more than S where a
-            wrapper puts tokens in front), and the model's output, without logits.
+        function: takes the head, its hidden states (B, S, H) (more than S if a wrapper prepends
+            tokens), and the model's output, without logits.
         check: whether the head's logits are compared with the model's own, before the first use.
-        within: the model's own forward, where it is called by a forward that took its place.
+        within: the model's own forward, if it is called by a forward that replaces it.
 
     Raises:
-        ValueError: the model's head is one that the ops can't apply, or a wrapper keeps them from
-            it: torch.compile with fullgraph=True for example.
+        ValueError: the ops cannot apply the model's head, or a wrapper prevents it, such as
+            torch.compile with fullgraph=True.
     """
     inner = unwrapped(model)
     if inner not in _transforms:
@@ -280,13 +280,13 @@ def learn(
     *,
     within: Callable[..., Any] | None = None,
 ) -> None:
-    """Find out what the model makes of its logits, unless that is known.
+    """Learn how the model transforms its logits, unless this is known.
 
-    A batch of text is cut to a few tokens. Of others, with images for example, the whole is taken,
-    since what belongs to a token is not known here.
+    A batch of text is cut to a few tokens. Other batches, with images for example, are used in
+    full, since it is unknown which part belongs to a token.
 
     Raises:
-        ValueError: it is nothing that the ops can apply.
+        ValueError: the ops cannot apply the transform.
     """
     inner = unwrapped(model)
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
@@ -406,7 +406,7 @@ def last_layer(model: Any) -> Any:
     """The layer that makes logits.
 
     Raises:
-        ValueError: there is none, or it is none that the ops can apply.
+        ValueError: there is none, or the ops cannot apply it.
     """
     name = type(model).__name__
     # of the model, or else of a model in it, as in some of those that see images
@@ -514,7 +514,7 @@ def _lora(model: Any, layer: Any) -> LoRA | None:
 
 
 def as_forward(module: Any, function: Callable[[], Result]) -> Result:
-    """function() as the forward of a module that something wraps, and as it is for another.
+    """Run function() as the forward of a wrapped module, or directly for another.
 
     DDP, FSDP and DeepSpeed's ZeRO-3 gather weights and reduce gradients in hooks around it.
     """
