@@ -543,7 +543,7 @@ def on_rank_bad_sequences() -> None:
 
     batches = {"batches": [{"cu_seqlens": cu_seqlens}], "context_group": dist.group.WORLD}
     for good in (batches, {"batches": batches["batches"], "group": dist.group.WORLD}):
-        refused(global_denominator, good, "batches must hold one", batches=[])
+        refused(global_denominator, good, "batches must contain at least one", batches=[])
         refused(global_denominator, good, "cu_seqlens must be a torch", batches=[{"cu_seqlens": 3}])
     number = "the number of sequences in batches must be the same on all ranks of context_group"
     refused(global_denominator, batches, number, number, batches=[{"cu_seqlens": cu_seqlens[1:]}])
@@ -927,7 +927,7 @@ def on_rank_counts() -> None:
     assert global_denominator([{"mask": torch.tensor([[1, 1, 0], [0, 0, 0]])}], **alone) == 2
     assert global_denominator([{"mask": torch.tensor([[1, 1, 0], [0, 0, 0]])}]) == 1
     for batches, message in (
-        ([], "batches must hold one micro-batch"),
+        ([], "batches must contain at least one micro-batch"),
         ([{"mask": None}], r"batches\[0\] must have mask or cu_seqlens"),
         ([{"mask": mask, "masks": mask}], r"batches\[0\] must have mask or cu_seqlens"),
     ):
