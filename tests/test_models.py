@@ -610,9 +610,9 @@ def document():
     return f"""# Models of transformers
 
 `log_probs_from_model` and `loss_from_model` run a model's own forward up to its head, and learn
-from a few tokens how the model transforms its logits. This page lists the classes of transformers
-{VERSION} for which the tests compare the results with the model's own logits: {equal} are equal,
-{len(REFUSED)} are refused, and {len(NOT_BUILT)} are not built.
+from a few tokens how the model transforms its logits. This page lists the classes of
+transformers {VERSION} for which the tests compare the results with the model's own logits: {equal}
+are equal, {len(REFUSED)} are refused, and {len(NOT_BUILT)} are not built.
 
 - **equal**: A small random model of the class gives the log-probs of its own logits, within 2e-5
   in fp32, and their gradient in every parameter. If its config has a factor or a soft cap of
