@@ -27,7 +27,7 @@ BY_ITEMS = ("dapo", "cispo", "vespo")  # divided by the tokens of all accumulate
 
 
 class Route(Enum):
-    """What a setting is to the loss step."""
+    """How the loss step treats a setting."""
 
     OP = "fused in one op"
     LOG_PROBS = "log-probs fused, then the loss"

@@ -1,4 +1,4 @@
-"""Updates of verl's actor without the sequences that have no advantage."""
+"""Updates of verl's actor without the sequences whose advantages are zero."""
 
 from __future__ import annotations
 
