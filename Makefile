@@ -7,7 +7,7 @@ ifneq ($(PY),$(VENV)/bin/python)
 READY :=
 endif
 
-.PHONY: demo test quick bench gpu static report lint verify clean
+.PHONY: demo test quick bench gpu static report docs lint verify clean
 
 demo: $(READY)
 	$(PY) -m gspo_ops.cli train --preset demo
@@ -37,6 +37,12 @@ static: $(READY) $(READY:.ready=.peers)
 report: $(READY)
 	$(PY) -m gspo_ops.benchmarks.report
 
+# The site, in build/site. It fails on an example that fails, a broken link, or a public name that is
+# undocumented or missing. Examples for verl are skipped unless verl is installed.
+docs: $(READY) $(READY:.ready=.docs)
+	$(PYTEST) -m example
+	$(PY) -m mkdocs build --strict
+
 lint: $(READY)
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 
@@ -55,4 +61,8 @@ $(VENV)/.ready: constraints.txt pyproject.toml setup.py
 
 $(VENV)/.peers: $(VENV)/.ready
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.ready
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[docs,trl]'
 	touch $@

@@ -1,10 +1,10 @@
-"""`gspo-ops bench`: is it faster here than what you run now, lighter, and exact?
+"""`gspo-ops bench`: time, memory and error on this machine, beside what you run now.
 
-Everybody gets the same tensors. A provider's loss and gradients are compared with float64 before
+All providers get the same tensors. A provider's loss and gradients are compared with float64 before
 it is timed: one that computes something else is refused, and one whose error of the ratio exceeds
-the clip range is marked. Rounds are interleaved; ratios are taken within a round, because the speed
-of a machine drifts. The rates of a copy and of a product, measured in the same rounds, say what it
-can do at most.
+the clip range is marked. Rounds are interleaved, and ratios are taken within a round, because the
+speed of a machine drifts. The rates of a copy and of a product, measured in the same rounds, are
+what the machine can do at most.
 """
 
 from __future__ import annotations
@@ -232,8 +232,8 @@ def measure(
         drawn: its tensors.
         providers: the baseline and ours among them.
         rounds: interleaved measurements of each.
-        progress: is told what happens.
-        after: is told the row as it is after each round.
+        progress: called with a line about what happens.
+        after: called with the current row after each round.
 
     Raises:
         SystemExit: ours is not exact.
@@ -386,10 +386,10 @@ def parser() -> argparse.ArgumentParser:
     add = found.add_argument
     add(
         "--path", choices=[*LOSSES, MODEL], nargs="+", default=list(LOSSES),
-        help=f"default: {' and '.join(LOSSES)}; {MODEL}, alone: whole updates of a model, by the "
-        "trainers",
+        help=f"what is timed (default: {' and '.join(LOSSES)}); {MODEL}, which cannot be combined "
+        "with others: whole updates of a model, by each trainer",
     )  # fmt: skip
-    add("--model", default="smollm2", help=f"of --path {MODEL}: smollm2, or a local directory")
+    add("--model", default="smollm2", help=f"for --path {MODEL}: smollm2 or a local directory")
     add(
         "--shape", type=shape_of, nargs="+", metavar="N,V,H", default=[SHAPES[device]],
         help=f"rows, vocabulary, hidden size (default here: {','.join(map(str, SHAPES[device]))})",
@@ -402,8 +402,11 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--lengths", choices=("square", "ragged"), default="square", help="of the sequences")
     add("--frozen-head", action="store_true", help="no gradient for the head's weight")
-    add("--rounds", type=positive, help=f"default here: {ROUNDS[device]}; of models: 3")
-    add("--against", nargs="+", metavar="NAME", help=f"parts of names, of: {names}")
+    add("--rounds", type=positive, help=f"default here: {ROUNDS[device]}; 3 for models")
+    add(
+        "--against", nargs="+", metavar="NAME",
+        help=f"time only the providers whose names contain one of these words: {names}",
+    )  # fmt: skip
     add("--out", type=Path, help="JSON file to write")
     add("--plot", type=Path, help="PNG file to write")
     return found
@@ -421,7 +424,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if MODEL in args.path:
         if args.path != [MODEL]:
-            of.error(f"--path {MODEL} stands alone")
+            of.error(f"--path {MODEL} cannot be combined with others")
         from . import updates
 
         fractions = args.f or updates.FRACTIONS

@@ -1,4 +1,4 @@
-"""Kernels compiled for GPUs that are not there, and what their binaries tell."""
+"""Kernels compiled for GPUs that are not present, and what their binaries reveal."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What a log-prob method's rounding does to GSPO's ratio, on hidden states of a real model.
+"""How a log-prob method's rounding changes GSPO's ratio, on hidden states of a real model.
 
     python -m gspo_ops.benchmarks.clip_error --out NAME.json
 
 A model samples responses; its bf16 hidden states and its bf16 head go into every method, and into
-float64. The old policy is the head before a small update. Error is that of s_i; a decision is
-flipped where the error carries s_i over the edge of the clip range that its advantage looks at.
+float64. The old policy is the head before a small update. The error is that of s_i. A decision is
+flipped if the error carries s_i over the edge of the clip range that applies to its advantage.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What only a GPU can tell of how the ops should be built, each part in a process of its own.
+"""Experiments on design choices that only a GPU can decide, each in a process of its own.
 
     python -m gspo_ops.benchmarks.experiments PART --out NAME.jsonl
 
-A finding is a line of JSON, written as soon as it is known: a part that is cut off, or that a fault
-of a kernel takes down, leaves what it has found. Without a GPU the parts run at tiny sizes, in
-Triton's interpreter, to show that they do.
+A finding is a line of JSON, written as soon as it is known: a part that is cut off, or that crashes
+with a kernel, leaves what it has found. Without a GPU, the parts run at tiny sizes in Triton's
+interpreter, to show that they work.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""`make gpu`: all that is worth doing on a GPU, in one run of at most nine minutes.
+"""`make gpu`: everything that needs a GPU, in one run of at most nine minutes.
 
     python -m gspo_ops.benchmarks.gpu [--limit SECONDS] [--out NAME.json] [--dry-run]
 
-Each step has a process and a time limit of its own: one that fails or hangs is written down, and
-the next begins. The results file is whole after every step, with whatever a step has found before
-it was cut off. A dry run takes every step without a GPU, at tiny sizes and in Triton's interpreter.
+Each step runs in a process of its own, with a time limit. A step that fails or hangs is recorded,
+and the next one begins. The results file is complete after every step, and includes what a step
+had found before it was cut off. A dry run takes every step without a GPU, at tiny sizes and in
+Triton's interpreter.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python -m gspo_ops.benchmarks.left_out --out NAME.json
 
 Both run from the same seeds, in turns, each in a process of its own. They differ by rounding, since
-products of other shapes are rounded otherwise, and sampling carries that on.
+products of other shapes round differently, and sampling amplifies the difference.
 """
 
 from __future__ import annotations

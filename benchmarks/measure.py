@@ -1,4 +1,4 @@
-"""Time, peak memory and provenance: what every benchmark here measures the same way."""
+"""Time, peak memory and provenance, measured in the same way by every benchmark."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     python -m gspo_ops.benchmarks.memory --out benchmarks/results/NAME.json
 
-H is small, so that what grows with N * V shows, and a CPU gets through it in minutes.
+H is small, so that memory proportional to N * V dominates, and a CPU finishes in minutes.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Where the noise between an engine's log-probs and the trainer's comes from, and how wide it is.
+"""The sources of the noise between an engine's log-probs and the trainer's, and their size.
 
     python -m gspo_ops.benchmarks.mismatch --out NAME.json
 
-A model samples responses. Their log-probs are computed twice, with one thing changed: the padding,
-the rows that stand beside, decoding with a cache instead of one forward, the rounding of the head,
-the dtype of the body. The difference, averaged over a response, is what GSPO's ratio takes for a
-change of the policy.
+A model samples responses. Their log-probs are computed twice, with one change: the padding, the
+other rows of the batch, decoding with a cache instead of one forward, the rounding of the head, or
+the dtype of the body. GSPO's ratio mistakes the difference, averaged over a response, for a change
+of the policy.
 """
 
 from __future__ import annotations

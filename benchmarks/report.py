@@ -20,12 +20,14 @@ from . import left_out, plots, updates
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = re.compile(r"(<!-- settings of TRL -->\n).*?(<!-- end of settings -->)", re.DOTALL)
-BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(<!-- results: (\S+)(?: as (\w+))? -->\n).*?(<!-- end of results -->)", re.DOTALL
+)
 
 
-def render(report: dict) -> str:
-    """A results file as Markdown with its provenance."""
-    lines = TABLES[report["benchmark"]](report)
+def render(report: dict, table: str | None = None) -> str:
+    """A results file as Markdown with its provenance; as a table other than its own on demand."""
+    lines = TABLES[table or report["benchmark"]](report)
     peers = [f"{name} {version}" for name, version in report.get("peers", {}).items()]
     where = "; ".join([*report["environment"], *peers])
     last = f"{where}; {report['threads']} threads; commit {report['commit']}, {report['date']}."
@@ -83,6 +85,49 @@ def _bench_line(name: str, rows: list[dict]) -> str:
         f"| {name} | {' | '.join(cells)} | {roof} | {bold}{max(ratio):.0e}{bold} "
         f"| {max(grad):.0e} |"
     )
+
+
+def bench_summary(report: dict) -> list[str]:
+    """Of `gspo-ops bench`: one line for each input, with the fastest provider beside ours."""
+    groups = plots.groups(report)
+    first, *_ = groups.values()
+    fs = [first[0]["f"], first[len(first) // 2]["f"]]
+    columns = [f"{name}, f={f:g}" for name in ("gspo_ops", "fastest of the others") for f in fs]
+    lines = [
+        "Forward and backward of GSPO: time, and extra memory, relative to eager PyTorch with fp32 "
+        "logits, at a fraction f of responses with a gradient. In parentheses: the error of s_i "
+        "against float64, in bold if it exceeds the clip range of 3e-4.",
+        "",
+        f"| | {' | '.join(columns)} |",
+        f"|{'---|' * (1 + len(columns))}",
+    ]
+    for key, rows in groups.items():
+        shown = [row["providers"] for row in rows if row["f"] in fs]
+        ours = [_summary_cell("gspo_ops", of, rows) for of in shown]
+        names = [_fastest_other(of) for of in shown]
+        others = [
+            f"{name}: {_summary_cell(name, of, rows)}"
+            for name, of in zip(names, shown, strict=True)
+        ]
+        lines.append(f"| {key} | {' | '.join([*ours, *others])} |")
+    return lines
+
+
+def _fastest_other(providers: dict[str, dict]) -> str:
+    times = {
+        name: of["time_ratio"]["median"]
+        for name, of in providers.items()
+        if "median_ms" in of and not name.startswith("gspo_ops")
+    }
+    return min(times, key=lambda name: times[name])
+
+
+def _summary_cell(name: str, providers: dict[str, dict], rows: list[dict]) -> str:
+    of = providers[name]
+    memory = "-" if of["extra_bytes"] is None else f"{of['memory_ratio']:.2f}"
+    error = max(row["providers"][name]["error"]["ratio"] for row in rows)
+    bold = "**" if error > GSPO().clip_low else ""
+    return f"{of['time_ratio']['median']:.2f}, {memory} ({bold}{error:.0e}{bold})"
 
 
 def clip_error_table(report: dict) -> list[str]:
@@ -413,6 +458,7 @@ def gpu_table(report: dict) -> list[str]:
 
 TABLES: dict[str, Callable[[dict], list[str]]] = {
     "bench": bench_table,
+    "bench_summary": bench_summary,
     "clip_error": clip_error_table,
     "compare": compare.report,
     "gpu": gpu_table,
@@ -453,7 +499,7 @@ def updated(text: str) -> str:
         report = json.loads((ROOT / match[2]).read_text())
         if report.get("dry_run"):
             raise SystemExit(f"{match[2]} is of a dry run: nothing was measured")
-        return match[1] + render(report) + match[3]
+        return match[1] + render(report, match[3]) + match[4]
 
     text = SETTINGS.sub(lambda match: f"{match[1]}{trl_settings.table()}\n\n{match[2]}", text)
     return BLOCK.sub(block, text)

@@ -1,11 +1,11 @@
-"""What compilers make of the kernels, ours and the peers', for GPUs that are not there.
+"""The kernels of gspo_ops and of peers, compiled for GPUs that are not present.
 
     python -m gspo_ops.benchmarks.static --out NAME.json
 
 Launchers run on meta tensors under a driver that only names a target, so that the kernels compile
-with the very specialisation that a launch would give them; registers, spills, shared memory, access
-widths, instruction counts and matrix instructions are read from the result. Times are predictions:
-bytes and FLOPs from formulas, at a given bandwidth and a given rate of products.
+with the specialisation of a real launch. Registers, spills, shared memory, access widths,
+instruction counts and matrix instructions are read from the result. Times are predictions: bytes
+and FLOPs from formulas, at a given bandwidth and a given rate of products.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m gspo_ops.benchmarks.trainer --out NAME.json
 
-Each run has a process of its own, so that its peak memory is its own; runs that are compared take
-turns, from several seeds.
+Each run has a process of its own, so that peak memory can be attributed to it. Runs that are
+compared take turns, from several seeds.
 """
 
 from __future__ import annotations

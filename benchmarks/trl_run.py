@@ -2,9 +2,9 @@
 
     python -m gspo_ops.benchmarks.trl_run --out NAME.json
 
-Each run has a process of its own, so that its peak memory is its own; those of the two trainers
-take turns. The gradient is that of the last batch at the weights after the last update, of both
-trainers' loss and of TRL's in float64.
+Each run has a process of its own, so that peak memory can be attributed to it. The two trainers
+take turns. The gradient is that of the last batch at the weights after the last update, for both
+trainers' losses and for TRL's loss in float64.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is timed: operands, a batch around them, exact results, and the least work they take."""
+"""The timed workloads: operands, their batch, exact results, and the least possible work."""
 
 from __future__ import annotations
 

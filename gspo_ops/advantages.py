@@ -16,7 +16,7 @@ def group_advantages(
     normalize: bool = True,
     eps: float = 1e-6,
 ) -> Tensor:
-    """Advantage of each response over its group.
+    """Advantage of each response relative to its group.
 
         A_i = (r_i - mean(group)) / (std(group) + eps)
 
@@ -25,8 +25,8 @@ def group_advantages(
 
     Args:
         rewards: (B,) floating point or integer.
-        group_size: responses per group, when groups are consecutive; divides B.
-        group_ids: (B,) integers, equal within a group, in any order; instead of group_size.
+        group_size: responses per group, if groups are consecutive; must divide B.
+        group_ids: (B,) integers, equal within a group, in any order; replaces group_size.
         normalize: divide by the standard deviation; False leaves r_i - mean (Dr. GRPO).
         eps: added to the standard deviation, >= 0.
 
@@ -34,7 +34,7 @@ def group_advantages(
         (B,) float32 (float64 for float64 rewards).
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
+        TypeError, ValueError: an argument is invalid; the message names it.
 
     Source: arXiv 2402.03300, section 4.1.
     """

@@ -1,5 +1,5 @@
-"""The seam between public functions and operators: what a source of log-probs does, and the
-autograd.Functions over any source.
+"""The seam between public functions and operators: the interface of a source of log-probs, and the
+autograd.Functions that work with any source.
 
     source.forward(rows, policy, *operands) -> log_probs, saved
     policy_loss_fwd(log_probs, entropy, policy) -> loss, stats, g, h
@@ -19,11 +19,11 @@ from .softmax import TargetRows, Upstream
 
 
 class Forward(NamedTuple):
-    """What a source makes of its operands.
+    """The result of a source's forward.
 
     Attributes:
-        log_probs: (N,); None where the policy does not read them.
-        entropy: (N,) in nats; (0,) unless asked for.
+        log_probs: (N,); None if the policy does not read them.
+        entropy: (N,) in nats; (0,) unless requested.
         saved: a flat record of tensors for the backward.
     """
 
@@ -33,21 +33,21 @@ class Forward(NamedTuple):
 
 
 class Source(Protocol):
-    """Where log-probs come from. It holds options; operands, which have gradients, are passed."""
+    """Where log-probs come from. It holds options; operands with gradients are arguments."""
 
     def returns_entropy(self) -> bool: ...
 
     def forward(self, rows: TargetRows, policy: Policy | None, *operands: Any) -> Forward:
-        """Log-probs for a policy, or all for themselves without one."""
+        """Log-probs for a policy, or of all rows without one."""
 
     def backward(
         self, saved: tuple[Any, ...], upstream: Upstream, wanted: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
-        """A gradient for each operand, None where it is not wanted."""
+        """A gradient for each operand, None if it is not needed."""
 
 
 class GivenLogProbs:
-    """Log-probs that are there already, the one operand."""
+    """Given log-probs, the one operand."""
 
     def returns_entropy(self) -> bool:
         return False
@@ -66,7 +66,7 @@ class GivenLogProbs:
 
 
 class LogProbs(torch.autograd.Function):
-    """Log-probs and entropies of a source; those may be constants, so that nothing flows back."""
+    """Log-probs and entropies of a source; entropies may be constants, without a gradient."""
 
     @staticmethod
     def forward(  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""What runs where: Triton or torch, in which dtype, and with which rounding of products."""
+"""Where each op runs, in Triton or in torch, in which dtype, and how products are rounded."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ CPU_HAS_BF16: bool = (
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether products of bfloat16 are fast there: a CPU without instructions for them takes 50
-    times as long as for float32."""
+    """Whether products of bfloat16 are fast on the device: a CPU without instructions for them
+    takes 50 times as long as for float32."""
     if device.type == "cpu":
         return CPU_HAS_BF16
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def has_tma(device: torch.device, is_capped: bool) -> bool:
-    """Whether a GPU copies boxes by itself, has room for them, and this Triton can tell it to."""
+    """Whether a GPU has TMA and enough shared memory, and this Triton can use it."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     # sm_120 has less than half of the shared memory that tiles take; an epilogue with a soft cap
@@ -48,7 +48,7 @@ def has_tma(device: torch.device, is_capped: bool) -> bool:
 
 
 def device_guard(x: Tensor) -> contextlib.AbstractContextManager:
-    """Make launches go to the tensor's device."""
+    """Launch kernels on the tensor's device."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
@@ -59,14 +59,14 @@ def loadable(mask: Tensor) -> Tensor:
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """Keep the caller's autocast out; it belongs to the thread, so nobody else notices."""
+    """Disable the caller's autocast; it is a setting of the thread, so no other code notices."""
     return torch.autocast(device.type, enabled=False)
 
 
 def rounds_fp32(device: torch.device) -> bool:
-    """Whether the process lets products of float32 be rounded there, as to TF32 or bfloat16.
+    """Whether the process lets products of float32 be rounded, to TF32 or bfloat16 for example.
 
-    These settings belong to the process: they are read, and left as they are.
+    These settings belong to the process: they are read, and left unchanged.
     """
     is_cpu = device.type == "cpu"
     backend = torch.backends.mkldnn if is_cpu else torch.backends.cuda
@@ -84,7 +84,7 @@ def rounds_fp32(device: torch.device) -> bool:
 
 
 def matmul_fp32(a: Tensor, b: Tensor, *, out: Tensor | None = None, add: bool = False) -> Tensor:
-    """a @ b, multiplied exactly and added up in fp32 (float64 for float64), whatever is allowed.
+    """a @ b, multiplied exactly and summed in fp32 (float64 for float64), whatever is allowed.
 
     The product goes to `out`, of any dtype, or is added to it.
     """

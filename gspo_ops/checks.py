@@ -1,4 +1,4 @@
-"""Checks of arguments: each names the argument, what was given, and what is expected."""
+"""Checks of arguments: each error names the argument, its value, and what is expected."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_number(
     exclusive: bool = False,
     may_be_infinite: bool = False,
 ) -> None:
-    """Refuse anything but a number that is >= minimum (> minimum when exclusive), and finite."""
+    """Refuse anything but a finite number that is >= minimum (> minimum if exclusive)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     low = value <= minimum if exclusive else value < minimum
@@ -36,14 +36,14 @@ def check_bool(name: str, value: object) -> None:
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Refuse what is none of the choices."""
+    """Refuse a value that is none of the choices."""
     if value not in choices:
         known = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{name} must be one of {known}, got {value!r}")
 
 
 def check_tensor(name: str, x: object, device: torch.device | None = None) -> None:
-    """Refuse what is not a dense tensor, on this device if one is given."""
+    """Refuse anything but a dense tensor, on this device if one is given."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if is_dtensor(x):
@@ -62,7 +62,7 @@ def is_dtensor(x: object) -> bool:
 
 
 def check_constant(name: str, x: Tensor) -> None:
-    """Refuse a tensor that expects a gradient which nothing computes, or holds no numbers."""
+    """Refuse a tensor that requires a gradient, which nothing computes, or holds no numbers."""
     if x.requires_grad:
         raise ValueError(f"{name} requires grad, but is a constant of the loss: detach it")
     if x.dtype == torch.bool or x.dtype.is_complex:
@@ -83,7 +83,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_float(name: str, x: Tensor) -> None:
-    """Refuse a tensor that is none of the floating-point dtypes that operands may have."""
+    """Refuse a tensor whose dtype is not one of the floating-point dtypes of operands."""
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
 
@@ -101,7 +101,7 @@ def check_targets(targets: Tensor, name: str, x: Tensor) -> None:
 
 
 def checked_targets(targets: Tensor, V: int, rows: Tensor | None = None) -> Tensor:
-    """Targets as int64; one outside [0, V) is refused, with its place in `rows`."""
+    """Targets as int64; a target outside [0, V) is refused, with its position in `rows`."""
     targets = targets.long()
     wrong = ((targets < 0) | (targets >= V)).nonzero().squeeze(1)
     if len(wrong):

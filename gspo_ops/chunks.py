@@ -1,7 +1,7 @@
-"""The plan that goes through a batch from hidden states in chunks of whole sequences.
+"""The plan that processes a batch from hidden states in chunks of whole sequences.
 
-The gradient by the log-probs of a chunk is known as soon as its log-probs are, so that its
-exponentials need not outlive it: gradients are made in the forward.
+The gradient with respect to the log-probs of a chunk is known as soon as its log-probs are.
+Gradients are therefore computed in the forward, and a chunk's exponentials need not outlive it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from .tiles import Kept, slices
 
 
 class Chunks(NamedTuple):
-    """How a head is gone through.
+    """How a batch is processed in chunks.
 
     Attributes:
-        rows: of a chunk, at most, but for a longer sequence.
-        main_grad: (V, H) that d loss / d weight is added to; None to return it.
+        rows: largest number of rows in a chunk, unless one sequence is longer.
+        main_grad: (V, H) buffer to which d loss / d weight is added; None to return it.
     """
 
     options: HeadOptions
@@ -39,7 +39,7 @@ class Chunks(NamedTuple):
 
 
 class SavedChunks(NamedTuple):
-    """What the backward reads: gradients of loss * D, and the operands that they belong to."""
+    """What the backward reads: gradients of loss * D, and the operands to which they belong."""
 
     head: Head
     grads: Grads
@@ -98,7 +98,7 @@ def _contiguous(grad: Tensor, like: Tensor, *_: object) -> Tensor:
 
 @operator(_contiguous)
 def scaled_like(grad: Tensor, like: Tensor, grad_loss: Tensor, inv_denominator: Tensor) -> Tensor:
-    """grad * grad_loss / D in the dtype and shape of `like`, whose values are not read."""
+    """grad * grad_loss / D, in the dtype and shape of `like`, whose values are not read."""
     out = _contiguous(grad, like)
     source, to, scale = grad.view(-1), out.view(-1), grad_loss * inv_denominator
     for part in slices(len(to), ROUNDED_AT_ONCE):  # or a rounded copy would take as much again
@@ -113,7 +113,7 @@ def add_scaled(out: Changed, grad: Tensor, grad_loss: Tensor, inv_denominator: T
 
 
 class LossInChunks(NamedTuple):
-    """What a policy makes of a head, and the gradients of loss * D in the dtype of sums."""
+    """The loss of a policy and a head, and the gradients of loss * D in the dtype of sums."""
 
     loss: Tensor
     stats: Tensor
@@ -156,7 +156,7 @@ def loss_in_chunks(
     options: HeadOptions,
     wanted: Wanted,
 ) -> LossInChunks:
-    """The loss, and gradients that are added up over chunks."""
+    """The loss, and gradients summed over chunks."""
     needed = NeededRows.of(policy, options)
     targets = targets.reshape(-1)
     grads = Grads.empty(head, wanted, stats_dtype(head.hidden, head.weight))

@@ -1,6 +1,6 @@
-"""A function as objective: N numbers, differentiated by autograd.
+"""A function as objective: autograd differentiates its N terms.
 
-Terms are averaged, and ratios counted, by what does it for the built-in objectives.
+The code of the built-in objectives averages the terms and computes the statistics of the ratios.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _CLIP_STATS = ("clip_frac_sequences", "clip_frac_tokens", "clip_frac_low", "clip
 
 
 def options_of(objective: Objective | TokenLoss) -> ObjectiveOptions:
-    """As operators take them; a function has a ratio per token, which nothing clips."""
+    """The options for operators; a function has a ratio per token, which nothing clips."""
     if isinstance(objective, Objective):
         return ObjectiveOptions.of(objective)
     if not callable(objective) or isinstance(objective, type):
@@ -55,7 +55,7 @@ def options_of(objective: Objective | TokenLoss) -> ObjectiveOptions:
 def custom_loss(
     objective: TokenLoss, log_probs: Tensor, policy: Policy, entropy: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and statistics of a function, from (N,) log-probs and entropies that are constants."""
+    """Loss and statistics of a function, from (N,) log-probs, and entropies as constants."""
     sequences, where_valid = policy.sequences, policy.sequences.where_valid
     ids = sequences.ids(log_probs.device)
     lengths = sequence_lengths(policy.advantages, sequences, policy.context_group)
@@ -117,7 +117,7 @@ def _terms(
     ):
         raise ValueError(
             "objective must return loss terms, or a pair of them and a bool tensor of shape "
-            f"{shape} that says which ones are clipped, got {_told(clipped, dtype=True)} as second"
+            f"{shape} that marks the clipped ones, got {_told(clipped, dtype=True)} as the second"
         )
     return terms, clipped
 

@@ -16,7 +16,7 @@ ISSUES = "https://github.com/gspo-ops/gspo-ops/issues"
 
 
 def environment() -> str:
-    """Versions and devices, as every results file should carry them."""
+    """Versions and devices, as every results file should state them."""
     try:
         import triton
 
@@ -39,7 +39,7 @@ def environment() -> str:
 
 
 def provenance() -> dict:
-    """Where, when and from which commit, as every results file carries it; "-dirty" if changed."""
+    """Where, when and from which commit a results file comes; "-dirty" if the tree is changed."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True
     ).stdout.strip()

@@ -22,12 +22,12 @@ PRODUCTS_TABLE = Path(__file__).with_name("products.json")  # by device and dtyp
 
 
 class LoRA(NamedTuple):
-    """A low-rank update of the head, which is never merged: weight + scale * b @ a.
+    """A low-rank update of the head, weight + scale * b @ a, which is never merged.
 
     Attributes:
         a: (r, H), with a gradient.
         b: (V, r), with a gradient.
-        scale: alpha / r, usually.
+        scale: usually alpha / r.
     """
 
     a: Tensor
@@ -58,7 +58,7 @@ class Head(NamedTuple):
 
 
 class HeadGrads(NamedTuple):
-    """Where the gradients of the operands go; None where one is not wanted."""
+    """Buffers for the gradients of the operands; None for one that is not needed."""
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -68,7 +68,7 @@ class HeadGrads(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Which gradients are asked for."""
+    """Which gradients are needed."""
 
     hidden: bool = False
     weight: bool = False
@@ -81,14 +81,14 @@ class Wanted(NamedTuple):
 
 
 class HeadOptions(NamedTuple):
-    """How log-probs are made of the operands.
+    """How log-probs are computed from the operands.
 
     Attributes:
-        products: who multiplies: `"torch"`, `"mm"` or `"triton"`; in an operator also `"tma"`,
-            which is the same in kernels for GPUs that copy boxes by themselves.
+        products: how products are computed: `"torch"`, `"mm"` or `"triton"`; in an operator also
+            `"tma"`, the Triton products of kernels for GPUs with TMA.
         allow_sync: whether the host may look at which rows are live.
-        lora_scale: that the low-rank part is multiplied by.
-        kept_columns: tokens whose exponentials are kept from forward to backward.
+        lora_scale: factor of the low-rank part.
+        kept_columns: number of tokens whose exponentials are kept from forward to backward.
     """
 
     softmax: Softmax
@@ -99,7 +99,7 @@ class HeadOptions(NamedTuple):
 
 
 def resolve_products(products: Products, head: Head) -> str:
-    """Who multiplies, as far as can be said without asking the device."""
+    """How products are computed, as far as is known without asking the device."""
     if not use_triton(head.hidden):
         return "torch"
     # nothing but torch.mm has a low-rank part
@@ -107,7 +107,7 @@ def resolve_products(products: Products, head: Head) -> str:
 
 
 def on_device(options: HeadOptions, head: Head) -> HeadOptions:
-    """With the products that this device has, which a graph that is traced can't ask for."""
+    """The options with the products of this device, which cannot be queried in a traced graph."""
     products, hidden = options.products, head.hidden
     if products == "auto":
         products = faster_products(hidden.device, hidden.dtype)
@@ -121,9 +121,9 @@ def on_device(options: HeadOptions, head: Head) -> HeadOptions:
 
 
 def faster_products(device: torch.device, dtype: torch.dtype) -> Products:
-    """What `make gpu` has found to be faster there when half of the rows have a gradient.
+    """The products that `make gpu` has found to be faster with half of the rows live.
 
-    Where nothing has been measured it is `"triton"`, which leaves the other rows out.
+    Without a measurement this is `"triton"`, which skips the other rows.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
     return _measured_products().get(name, {}).get(str(dtype)[6:], "triton")
@@ -139,7 +139,7 @@ def _measured_products() -> dict[str, dict[str, Products]]:
 
 
 def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Of the products that make logits: the common 16-bit dtype on a GPU; fp32; or float64."""
+    """The dtype of the products that make logits: 16-bit on a GPU, fp32, or float64."""
     if torch.float64 in (hidden.dtype, weight.dtype):
         return torch.float64
     if use_triton(hidden) and hidden.dtype == weight.dtype:
@@ -148,15 +148,15 @@ def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def stats_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Of everything per row."""
+    """The dtype of everything per row."""
     return compute_dtype(product_dtype(hidden, weight))
 
 
 def grad_product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Of exponentials and of the products that make gradients.
+    """The dtype of exponentials and of the products that make gradients.
 
-    float16 has not the range of exponentials, and bfloat16 not the precision of float16. On a CPU
-    bfloat16 only where it has instructions for it.
+    float16 lacks the range for exponentials, and bfloat16 lacks the precision of float16. A CPU
+    uses bfloat16 only if it has instructions for it.
     """
     if torch.float64 in (hidden.dtype, weight.dtype):
         return torch.float64
@@ -176,7 +176,7 @@ def local_head(
     lora: LoRA | None,
     group: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, LoRA | None]:
-    """The operands as this rank holds them."""
+    """This rank's shards of the operands."""
     weight = vocab_part("weight", weight, 0, group)
     if bias is not None:
         bias = vocab_part("bias", bias, 0, group)
@@ -197,7 +197,7 @@ def check_head(
     lora: LoRA | None,
     main_grad: Tensor | None,
 ) -> None:
-    """Refuse operands that the operators can't take, by name."""
+    """Refuse operands that the operators do not support; the error names the argument."""
     check_operands(hidden, weight)
     check_targets(targets, "hidden", hidden)
     if bias is not None:
@@ -209,7 +209,7 @@ def check_head(
 
 
 def check_operands(hidden: Tensor, weight: Tensor) -> None:
-    """Refuse hidden states and a weight that do not fit together."""
+    """Refuse hidden states and a weight that do not match."""
     if not isinstance(hidden, Tensor):
         raise TypeError(f"hidden must be a torch.Tensor, got {type(hidden).__name__}")
     if hidden.ndim not in (2, 3):
@@ -223,11 +223,11 @@ def check_operands(hidden: Tensor, weight: Tensor) -> None:
         )
     _check_operand("weight", weight, hidden.device, tuple(weight.shape))
     if weight.numel() == 0:
-        raise ValueError(f"weight must have a vocabulary and a size, got {tuple(weight.shape)}")
+        raise ValueError(f"weight must not be empty, got {tuple(weight.shape)}")
 
 
 def check_lora(lora: LoRA, hidden: Tensor, weight: Tensor) -> None:
-    """Refuse a low-rank update that does not fit the head."""
+    """Refuse a low-rank update that does not match the head."""
     if not isinstance(lora, LoRA):
         raise TypeError(f"lora must be a LoRA(a, b, scale), got {type(lora).__name__}")
     check_tensor("lora.a", lora.a, hidden.device)
@@ -251,7 +251,7 @@ def _check_main_grad(main_grad: Tensor, hidden: Tensor, weight: Tensor) -> None:
             f"{tuple(main_grad.shape)} with strides {main_grad.stride()}"
         )
     if main_grad.requires_grad:
-        raise ValueError("main_grad requires grad, but is a buffer that is added to: detach it")
+        raise ValueError("main_grad requires grad, but is only a buffer for gradients: detach it")
     if not weight.requires_grad:
         raise ValueError("main_grad is given, but weight does not require grad")
     if weight.dtype == torch.float64 or hidden.dtype == torch.float64:

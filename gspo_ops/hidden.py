@@ -1,11 +1,11 @@
 """Log-probs from hidden states and the output head, without N x V logits: the source.
 
-Logits exist one tile at a time, in fp32: `tiles.py` goes through them. What the forward keeps of a
-row is the target's logit, a `shift` (0 but for very unlikely targets), and the sum of the others'
-exponentials relative to both; that is also what a split vocabulary has to exchange. What it may
-keep of a logit is its exponential, so that the backward is two products: dhidden = diag(s) P weight
-and dweight = P^T diag(s) hidden, with a factor s per row that is known only then. The derivation
-stands in `kernels/hidden.py`.
+Logits exist one tile at a time, in fp32; `tiles.py` defines the tiles. For each row, the forward
+keeps the target's logit, a `shift` (0 except for very unlikely targets), and the sum of the other
+tokens' exponentials relative to both. The ranks of a sharded vocabulary exchange the same numbers.
+For each logit, the forward may keep its exponential. The backward is then two products: dhidden =
+diag(s) P weight and dweight = P^T diag(s) hidden, with a factor s per row that only the backward
+knows. The derivation is in `kernels/hidden.py`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .tiles import Kept, RowSums
 
 
 def vocabulary_of_head(head: Head, options: HeadOptions, choice: Choice) -> Vocabulary:
-    """What ranks that share it must have in common, to exchange the same."""
+    """The vocabulary, with the facts that must be the same on all ranks that share it."""
 
     group, returns_entropy = options.softmax.vocab_group, int(options.softmax.return_entropy)
     columns, checks_range = head.weight.shape[0], options.products == "torch"
@@ -73,7 +73,7 @@ class HiddenSource(NamedTuple):
     """Log-probs from the operands of `Head`.
 
     Attributes:
-        main_grad: (V, H) that d loss / d weight is added to; None to return it.
+        main_grad: (V, H) buffer to which d loss / d weight is added; None to return it.
     """
 
     options: HeadOptions
@@ -107,12 +107,12 @@ class HiddenSource(NamedTuple):
 
 
 class NeededRows(NamedTuple):
-    """Which rows a policy needs, (N,) each, non-zero where it does; None for all.
+    """Which rows a policy needs: (N,) each, non-zero for these rows, or None for all.
 
     Attributes:
         mask: rows whose logits are computed.
-        grad_mask: those that may have a gradient.
-        log_probs_are_read: not on-policy, where rows without advantage are left out altogether.
+        grad_mask: rows that may have a gradient.
+        log_probs_are_read: False if on-policy: rows without an advantage are then left out.
     """
 
     mask: Tensor | None
@@ -131,7 +131,7 @@ class NeededRows(NamedTuple):
 
 
 class HiddenStats(NamedTuple):
-    """What the forward makes of each row, all (N,): log-probs and `RowSums`; and exponentials."""
+    """The results of the forward, (N,) each: log-probs and `RowSums`; and the exponentials."""
 
     log_probs: Tensor
     base: Tensor
@@ -143,7 +143,7 @@ class HiddenStats(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """A contiguous gradient for each wanted operand, an empty tensor for the others."""
+    """A contiguous gradient for each operand that needs one, an empty tensor for the others."""
 
     hidden: Tensor
     weight: Tensor
@@ -153,7 +153,7 @@ class Grads(NamedTuple):
 
     @classmethod
     def empty(cls, head: Head, wanted: Wanted, dtype: torch.dtype | None = None) -> Grads:
-        """In the dtype of each operand, or all in one."""
+        """Buffers in the dtype of each operand, or all in one dtype."""
 
         def like(x: Tensor | None, want: bool) -> Tensor:
             if not want or x is None:
@@ -163,12 +163,12 @@ class Grads(NamedTuple):
         return cls(*map(like, head, wanted))
 
     def where(self, wanted: Wanted) -> HeadGrads:
-        """Those that are wanted."""
+        """The gradients that are needed."""
         return HeadGrads(*[x if want else None for x, want in zip(self, wanted, strict=True)])
 
 
 def empty_kept(head: Head, rows: int, kept_columns: int) -> Tensor:
-    """Room for exponentials of so many rows and columns; none without columns."""
+    """A buffer for the exponentials of these rows and columns; empty without columns."""
     dtype = grad_product_dtype(head.hidden, head.weight)
     rows = rows if kept_columns else 0
     return head.hidden.new_empty(rows, kept_width(kept_columns), dtype=dtype)
@@ -189,7 +189,7 @@ def _fwd_fake(
 def hidden_fwd(
     head: Head, rows: TargetRows, grad_mask: Tensor | None, options: HeadOptions
 ) -> HiddenStats:
-    """Of the rows where mask is non-zero; exponentials of those where grad_mask is, too."""
+    """HiddenStats of rows with a non-zero mask; exponentials if grad_mask is non-zero, too."""
     kept = empty_kept(head, rows.targets.numel(), options.kept_columns)
     log_probs, sums = forward(head, rows, grad_mask, options, Kept(kept, options.kept_columns))
     return HiddenStats(log_probs, *sums, kept)
@@ -213,7 +213,7 @@ def hidden_bwd_into(
     options: HeadOptions,
     wanted: Wanted,
 ) -> Grads:
-    """The same for the operands that `wanted` names, and d loss / d weight added to main_grad."""
+    """The same for the operands in `wanted`, with d loss / d weight added to main_grad."""
     grads = Grads.empty(saved.head, wanted)
     out = grads.where(wanted)._replace(weight=main_grad)
     _backward(saved, upstream, options, out, add=Wanted(weight=True))

@@ -22,8 +22,9 @@ class Sequences(NamedTuple):
     Attributes:
         rows: N.
         batch: number of sequences B.
-        cu_seqlens: (B + 1,) first row of each sequence, and N; None when all have as many.
-        mask: (N,) non-zero where a token counts; None when all do.
+        cu_seqlens: (B + 1,) first row of each sequence, followed by N; None if all have the same
+            length.
+        mask: (N,) non-zero where a token counts; None if all count.
     """
 
     rows: int
@@ -32,25 +33,25 @@ class Sequences(NamedTuple):
     mask: Tensor | None
 
     def sum(self, x: Tensor) -> Tensor:
-        """(B,) sum over each sequence's rows of x (N,), in a fixed order, without a host sync."""
+        """(B,) sums of x (N,) over each sequence's rows, in a fixed order, without a host sync."""
         if self.cu_seqlens is None:
             return x.view(self.batch, -1).sum(1) if x.numel() else x.new_zeros(self.batch)
         lengths = self.cu_seqlens.diff().long()
         return torch.segment_reduce(x, "sum", lengths=lengths, unsafe=True, initial=0)
 
     def ids(self, device: torch.device) -> Tensor:
-        """(N,) int64 index of the sequence that each row belongs to."""
+        """(N,) int64 index of each row's sequence."""
         index = torch.arange(self.rows, device=device)
         if self.cu_seqlens is None:
             return index // max(self.rows // max(self.batch, 1), 1)
         return torch.searchsorted(self.cu_seqlens[1:].long(), index, right=True)
 
     def tokens(self) -> Tensor | int:
-        """Tokens that count, 1 at least."""
+        """The number of tokens that count, at least 1."""
         return max(self.rows, 1) if self.mask is None else (self.mask != 0).sum().clamp(min=1)
 
     def where_valid(self, x: Tensor) -> Tensor:
-        """x (N,), 0 where a token does not count."""
+        """x (N,), with 0 where a token does not count."""
         return x if self.mask is None else torch.where(self.mask != 0, x, 0.0)
 
 
@@ -60,8 +61,8 @@ class Layout:
 
     Attributes:
         shape: (B, T) padded or (N,) packed, the shape of every per-token argument.
-        device: where the per-token arguments live.
-        sequences: the same of the flat (N,) rows.
+        device: the device of the per-token arguments.
+        sequences: the layout of the flat (N,) rows.
     """
 
     shape: torch.Size
@@ -76,17 +77,17 @@ class Layout:
         return x.reshape(-1).contiguous()
 
     def flat_float(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """A per-token floating-point argument that needs no gradient, as (N,) in `dtype`."""
+        """A per-token floating-point argument without a gradient, as (N,) in `dtype`."""
         check_constant(name, x)
         return self.flat(name, x).to(dtype)
 
     def per_sequence_or_token(
         self, name: str, x: Tensor, dtype: torch.dtype, *, is_part: bool = False
     ) -> tuple[Tensor, bool]:
-        """An argument of shape (B,) or per token, flat, and whether it is per token.
+        """An argument of shape (B,) or per token, flattened, and whether it is per token.
 
-        Of packed sequences whose other tokens are elsewhere (`is_part`), N may be B by chance: per
-        token is then (1, N) only, on all ranks alike.
+        If other ranks hold tokens of the packed sequences (`is_part`), N may equal B by chance. On
+        all ranks, an argument per token must then have the shape (1, N).
         """
         check_tensor(name, x, self.device)
         check_constant(name, x)
@@ -112,7 +113,7 @@ def resolve_layout(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Layout:
-    """The layout of the tokens of an argument: (B, T) padded, or (N,) with cu_seqlens."""
+    """The layout of an argument's tokens: (B, T) padded, or (N,) with cu_seqlens."""
     if len(shape) not in (1, 2):
         raise ValueError(f"{name} must be padded (B, T) or packed (N,) tokens, got {tuple(shape)}")
     if len(shape) == 2 and cu_seqlens is not None:
@@ -123,7 +124,7 @@ def resolve_layout(
     if len(shape) == 1 and cu_seqlens is None:
         raise ValueError(
             "cu_seqlens is needed for packed input of shape (N,): the (B + 1,) first rows of its "
-            "sequences, and N"
+            "sequences, followed by N"
         )
     batch = shape[0]
     if cu_seqlens is not None:

@@ -1,7 +1,7 @@
 """Log-probs of target tokens, from logits or from hidden states: the public functions.
 
-Each checks its arguments once, and applies the one autograd.Function `LogProbs` to a source:
-`logits.py`, or `hidden.py`.
+Each checks its arguments once and applies the autograd.Function `LogProbs` to a source, from
+`logits.py` or `hidden.py`.
 """
 
 from __future__ import annotations
@@ -62,20 +62,20 @@ def log_probs_from_logits(
         log_prob[t] = log_softmax(softcap(logits[t]) / temperature)[targets[t]]
         entropy[t]  = -sum_v p[t, v] * log p[t, v],    softcap(x) = softcap * tanh(x / softcap)
 
-    Logits are read once and never copied; the backward reads them once and writes dlogits once, and
-    rows whose incoming gradient is zero are not read at all.
+    Logits are read once and never copied. The backward reads them once and writes dlogits once.
+    Rows whose incoming gradient is zero are not read at all.
 
     Args:
         logits: (B, T, V) or (N, V), float16, bfloat16, float32 or float64; any strides, as long as
             the vocabulary is contiguous.
         targets: (B, T) or (N,) int32 or int64: the token that each row predicts (already shifted);
-            -100 marks a row that is left out: its results and its gradient are 0.
+            -100 marks a row to leave out: its results and its gradient are 0.
         temperature: sampling temperature, > 0.
         softcap: soft cap of the logits, > 0, as in Gemma; None for none.
-        vocab_group: ranks that share the vocabulary: each passes the same targets and its own part
-            of the logits, of any size, in the order of the ranks, or a DTensor. The results are the
-            same on all; 3 numbers per row (4 with the entropy) are exchanged, and nothing in the
-            backward.
+        vocab_group: ranks over which the vocabulary is sharded. Each passes the same targets and
+            its own shard of the logits, of any size, in the order of the ranks, or a DTensor. The
+            results are the same on all ranks, which exchange 3 numbers per row (4 with the entropy)
+            in the forward and nothing in the backward.
         return_entropy: also return the entropy in nats, differentiable.
 
     Returns:
@@ -83,8 +83,8 @@ def log_probs_from_logits(
         `return_entropy` the pair (log_probs, entropy).
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
-        IndexError: a target outside [0, V), on CPU. On GPU its log_prob is NaN.
+        TypeError, ValueError: an argument is invalid; the message names it.
+        IndexError: a target outside [0, V), on a CPU. On a GPU its log_prob is NaN.
     """
     with SharedChecks(logits, targets, vocab_group=vocab_group):
         logits = vocab_part("logits", logits, -1, vocab_group)
@@ -158,39 +158,39 @@ def log_probs_from_hidden(
         log_prob[t] = log_softmax(z[t])[targets[t]]
         entropy[t]  = -sum_v p[t, v] * log p[t, v],    softcap(x) = softcap * tanh(x / softcap)
 
-    Logits are never rounded below fp32 and never stand in memory as a whole. Rows whose incoming
-    gradient is zero are left out of the backward, and gradients that nobody asked for are not
-    computed. Results of a row may change in the last bits with the number of rows, as those of
-    matrix products do, except with `products="triton"`.
+    Logits are never rounded below fp32 and never stored as a whole. The backward skips rows whose
+    incoming gradient is zero, and computes only the gradients that are needed. Like the results of
+    matrix products, those of a row may change in the last bits with the number of rows, except with
+    `products="triton"`.
 
     Args:
         hidden: (B, T, H) or (N, H), float16, bfloat16, float32 or float64.
-        weight: (V, H) of the head, of any of these dtypes.
+        weight: (V, H) of the head, in any of these dtypes.
         targets: (B, T) or (N,) int32 or int64: the token that each row predicts (already shifted);
-            -100 marks a row that is left out: its results and its gradient are 0.
+            -100 marks a row to leave out: its results and its gradient are 0.
         bias: (V,) of the head; None for none.
-        lora: a low-rank update of the head. It gets its own gradients; give a weight that does not
+        lora: a low-rank update of the head, which gets gradients of its own. The weight must not
             require grad.
         temperature: sampling temperature, > 0.
         softcap: soft cap of the logits, > 0, as in Gemma; None for none.
-        plan: what stays in memory for the backward: `"keep"` the exponentials of all logits,
-            `"recompute"` nothing, `"auto"` as much as fits into the budget.
-            `plan_from_hidden` tells what each costs.
-        memory_budget: bytes for it; by default 2.1 per logit, where eager PyTorch takes 8 to 14,
-            between 64 MiB and 4 GiB.
+        plan: what stays in memory for the backward: with `"keep"` the exponentials of all logits,
+            with `"recompute"` nothing, with `"auto"` as much as fits into the budget.
+            `plan_from_hidden` says what each costs.
+        memory_budget: bytes for these exponentials; by default 2.1 per logit (eager PyTorch takes 8
+            to 14), between 64 MiB and 4 GiB.
         products: on a GPU, `"mm"` multiplies with `torch.mm`, which computes dead rows as well
-            unless `allow_sync`; `"triton"` with kernels that leave them out, and whose result for a
-            row does not depend on the others; `"auto"` is what `make gpu` has found to be faster on
-            this device, `"triton"` where it has not run, and `"mm"` with lora.
-        allow_sync: let `"mm"` look at which rows are live, one host synchronisation in the forward
-            and one in the backward, and leave the others out.
-        main_grad: (V, H) float32 buffer that d loss / d weight is added to; `weight.grad` then
-            stays as it is.
-        vocab_group: ranks that share the vocabulary: each passes the same hidden states and
-            targets, and its own rows of weight, bias and lora.b, any number of them, in the order
-            of the ranks, or a DTensor with Shard(0). Exchanged are 4 numbers per row (5 with the
-            entropy) in the forward, and dhidden in the backward, in float32. The results are the
-            same on all ranks, dweight is that of each rank's rows.
+            unless `allow_sync`. `"triton"` multiplies with kernels that skip them, and whose result
+            for a row does not depend on the other rows. `"auto"` takes what `make gpu` has found to
+            be faster on this device, `"triton"` if it has not run there, and `"mm"` with lora.
+        allow_sync: let `"mm"` look at which rows are live and skip the others, with one host
+            synchronisation in the forward and one in the backward.
+        main_grad: (V, H) float32 buffer to which d loss / d weight is added; `weight.grad` is then
+            left unchanged.
+        vocab_group: ranks over which the vocabulary is sharded. Each passes the same hidden states
+            and targets, and its own rows of weight, bias and lora.b, any number of them, in the
+            order of the ranks, or a DTensor with Shard(0). The ranks exchange 4 numbers per row (5
+            with the entropy) in the forward, and dhidden in float32 in the backward. The results
+            are the same on all ranks; dweight is that of each rank's rows.
         return_entropy: also return the entropy in nats, differentiable (the backward then always
             recomputes logits).
 
@@ -199,8 +199,8 @@ def log_probs_from_hidden(
         `return_entropy` the pair (log_probs, entropy).
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
-        IndexError: a target outside [0, V), on CPU. On GPU its log_prob is NaN.
+        TypeError, ValueError: an argument is invalid; the message names it.
+        IndexError: a target outside [0, V), on a CPU. On a GPU its log_prob is NaN.
     """
     with SharedChecks(hidden, weight, targets, vocab_group=vocab_group):
         hidden, weight, bias, lora = local_head(hidden, weight, bias, lora, vocab_group)
@@ -209,8 +209,8 @@ def log_probs_from_hidden(
         check_plan(plan, memory_budget, products, allow_sync, lora)
         if plan == "chunk":
             raise ValueError(
-                "plan='chunk' needs a loss whose gradient it can make in the forward: "
-                "policy_loss_from_hidden; here plan must be 'auto', 'keep' or 'recompute'"
+                "plan='chunk' needs a loss whose gradient it can compute in the forward, as in "
+                "policy_loss_from_hidden: here plan must be 'auto', 'keep' or 'recompute'"
             )
         mask = targets != IGNORED
         head = Head.of(hidden, weight, bias, lora)

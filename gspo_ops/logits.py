@@ -1,6 +1,6 @@
 """Log-probs from logits: the source, its operators, and their Triton path.
 
-The kernels stand in `kernels/logits.py`, the CPU path in `logits_cpu.py`.
+The kernels are in `kernels/logits.py`, the CPU path in `logits_cpu.py`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ THREADS = 128  # per program: with 8 columns each they read 1024, and keep colum
 
 
 def check_logits(logits: Tensor, targets: Tensor) -> None:
-    """Refuse logits and targets that the operators can't take, by name."""
+    """Refuse logits and targets that the operators do not support; the error names them."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits must be a torch.Tensor, got {type(logits).__name__}")
     check_float("logits", logits)
     if logits.ndim not in (2, 3):
         raise ValueError(f"logits must have shape (B, T, V) or (N, V), got {tuple(logits.shape)}")
     if logits.shape[-1] == 0:
-        raise ValueError(f"logits must have a vocabulary, got {tuple(logits.shape)}")
+        raise ValueError(f"logits must have a non-empty vocabulary, got {tuple(logits.shape)}")
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         raise ValueError(
             "logits must be contiguous along the vocabulary, got strides "
@@ -41,7 +41,7 @@ def check_logits(logits: Tensor, targets: Tensor) -> None:
 
 
 def vocabulary_of_logits(logits: Tensor, softmax: Softmax) -> Vocabulary:
-    """What ranks that share it must have in common, to exchange the same."""
+    """The vocabulary, with the facts that must be the same on all ranks that share it."""
     return Vocabulary.of(
         softmax.vocab_group,
         columns=logits.shape[-1],
@@ -99,9 +99,9 @@ def _fwd_fake(logits: Tensor, rows: TargetRows, softmax: Softmax) -> LogitStats:
 
 @operator(_fwd_fake)
 def logits_fwd(logits: Tensor, rows: TargetRows, softmax: Softmax) -> LogitStats:
-    """LogitStats of every row where mask is non-zero; 0 elsewhere.
+    """LogitStats of every row with a non-zero mask; 0 elsewhere.
 
-    With a vocab_group, targets are local ones.
+    With a vocab_group, targets are local.
     """
     forward = triton_fwd if use_triton(logits) else torch_fwd
     out = _fwd_fake(logits, rows, softmax)
@@ -154,7 +154,7 @@ def _bwd_fake(saved: SavedLogits, upstream: Upstream, softmax: Softmax) -> Tenso
 def logits_bwd(saved: SavedLogits, upstream: Upstream, softmax: Softmax) -> Tensor:
     """d loss / d logits, contiguous.
 
-    Without row_max and row_sum they are computed on the way, for the rows that need them.
+    If row_max and row_sum are missing, they are computed here for the rows that need them.
     """
     out = _bwd_fake(saved, upstream, softmax)
     if out.numel():
@@ -177,7 +177,7 @@ def logits_bwd(saved: SavedLogits, upstream: Upstream, softmax: Softmax) -> Tens
 
 
 def row_strides(logits: Tensor) -> dict[str, int]:
-    """Of row b * T + t, and the power of two <= 16 that divides them."""
+    """The strides of row b * T + t, and the power of two <= 16 that divides them."""
     if logits.ndim == 2:
         T, stride_b, stride_t = max(logits.shape[0], 1), 0, logits.stride(0)
     else:

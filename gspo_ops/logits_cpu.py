@@ -1,6 +1,6 @@
 """Log-probs from logits, and their gradient, in torch: on a CPU, and in float64 on any device.
 
-Rows are worked on in chunks that stay in cache. The derivation stands in `kernels/logits.py`.
+Rows are processed in chunks that fit the cache. The derivation is in `kernels/logits.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _CHUNK_ELEMENTS = 1 << 20  # 4 MiB of fp32
 
 
 class LogitStats(NamedTuple):
-    """What the forward makes of each row, all (N,); 0 where it is left out."""
+    """The results of the forward, (N,) each; 0 for rows that are left out."""
 
     log_probs: Tensor
     row_max: Tensor  # of the others' logits, or of all, before the temperature
@@ -30,7 +30,7 @@ class LogitStats(NamedTuple):
 
 
 class LogitPart(NamedTuple):
-    """What a part of the vocabulary contributes to each row, all (N,)."""
+    """The contribution of a shard of the vocabulary to each row, (N,) each."""
 
     row_max: Tensor
     row_sum: Tensor
@@ -39,12 +39,12 @@ class LogitPart(NamedTuple):
 
 
 class SavedLogits(NamedTuple):
-    """What the backward reads: the logits, and what is known of their rows, all (N,).
+    """What the backward reads: the logits, and results of their rows, (N,) each.
 
     Attributes:
-        row_max, row_sum: None where the forward has not read the logits.
-        entropy: None where nothing flows back through it.
-        target_logit: None where it is among the logits, as in a vocabulary that is not shared.
+        row_max, row_sum: None if the forward has not read the logits.
+        entropy: None if it has no gradient.
+        target_logit: None if it is among the logits, as in a vocabulary that is not sharded.
     """
 
     logits: Tensor
@@ -63,7 +63,7 @@ def torch_fwd(
     softmax: Softmax,
     out: LogitStats | LogitPart,
 ) -> None:
-    """Fill `out`: rows where mask is non-zero, and 0 elsewhere."""
+    """Fill `out` for rows with a non-zero mask, and with 0 elsewhere."""
     for x in out:
         if x is not None:
             x.zero_()
@@ -219,7 +219,7 @@ def _exponentials(
 
 
 def log_odds(row_max: Tensor, row_sum: Tensor, x_target: Tensor, softmax: Softmax) -> LogOdds:
-    """Of the others against the target."""
+    """The log-odds of the other tokens against the target."""
     return sum_with_error((row_max - x_target) / softmax.temperature, row_sum.log())
 
 

@@ -1,7 +1,7 @@
 """Policy losses from log-probs, from logits or from hidden states: the public functions.
 
-Each checks its arguments once, and makes a source of log-probs and a policy of them. The
-autograd.Functions stand in `autograd.py` and `chunks.py`, functions as objective in `custom.py`.
+Each checks its arguments once and turns them into a source of log-probs and a policy. The
+autograd.Functions are in `autograd.py` and `chunks.py`, functions as objectives in `custom.py`.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from .softmax import TargetRows, checked_softmax
 
 
 class PolicyLoss(NamedTuple):
-    """A loss and what it saw.
+    """A loss and its statistics.
 
     Attributes:
         loss: 0-dim, differentiable.
-        stats: name to detached tensor on the input's device, 0-dim but for `log_ratio` (B,) and
-            `log_probs`; each is defined in the README.
+        stats: detached tensors on the input's device, by name; 0-dim except for `log_ratio` (B,)
+            and `log_probs`. docs/guide.md defines each of them.
     """
 
     loss: Tensor
@@ -64,46 +64,46 @@ def policy_loss_from_log_probs(
     denominator: float | Tensor | None = None,
     context_group: ProcessGroup | None = None,
 ) -> PolicyLoss:
-    """Clipped policy-gradient loss of log-probs that are already there.
+    """Clipped policy-gradient loss from given log-probs.
 
         l_i  = (1 / |y_i|) * sum_t (log_prob_t - old_log_prob_t),     s_i = exp(l_i)
         loss = -(1 / D) * sum_i min(s_i * A_i, clip(s_i, 1 - clip_low, 1 + clip_high) * A_i)
 
-    for GSPO; `Objective` says what changes for the others.
+    This is GSPO; `Objective` says what changes for the others.
 
     Args:
         log_probs: (B, T) padded or (N,) packed, float32 or float64.
-        old_log_probs: same shape, of the policy that sampled; None means on-policy: every ratio is
+        old_log_probs: same shape, of the policy that sampled. None means on-policy: every ratio is
             exactly 1, and the gradient flows.
-        advantages: (B,), or per token unless the ratio is the sequence's. Packed, with N == B,
-            they are read as (B,), unless they are given as (1, N). An infinite one, like an
+        advantages: (B,), or per token unless the ratio is the sequence's. Packed with N == B, they
+            are read as (B,) unless they are given as (1, N). An infinite advantage, like an
             infinite weight, makes the loss NaN.
-        mask: padded (B, T) or packed (N,); non-zero where a token counts. Nothing at other places
-            is used, whatever it holds.
-        cu_seqlens: (B + 1,) int32 first rows of packed sequences, and N.
+        mask: padded (B, T) or packed (N,), non-zero where a token counts. Values at other positions
+            are never used, whatever they are.
+        cu_seqlens: (B + 1,) int32 first rows of packed sequences, followed by N.
         objective: an `Objective`, or a function of flat (N,) tensors (log_probs, old_log_probs,
-            advantages, sequence_ids) that returns loss terms (N,), which autograd differentiates,
-            alone or with a bool tensor (N,) that says which ones it clipped. They are averaged as
-            its attribute `aggregation` says, by default `"seq-mean-token-mean"`. It also gets, if
-            it has parameters of these names, `mask` (N,) bool, `lengths` (B,), of whole sequences
-            on all ranks, and `ref_log_probs` (N,).
-        ref_log_probs: same shape as log_probs, of the reference policy for the KL term.
-        rollout_weights: (B,) or per token: importance weights of the rollout engine, which multiply
-            the loss terms (not the KL term).
+            advantages, sequence_ids). The function returns loss terms (N,), which autograd
+            differentiates, alone or with a bool tensor (N,) that marks the clipped ones. Its
+            attribute `aggregation` chooses their average, by default `"seq-mean-token-mean"`.
+            Through parameters of these names it also receives `mask` (N,) bool, `lengths` (B,) of
+            whole sequences on all ranks, and `ref_log_probs` (N,).
+        ref_log_probs: same shape as log_probs, of the reference policy, for the KL term.
+        rollout_weights: (B,) or per token: importance weights with respect to the rollout engine,
+            which multiply the loss terms (not the KL term).
         denominator: D, a positive number or 0-dim tensor; by default the number of non-empty
             sequences (of tokens for `"token-mean"`, 1 for `"token-sum"`).
-        context_group: ranks over which the tokens of the sequences are spread, in any order: each
-            passes the same B sequences, with the tokens that it has, none at all included; packed,
-            what is per token or per sequence is per token as (1, N) and per sequence as (B,). Sums
-            per sequence are exchanged, never log-probs. Loss and statistics are the same on all;
-            the gradient is that of each rank's tokens, so gradients of parameters are to be added
-            up over the ranks.
+        context_group: ranks over which the tokens of the sequences are sharded, in any order. Each
+            rank passes the same B sequences with the tokens that it holds, possibly none. Packed
+            arguments have the shape (1, N) per token and (B,) per sequence. The ranks exchange sums
+            per sequence, never log-probs. Loss and statistics are the same on all ranks. The
+            gradient is that of each rank's own tokens, so gradients of parameters have to be summed
+            over the ranks.
 
     Returns:
         PolicyLoss(loss, stats).
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
+        TypeError, ValueError: an argument is invalid; the message names it.
 
     Source: arXiv 2507.18071.
     """
@@ -111,8 +111,8 @@ def policy_loss_from_log_probs(
         check_log_probs("log_probs", log_probs)
         if _has_bonus(objective):
             raise ValueError(
-                "entropy_coef must be 0 for a loss from log_probs, which don't tell the entropy: "
-                "take it from log_probs_from_logits or log_probs_from_hidden with "
+                "entropy_coef must be 0 for a loss from log_probs, which do not determine the "
+                "entropy: take it from log_probs_from_logits or log_probs_from_hidden with "
                 "return_entropy=True, and subtract its mean times the coefficient"
             )
         layout = resolve_layout("log_probs", log_probs.shape, log_probs.device, mask, cu_seqlens)
@@ -149,25 +149,25 @@ def policy_loss_from_logits(
 ) -> PolicyLoss:
     """Clipped policy-gradient loss straight from logits, without an N x V intermediate.
 
-    The same number as `policy_loss_from_log_probs(log_probs_from_logits(...), ...)`, as one
-    autograd node whose backward writes dlogits in one pass and leaves out every row with zero
-    gradient: masked, clipped, or with zero advantage.
+    It equals `policy_loss_from_log_probs(log_probs_from_logits(...), ...)`, but is one autograd
+    node, whose backward writes dlogits in one pass and skips every row with zero gradient: masked,
+    clipped, or with zero advantage.
 
-    With `old_log_probs=None`, and without reference, entropy and vocab_group, the gradient by the
-    log-probs is known beforehand: the forward does not read the logits at all, and the backward
-    only the rows with non-zero advantage (NaN in the logits, and a target out of range, then show
-    in the backward, not in the loss).
+    With `old_log_probs=None`, and without a reference, an entropy or a vocab_group, the gradient
+    with respect to the log-probs is known beforehand. The forward then does not read the logits at
+    all, and the backward reads only the rows with a non-zero advantage. NaN in the logits and
+    targets out of range then show in the backward, not in the loss.
 
     Args:
         logits: (B, T, V) or (N, V), float16, bfloat16, float32 or float64; any strides, as long as
             the vocabulary is contiguous.
         targets: (B, T) or (N,) int32 or int64: the token that each row predicts (already shifted);
-            anything where the mask is zero.
+            arbitrary where the mask is zero.
         temperature, softcap, vocab_group: of the logits, as in `log_probs_from_logits`.
-        return_entropy: adds `entropy`, the mean over valid tokens in nats, to the stats; an
-            entropy bonus does so by itself.
-        return_log_probs: adds `log_probs`, detached, in the shape of targets, to the stats;
-            anything where the mask is zero.
+        return_entropy: add `entropy`, the mean over valid tokens in nats, to the stats; an entropy
+            bonus adds it by itself.
+        return_log_probs: add `log_probs`, detached, in the shape of targets, to the stats;
+            arbitrary where the mask is zero.
         old_log_probs, advantages, mask, cu_seqlens, objective, ref_log_probs, rollout_weights,
             denominator, context_group: as in `policy_loss_from_log_probs`.
 
@@ -175,8 +175,9 @@ def policy_loss_from_logits(
         PolicyLoss(loss, stats).
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
-        IndexError: a target outside [0, V) at a valid position, on CPU. On GPU its log_prob is NaN.
+        TypeError, ValueError: an argument is invalid; the message names it.
+        IndexError: a target outside [0, V) at a valid position, on a CPU. On a GPU its log_prob is
+            NaN.
 
     Source: arXiv 2507.18071.
     """
@@ -226,31 +227,32 @@ def policy_loss_from_hidden(
 ) -> PolicyLoss:
     """Clipped policy-gradient loss straight from hidden states and the output head.
 
-    The same number as `policy_loss_from_log_probs(log_probs_from_hidden(...), ...)`, as one
-    autograd node. Logits are never rounded below fp32 and never stand in memory as a whole. The
-    backward leaves out every row with zero gradient, masked, clipped, or with zero advantage; of
-    the last kind the forward computes no more than the statistics need, which is nothing when
-    `old_log_probs` is None and neither reference nor entropy is asked for.
+    It equals `policy_loss_from_log_probs(log_probs_from_hidden(...), ...)`, but is one autograd
+    node. Logits are never rounded below fp32 and never stored as a whole. The backward skips every
+    row with zero gradient: masked, clipped, or with zero advantage. For rows with zero advantage,
+    the forward computes no more than the statistics need, which is nothing if `old_log_probs` is
+    None and neither a reference nor an entropy is requested.
 
     Args:
         hidden: (B, T, H) or (N, H), float16, bfloat16, float32 or float64.
-        weight: (V, H) of the head, of any of these dtypes.
+        weight: (V, H) of the head, in any of these dtypes.
         targets: (B, T) or (N,) int32 or int64: the token that each row predicts (already shifted);
-            anything where the mask is zero.
+            arbitrary where the mask is zero.
         bias, lora, temperature, softcap: of the head, as in `log_probs_from_hidden`.
-        plan: `"keep"` the exponentials of all logits from forward to backward; `"chunk"`: whole
-            sequences at a time, gradients made in the forward (packed on a GPU, the borders of the
-            sequences are read back, and with a vocab_group the chunks that suit all ranks, one host
-            synchronisation each; not with context_group);
-            `"recompute"` the logits in the backward; `"auto"` what costs the fewest FLOPs within
-            the budget and without synchronisation. `plan_from_hidden` tells what each costs.
-        memory_budget: bytes for exponentials and sums of gradients that are kept; by default 2.1
-            per logit, where eager PyTorch takes 8 to 14, between 64 MiB and 4 GiB.
+        plan: `"keep"` keeps the exponentials of all logits from forward to backward. `"chunk"`
+            processes whole sequences at a time and computes their gradients in the forward; with
+            packed sequences on a GPU it reads their borders back, and with a vocab_group the chunks
+            that suit all ranks, with one host synchronisation each; it does not work with
+            context_group. `"recompute"` recomputes the logits in the backward. `"auto"` takes the
+            plan with the fewest FLOPs within the budget and without synchronisation.
+            `plan_from_hidden` says what each costs.
+        memory_budget: bytes for kept exponentials and sums of gradients; by default 2.1 per logit
+            (eager PyTorch takes 8 to 14), between 64 MiB and 4 GiB.
         products, allow_sync, main_grad, vocab_group: as in `log_probs_from_hidden`.
-        return_entropy: adds `entropy`, the mean over valid tokens in nats, to the stats; an
-            entropy bonus does so by itself.
-        return_log_probs: adds `log_probs`, detached, in the shape of targets, to the stats;
-            anything where the mask is zero.
+        return_entropy: add `entropy`, the mean over valid tokens in nats, to the stats; an entropy
+            bonus adds it by itself.
+        return_log_probs: add `log_probs`, detached, in the shape of targets, to the stats;
+            arbitrary where the mask is zero.
         old_log_probs, advantages, mask, cu_seqlens, objective, ref_log_probs, rollout_weights,
             denominator, context_group: as in `policy_loss_from_log_probs`.
 
@@ -258,8 +260,9 @@ def policy_loss_from_hidden(
         PolicyLoss(loss, stats).
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
-        IndexError: a target outside [0, V) at a valid position, on CPU. On GPU its log_prob is NaN.
+        TypeError, ValueError: an argument is invalid; the message names it.
+        IndexError: a target outside [0, V) at a valid position, on a CPU. On a GPU its log_prob is
+            NaN.
 
     Source: arXiv 2507.18071.
     """
@@ -280,13 +283,13 @@ def policy_loss_from_hidden(
         )  # fmt: skip
         if plan == "chunk":
             _check_chunks(objective, context_group)
-        if _has_bonus(objective):  # whose gradient needs logits, which the exponentials don't tell
+        if _has_bonus(objective):  # its gradient needs logits, which exponentials do not determine
             if plan == "keep":
                 raise ValueError(
                     "plan must be 'auto' or 'recompute' with an entropy bonus, got 'keep'"
                 )
             plan = "recompute"
-        # ranks have to choose the same without being told how large the others' parts are
+        # ranks have to choose the same plan without knowing the sizes of the others' shards
         is_alone = vocab_group is None and context_group is None
         borders_are_known = cu_seqlens is None or not hidden.is_cuda
         can_chunk = is_alone and isinstance(objective, Objective) and borders_are_known
@@ -312,18 +315,18 @@ def policy_loss_from_hidden(
 def _check_chunks(objective: Objective | TokenLoss, context_group: ProcessGroup | None) -> None:
     if context_group is not None:
         raise ValueError(
-            "plan='chunk' needs whole sequences, which context_group spreads over ranks: plan "
+            "plan='chunk' needs whole sequences, which context_group shards over ranks: plan "
             "must be 'auto', 'keep' or 'recompute'"
         )
     if not isinstance(objective, Objective):
         raise ValueError(
-            "plan='chunk' makes gradients in the forward, which no function as objective "
-            "tells: plan must be 'auto', 'keep' or 'recompute'"
+            "plan='chunk' computes gradients in the forward, which a function as objective "
+            "does not provide: plan must be 'auto', 'keep' or 'recompute'"
         )
     if _has_bonus(objective):
         raise ValueError(
-            "plan='chunk' keeps exponentials, which don't tell the gradient of an entropy bonus: "
-            "plan must be 'auto' or 'recompute'"
+            "plan='chunk' keeps exponentials, which do not determine the gradient of an entropy "
+            "bonus: plan must be 'auto' or 'recompute'"
         )
 
 

@@ -1,4 +1,4 @@
-"""Objectives: which ratio, what it does, which terms and which average. No tensors."""
+"""Objectives: the ratio, its surrogate, further terms and the average. No tensors."""
 
 from __future__ import annotations
 
@@ -32,45 +32,48 @@ class Objective:
 
         loss_t = -surrogate(r_t, A_t) * rollout_weight_t + kl_coef * kl_t - entropy_coef * H_t
 
-    averaged as `aggregation` says.
+    These terms are averaged as `aggregation` says.
 
-    Finite inputs have a finite loss and, with a denominator of 1 or more, a finite gradient by the
-    log-probs. A log-ratio beyond +-80 counts as +-80 in its ratio, and what the dtype cannot hold
-    counts as its largest number: a token's term and its derivative, both divided by the length of
-    the sequence for `"seq-mean-token-mean"`, and the loss.
+    Finite inputs have a finite loss and, with a denominator of 1 or more, a finite gradient with
+    respect to the log-probs. A log-ratio beyond +-80 counts as +-80 in its ratio. A value that the
+    dtype cannot hold counts as its largest number; this applies to a token's term and to its
+    derivative, both divided by the length of the sequence for `"seq-mean-token-mean"`, and to the
+    loss.
 
     Args:
-        ratio_level: `"sequence"` one length-normalised ratio per sequence (GSPO);
-            `"sequence_token"` the same value, with each token's own gradient and advantage
-            (GSPO-token); `"sequence_shared"` the same value, with advantages per token, whose
-            gradient goes through the one ratio that the tokens share; `"geometric"` one ratio per
-            sequence, of log-ratios that are clipped token by token (GMPO, arXiv 2507.20673);
-            `"token"` one ratio per token (GRPO, PPO).
-        surrogate: `"clipped"` min(r * A, clip(r, 1 - clip_low, 1 + clip_high) * A) (PPO, arXiv
-            1707.06347); `"weighted"` clip(r, 1 - clip_low, 1 + clip_high) * A * log_prob, the
-            clipped ratio without a gradient (CISPO, arXiv 2506.13585; unclipped, REINFORCE with
-            importance weights); `"soft"` 4 / tau * sigmoid(tau * (r - 1)) * A, where the sign of A
-            chooses tau (SAPO, arXiv 2511.20347).
-        clip_low, clip_high: width of the clip range below and above 1, both >= 0; by default
-            nothing is clipped.
-        dual_clip: for A < 0, what r counts at most in the `"clipped"` surrogate, with no gradient
+        ratio_level: `"sequence"`: one length-normalised ratio per sequence (GSPO).
+            `"sequence_token"`: the same value, with each token's own gradient and advantage
+            (GSPO-token). `"sequence_shared"`: the same value, with advantages per token whose
+            gradient flows through the one ratio that the tokens share. `"geometric"`: one ratio per
+            sequence, from log-ratios that are clipped token by token (GMPO, arXiv 2507.20673).
+            `"token"`: one ratio per token (GRPO, PPO).
+        surrogate: `"clipped"`: min(r * A, clip(r, 1 - clip_low, 1 + clip_high) * A) (PPO, arXiv
+            1707.06347). `"weighted"`: clip(r, 1 - clip_low, 1 + clip_high) * A * log_prob, with the
+            clipped ratio as a constant (CISPO, arXiv 2506.13585; unclipped, REINFORCE with
+            importance weights). `"soft"`: 4 / tau * sigmoid(tau * (r - 1)) * A, where the sign of A
+            selects tau (SAPO, arXiv 2511.20347).
+        clip_low: width of the clip range below 1, >= 0; by default nothing is clipped.
+        clip_high: width of the clip range above 1, >= 0; by default nothing is clipped.
+        dual_clip: for A < 0, the largest value of r in the `"clipped"` surrogate, with no gradient
             beyond it (dual clip, arXiv 1912.09729); at least 1 + clip_high.
-        soft_temperature_pos, soft_temperature_neg: tau for A > 0 and for others, > 0.
+        soft_temperature_pos: tau for A > 0, > 0.
+        soft_temperature_neg: tau for the other advantages, > 0.
         aggregation: `"seq-mean-token-mean"` (GSPO's), `"token-mean"`, `"seq-mean-token-sum"`
             or `"token-sum"`.
         kl_coef: weight of the KL term, >= 0; needs `ref_log_probs` when positive.
-        kl_estimator: with d = log_prob - ref_log_prob: `"k1"` d, `"k2"` d**2 / 2, `"k3"`
-            exp(-d) - 1 + d, `"abs"` |d|; each is differentiated as written, but for `"k1+"` and
+        kl_estimator: with d = log_prob - ref_log_prob: `"k1"` is d, `"k2"` is d**2 / 2, `"k3"` is
+            exp(-d) - 1 + d, `"abs"` is |d|. Each is differentiated as written, except `"k1+"` and
             `"k3+"`, whose derivative is that of k2.
-        kl_weight: `"one"`; `"ratio"` multiplies a token's estimate by its unclipped ratio, and
-            differentiates both (arXiv 2512.02556); `"ratio_detached"` without a gradient through
+        kl_weight: `"one"`; `"ratio"` multiplies a token's estimate by its unclipped ratio and
+            differentiates both (arXiv 2512.02556); `"ratio_detached"` stops the gradient through
             the ratio.
-        kl_input_clamp, kl_output_clamp: d and the estimate are clamped to +- this, with no gradient
-            beyond it; > 0, by default infinite.
+        kl_input_clamp: d is clamped to +- this, with no gradient beyond it; > 0, by default
+            infinite.
+        kl_output_clamp: the same for the estimate.
         entropy_coef: weight of the entropy bonus, >= 0, for losses from logits or hidden states.
 
     Raises:
-        ValueError: an option is outside its range, or does not go with another.
+        ValueError: an option is outside its range, or cannot be combined with another.
     """
 
     ratio_level: RatioLevel
@@ -156,7 +159,7 @@ class GSPO(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class GSPOToken(Objective):
-    """GSPO-token, arXiv 2507.18071 section 4.3: GSPO that takes per-token advantages."""
+    """GSPO-token, arXiv 2507.18071, section 4.3: GSPO with advantages per token."""
 
     ratio_level: RatioLevel = field(default="sequence_token", init=False)
     clip_low: float = 3e-4
@@ -165,7 +168,7 @@ class GSPOToken(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class GRPO(Objective):
-    """Group Relative Policy Optimization with the clip range that the GSPO paper compares to."""
+    """Group Relative Policy Optimization, with the clip range of the GSPO paper's comparison."""
 
     ratio_level: RatioLevel = field(default="token", init=False)
     clip_low: float = 0.2
@@ -174,7 +177,7 @@ class GRPO(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class GMPO(Objective):
-    """Geometric-Mean Policy Optimization, arXiv 2507.20673: log-ratios clipped to +-0.4."""
+    """Geometric-Mean Policy Optimization, arXiv 2507.20673: log-ratios are clipped to +-0.4."""
 
     ratio_level: RatioLevel = field(default="geometric", init=False)
     clip_low: float = -math.expm1(-0.4)
@@ -183,7 +186,7 @@ class GMPO(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class CISPO(Objective):
-    """Clipped importance weights, arXiv 2506.13585, of 5 at most (arXiv 2510.13786)."""
+    """CISPO, arXiv 2506.13585: importance weights are clipped to at most 5 (arXiv 2510.13786)."""
 
     ratio_level: RatioLevel = "token"
     surrogate: Surrogate = field(default="weighted", init=False)

@@ -2,7 +2,7 @@
 
 autograd.Functions call them; torch.compile and FakeTensor see their schema and their fake only. An
 operator takes and returns records, which are NamedTuples, as a whole: its schema has their fields.
-It has no derivative of its own, and says so when asked, so that double backward is an error.
+It has no derivative of its own and raises an error when one is requested.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def scalar(
 
 
 def _refuse_derivative(ctx: object, *grads: Tensor) -> None:
-    raise NotImplementedError("gspo_ops has no second derivatives: double backward is impossible")
+    raise NotImplementedError("gspo_ops does not support second derivatives (double backward)")
 
 
 def refuse_graph() -> None:

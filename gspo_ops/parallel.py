@@ -1,8 +1,8 @@
-"""What ranks exchange when a vocabulary, or the tokens of sequences, are spread over them.
+"""What ranks exchange if a vocabulary, or the tokens of sequences, are sharded over them.
 
-Numbers per row or per sequence, never logits or log-probs, and the gradient of hidden states that
-all ranks share. What decisions depend on is gathered, and every rank adds it up in the order of the
-ranks, so that all see the same bits and take the same clip decisions.
+They exchange numbers per row or per sequence, never logits or log-probs, and the gradient of hidden
+states that all ranks share. The sums that decisions depend on are gathered, and every rank adds
+them up in the order of the ranks, so that all see the same bits and take the same clip decisions.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ else:  # a torch that was built without
 
 
 def vocab_part(name: str, x: Tensor, dim: int, group: ProcessGroup | None) -> Tensor:
-    """What this rank holds of a head's weight, of logits, or of another operand split like them."""
+    """This rank's shard of a head's weight, of logits, or of another operand sharded like them."""
     return _part_of_dtensor(name, x, dim, group) if is_dtensor(x) else x
 
 
 def group_name(argument: str, group: ProcessGroup | None) -> str | None:
-    """As operators take it."""
+    """The name by which operators know a group."""
     if group is None:
         return None
     _check_group(argument, group)
@@ -42,7 +42,7 @@ def group_name(argument: str, group: ProcessGroup | None) -> str | None:
 
 
 def replicated(name: str, x: Tensor) -> Tensor:
-    """An operand that every rank holds as a whole."""
+    """An operand that every rank holds in full."""
     if not is_dtensor(x):
         return x
     if not all(placement.is_replicate() for placement in x.placements):  # type: ignore[attr-defined]
@@ -57,8 +57,8 @@ def _part_of_dtensor(name: str, x: Tensor, dim: int, group: ProcessGroup | None)
     mesh, placements = x.device_mesh, tuple(x.placements)  # type: ignore[attr-defined]
     if group is None:
         raise ValueError(
-            f"{name} is a DTensor with placements {placements}: where its ranks see the same rows, "
-            f"pass vocab_group={name}.device_mesh.get_group(); where each has rows of its own, as "
+            f"{name} is a DTensor with placements {placements}: if its ranks see the same rows, "
+            f"pass vocab_group={name}.device_mesh.get_group(); if each has rows of its own, as "
             f"with FSDP, pass {name}.full_tensor()"
         )
     _check_group("vocab_group", group)
@@ -67,14 +67,14 @@ def _part_of_dtensor(name: str, x: Tensor, dim: int, group: ProcessGroup | None)
         is_group = mesh.get_group(i).group_name == group.group_name
         if not (placement.is_shard(dim) if is_group else placement.is_replicate()):
             raise ValueError(
-                f"{name} must be split over vocab_group by Shard({dim}) and by nothing else, got a "
-                f"DTensor with placements {placements}"
+                f"{name} must be sharded over vocab_group by Shard({dim}) and by nothing else, got "
+                f"a DTensor with placements {placements}"
             )
     if all(mesh.get_group(i).group_name != group.group_name for i in range(mesh.ndim)):
-        raise ValueError(f"{name} is a DTensor over other ranks than those of vocab_group")
+        raise ValueError(f"{name} is a DTensor over ranks other than those of vocab_group")
     ranks, size = group.size(), x.shape[dim]
     if (ranks - 1) * -(-size // ranks) >= size:
-        raise ValueError(f"{name} must give each of {ranks} ranks a part of the vocabulary {size}")
+        raise ValueError(f"{name} must give each of {ranks} ranks a shard of the vocabulary {size}")
     return x.to_local()  # type: ignore[attr-defined]
 
 
@@ -86,13 +86,13 @@ def _check_group(argument: str, group: ProcessGroup) -> None:
         )
 
 
-# What ranks tell each other first, so that none is left waiting for one that has refused its input
+# What ranks exchange first, so that none waits for a rank that has refused its input
 
 
 class SharedChecks:
-    """Around the checks of arguments: other ranks, which wait in `agree`, learn of a refusal.
+    """A context around the checks of arguments, which reports a refusal to ranks in `agree`.
 
-    On a GPU, where they don't look, nothing is sent.
+    On a GPU, where ranks do not compare anything, nothing is sent.
     """
 
     def __init__(self, *operands: object, **groups: ProcessGroup | None) -> None:
@@ -124,17 +124,17 @@ def agree(
     targets: Tensor | None = None,
     columns: int = 0,
 ) -> list[int]:
-    """Raise on all ranks if some can't go on. On a CPU, before anything else is exchanged.
+    """Raise on all ranks if one of them cannot continue; on a CPU, before any other exchange.
 
     Args:
-        groups: of each argument that is a group, its name, and facts, by what they tell, that must
+        groups: for each argument that is a group, its name and the facts, by description, that must
             be the same on all of its ranks.
-        error: why this rank can't go on.
-        targets: where they count, 0 elsewhere; None if they may lie outside the vocabulary.
-        columns: tokens of the vocabulary that this rank holds.
+        error: why this rank cannot continue.
+        targets: targets where they count, 0 elsewhere; None if they may lie outside the vocabulary.
+        columns: number of tokens of the vocabulary that this rank holds.
 
     Returns:
-        Tokens that each rank of vocab_group holds.
+        The number of tokens that each rank of vocab_group holds.
     """
     low, high = (0, 0) if targets is None else _range_of(targets)
     sizes: list[int] = []
@@ -165,7 +165,7 @@ def _range_of(x: Tensor) -> tuple[int, int]:
 def _disagreement(
     argument: str, everyone: list[list[int]], facts: Facts, targets: Tensor | None, size: int
 ) -> Exception | None:
-    """Why ranks can't go on, from what they have told."""
+    """Why the ranks cannot continue, according to their messages."""
     refused = [rank for rank, message in enumerate(everyone) if message[0] == _REFUSED]
     if refused:
         return _refusal(argument, refused)
@@ -196,7 +196,7 @@ def error_of(check: Callable[..., object], *arguments: object) -> Exception | No
 
 
 def checksum(tensors: Iterable[Tensor | None]) -> int:
-    """One number for the bytes of tensors on a CPU."""
+    """A checksum of the bytes of tensors on a CPU."""
     total = 0
     for x in tensors:
         if x is not None:
@@ -208,13 +208,13 @@ ELSEWHERE, NOWHERE = -1, -2  # stand for a token of another rank, and for one of
 
 
 class Vocabulary(NamedTuple):
-    """A vocabulary that ranks may share.
+    """A vocabulary that may be sharded over ranks.
 
     Attributes:
-        group: the ranks, by name; None where this one holds all of it.
-        columns: tokens that this rank holds.
-        checks_range: whether targets outside it are refused, on a CPU.
-        names, facts: what the ranks must have in common, to exchange the same.
+        group: name of the group of ranks; None if this rank holds the whole vocabulary.
+        columns: number of tokens that this rank holds.
+        checks_range: whether targets outside the vocabulary are refused, on a CPU.
+        names, facts: facts that must be the same on all ranks, and their descriptions.
     """
 
     group: str | None
@@ -238,9 +238,9 @@ class Vocabulary(NamedTuple):
         return dict(zip(self.names, self.facts, strict=True))
 
     def local(self, targets: Tensor, sizes: list[int] | None) -> Tensor:
-        """Targets counted from the first token of this rank, int64.
+        """Targets relative to the first token of this rank, int64.
 
-        `sizes` are the parts of all ranks; None to exchange them, where nobody looks.
+        `sizes` are the sizes of all shards; None to exchange them, where nothing is compared.
         """
         if self.group is None:
             return targets.to(torch.int64, copy=True)
@@ -256,7 +256,7 @@ class Vocabulary(NamedTuple):
 
 @operator(lambda targets, *_: targets.new_empty(targets.shape, dtype=torch.int64))
 def agree_on_targets(targets: Tensor, mask: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """Local targets, if all ranks of the vocabulary can go on."""
+    """Local targets, if all ranks of the vocabulary can continue."""
     sizes = None
     if targets.device.type == "cpu":
         counted = torch.where(mask, targets.long(), 0)
@@ -278,27 +278,27 @@ def global_denominator(
     context_group: ProcessGroup | None = None,
     gradients: Literal["mean", "sum"] = "mean",
 ) -> Tensor:
-    """The `denominator` that makes losses of parts of a batch add up to that of the whole.
+    """The `denominator` with which losses of parts of a batch add up to that of the whole batch.
 
         D = (non-empty sequences, or tokens for "token-mean", on all ranks) / ranks
 
-    Each rank calls the loss with it on each of its micro-batches, and adds the gradients up; what
-    averages them over the ranks, as DDP and FSDP do, then has the gradient of the whole batch.
+    Each rank passes it to the loss of each of its micro-batches and accumulates the gradients. When
+    DDP or FSDP averages them over the ranks, the result is the gradient of the whole batch.
 
     Args:
-        batches: for each micro-batch of this rank, the `mask` and `cu_seqlens` that its loss gets,
-            by these names; at least one of them.
-        objective: whose `aggregation` says what is counted.
-        group: ranks that have other sequences; None for no others.
-        context_group: ranks over which the tokens of the sequences are spread.
-        gradients: `"mean"` where they are averaged over the ranks of both groups, `"sum"` where
-            they are added up.
+        batches: for each micro-batch of this rank, the `mask` and `cu_seqlens` that are passed to
+            its loss, by these names; at least one of them.
+        objective: the objective whose `aggregation` says what is counted.
+        group: ranks with other sequences; None if there are none.
+        context_group: ranks over which the tokens of the sequences are sharded.
+        gradients: `"mean"` if gradients are averaged over the ranks of both groups, `"sum"` if they
+            are summed.
 
     Returns:
         0-dim float64 on the device of the batches, without a host synchronisation.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
     batches = list(batches)
     given = [x for batch in batches if isinstance(batch, Mapping) for x in batch.values()]
@@ -306,7 +306,7 @@ def global_denominator(
         if gradients not in ("mean", "sum"):
             raise ValueError(f"gradients must be 'mean' or 'sum', got {gradients!r}")
         if not batches:
-            raise ValueError("batches must hold one micro-batch at least")
+            raise ValueError("batches must contain at least one micro-batch")
         n = torch.cat([_lengths(i, batch) for i, batch in enumerate(batches)])
         context = group_name("context_group", context_group)
         others = group_name("group", group)
@@ -325,7 +325,7 @@ def global_denominator(
 
 
 def _lengths(i: int, batch: Mapping[str, Tensor | None]) -> Tensor:
-    """(B,) tokens that count, in each sequence of a micro-batch."""
+    """(B,) number of tokens that count in each sequence of a micro-batch."""
     mask, cu_seqlens = batch.get("mask"), batch.get("cu_seqlens")
     unknown = sorted(batch.keys() - {"mask", "cu_seqlens"})
     if unknown or (mask is None and cu_seqlens is None):
@@ -346,7 +346,7 @@ def group_named(name: str) -> ProcessGroup:
 
 
 def gathered(x: Tensor, group: str) -> Tensor:
-    """(G, *x.shape): x of every rank, in their order."""
+    """(G, *x.shape): x of every rank, in the order of the ranks."""
     ranks = group_named(group)
     out = x.new_empty(ranks.size() * x.numel())
     dist.all_gather(list(out.chunk(ranks.size())), x.reshape(-1).contiguous(), group=ranks)
@@ -354,11 +354,11 @@ def gathered(x: Tensor, group: str) -> Tensor:
 
 
 def summed(x: Tensor, group: str) -> Tensor:
-    """x added up over the ranks, in place."""
+    """x summed over the ranks, in place."""
     dist.all_reduce(x, group=group_named(group))
     return x
 
 
 def sum_in_order(x: Tensor) -> Tensor:
-    """x.sum(0), in one order of additions whatever the shape."""
+    """x.sum(0), in an order of additions that does not depend on the shape."""
     return reduce(torch.add, x.unbind(0), x.new_zeros(x.shape[1:]))

@@ -41,7 +41,7 @@ TILES: dict[str, Callable[[Operands], Tiles]] = {
 
 
 def make_tiles(head: Head, targets: Tensor, rows: Rows, options: HeadOptions) -> Tiles:
-    """The implementation that multiplies as the options say."""
+    """The implementation that the options choose."""
     return TILES[options.products](Operands.of(head, targets, rows, options))
 
 
@@ -55,9 +55,9 @@ def forward(
     options: HeadOptions,
     kept: Kept,
 ) -> tuple[Tensor, RowSums]:
-    """log_probs (N,) and RowSums of the rows where mask is non-zero.
+    """log_probs (N,) and RowSums of the rows with a non-zero mask.
 
-    `kept` receives the exponentials of those where grad_mask is non-zero, too.
+    `kept` receives the exponentials of those whose grad_mask is non-zero, too.
     """
     targets, mask = _flat(rows)
     options, softmax = on_device(options, head), options.softmax
@@ -118,7 +118,7 @@ def backward(
 ) -> None:
     """Gradients for d loss / d log_prob = g and d loss / d entropy = h, (N,) each, into `out`.
 
-    `add` tells which of those of weight, bias, lora_a and lora_b are added to what stands there.
+    `add` selects the gradients of weight, bias, lora_a and lora_b that are added to `out`.
     """
     targets, mask = _flat(rows)
     options = on_device(options, head)

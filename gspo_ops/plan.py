@@ -1,4 +1,4 @@
-"""Plans: what stays in memory of a loss from hidden states, and what that costs."""
+"""Plans: what a loss from hidden states keeps in memory, and what that costs."""
 
 from __future__ import annotations
 
@@ -42,19 +42,20 @@ class Plan:
     """How a loss from hidden states is computed, and what that costs. Made by `plan_from_hidden`.
 
     Attributes:
-        name: `"keep"` the exponentials of all logits from forward to backward, or those of the
-            first `kept_columns` tokens of the vocabulary; `"chunk"`: whole sequences at a time,
-            gradients made in the forward; `"recompute"` the logits in the backward.
+        name: `"keep"` keeps the exponentials of all logits from forward to backward, or those of
+            the first `kept_columns` tokens of the vocabulary. `"chunk"` processes whole sequences
+            at a time and computes gradients in the forward. `"recompute"` recomputes the logits in
+            the backward.
         rows: N.
         vocabulary: V.
         hidden_size: H.
-        rank: of the LoRA update, 0 without.
-        kept_columns: tokens of the vocabulary whose exponentials are kept.
-        chunk_rows: largest number of rows at a time, N but for `"chunk"`.
-        grad_hidden: dhidden is wanted.
-        grad_weight: dweight is wanted.
-        kept_bytes: exponentials kept from forward to backward, or for a chunk.
-        bytes: estimated peak of extra memory beside the gradients that are returned.
+        rank: rank of the LoRA update, 0 without one.
+        kept_columns: number of tokens of the vocabulary whose exponentials are kept.
+        chunk_rows: largest number of rows at a time; N except for `"chunk"`.
+        grad_hidden: whether dhidden is needed.
+        grad_weight: whether dweight is needed.
+        kept_bytes: bytes of the exponentials kept from forward to backward, or for a chunk.
+        bytes: estimated peak of extra memory, beside the gradients that are returned.
     """
 
     name: PlanName
@@ -70,7 +71,7 @@ class Plan:
     bytes: int
 
     def flops(self, f: float = 1.0) -> float:
-        """Floating-point operations of the products, a fraction f of the rows having a gradient."""
+        """Floating-point operations of the products if a fraction f of the rows has a gradient."""
         inner = self.hidden_size + self.rank
         backward: float = inner * self.grad_hidden + self.hidden_size * self.grad_weight + self.rank
         if self.grad_hidden or self.grad_weight or self.rank:
@@ -108,7 +109,7 @@ def check_plan(
     if memory_budget is not None:
         if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
             raise TypeError(
-                f"memory_budget must be a number of bytes, an int, got "
+                f"memory_budget must be an int, the number of bytes, got "
                 f"{type(memory_budget).__name__}"
             )
         if memory_budget < 0:
@@ -184,25 +185,25 @@ def plan_from_hidden(
 ) -> Plan:
     """The plan that `policy_loss_from_hidden` takes, and what it costs.
 
-        FLOPs = (2 + 4 f) N V H when exponentials are kept, (2 + 6 f) N V H when recomputed,
-                2 f N V H less for a frozen weight, for a fraction f of rows with a gradient
+        FLOPs = (2 + 4 f) N V H if exponentials are kept, (2 + 6 f) N V H if they are recomputed,
+                2 f N V H less with a frozen weight, for a fraction f of rows with a gradient
 
     Args:
         hidden: (B, T, H) or (N, H).
         weight: (V, H) of the head; frozen if it does not require grad.
         lora: a low-rank update of the head.
         plan: `"auto"`, `"keep"`, `"chunk"` or `"recompute"`.
-        memory_budget: bytes for exponentials and sums of gradients that are kept; by default 2.1
-            per logit, where eager PyTorch takes 8 to 14, between 64 MiB and 4 GiB.
-        chunks: whether `"auto"` may choose chunks: False for `log_probs_from_hidden`, for a
-            vocabulary or sequences over ranks, and on a GPU for packed sequences, whose borders the
-            host does not know.
+        memory_budget: bytes for kept exponentials and sums of gradients; by default 2.1 per logit
+            (eager PyTorch takes 8 to 14), between 64 MiB and 4 GiB.
+        chunks: whether `"auto"` may choose chunks. It may not for `log_probs_from_hidden`, for a
+            vocabulary or sequences sharded over ranks, and for packed sequences on a GPU, whose
+            borders the host does not know.
 
     Returns:
-        The plan; `print` it, or ask for its `flops(f)` and `bytes`.
+        The plan. Print it, or read its `flops(f)` and `bytes`.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
     check_operands(hidden, weight)
     check_plan(plan, memory_budget, "auto", False, None)

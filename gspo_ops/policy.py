@@ -1,4 +1,4 @@
-"""A policy: what a loss takes besides log-probs, checked and flattened, as operators take it."""
+"""A policy: the arguments of a loss besides log-probs, checked and flattened for operators."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ class ObjectiveOptions(NamedTuple):
 
 
 class Policy(NamedTuple):
-    """What a loss takes besides the log-probs, all of one dtype.
+    """The arguments of a loss besides log-probs, all of one dtype.
 
     Attributes:
         old_log_probs, ref_log_probs: (N,).
-        advantages, rollout_weights: (B,), or (N,) where they are said to be per token.
-        denominator: 0-dim; None for the count that the aggregation names.
-        context_group: ranks that hold other tokens of the same sequences, by name.
-        returns_log_probs: whether they are asked for besides the loss.
+        advantages, rollout_weights: (B,), or (N,) if a flag says that they are per token.
+        denominator: 0-dim; None for the count that the aggregation implies.
+        context_group: name of the group of ranks that hold other tokens of the same sequences.
+        returns_log_probs: whether log-probs are requested besides the loss.
     """
 
     sequences: Sequences
@@ -84,7 +84,7 @@ class Policy(NamedTuple):
     returns_log_probs: bool
 
     def reads_log_probs(self) -> bool:
-        """On-policy it does not: every ratio is 1, and g is known beforehand."""
+        """False if on-policy: every ratio is 1, and g is known beforehand."""
         return (
             self.old_log_probs is not None
             or self.ref_log_probs is not None
@@ -104,7 +104,7 @@ class Policy(NamedTuple):
         return has_advantage if mask is None else has_advantage & (mask != 0)
 
     def with_advantages(self, advantages: Tensor) -> Policy:
-        """The same, in what an older torch.compile can trace: not `_replace`."""
+        """The same with other advantages; an older torch.compile cannot trace `_replace`."""
         return Policy(
             self.sequences,
             self.objective,
@@ -120,7 +120,7 @@ class Policy(NamedTuple):
         )
 
     def part(self, sequences: slice, rows: slice) -> Policy:
-        """Of some sequences; without the denominator, which g does not contain."""
+        """The policy of some sequences, without the denominator, which g does not contain."""
 
         def of_rows(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[rows]
@@ -149,7 +149,7 @@ class Policy(NamedTuple):
 
 
 class LossAndGrad(NamedTuple):
-    """What a policy makes of log-probs."""
+    """The loss of a policy and log-probs, and its gradients."""
 
     loss: Tensor  # 0-dim
     stats: Tensor  # (len(STATS),)
@@ -171,7 +171,7 @@ def make_policy(
     context_group: ProcessGroup | None,
     return_log_probs: bool = False,
 ) -> Policy:
-    """Check the arguments that all losses share, and flatten them."""
+    """Check and flatten the arguments that all losses share."""
     check_bool("return_log_probs", return_log_probs)
     is_part = context_group is not None
     old = _flat_log_probs("old_log_probs", old_log_probs, layout, dtype)
@@ -184,8 +184,8 @@ def make_policy(
     if per_token and objective.ratio_level in ("sequence", "geometric"):
         raise ValueError(
             f"advantages must have shape {(layout.sequences.batch,)} for ratio_level="
-            f"{objective.ratio_level!r}, got one per token: GSPOToken takes them, and so does "
-            "ratio_level='sequence_shared'"
+            f"{objective.ratio_level!r}, got one per token: use GSPOToken or "
+            "ratio_level='sequence_shared' for these"
         )
     weight_per_token = False
     if rollout_weights is not None:

@@ -1,7 +1,7 @@
 """From log-probs to a loss in torch: on a CPU, in float64, and over a context_group.
 
-All is computed in float64: it is N numbers. The kernel that does the same on a GPU stands in
-`kernels/policy_loss.py`.
+Everything is computed in float64: it is only N numbers. The kernel that does the same on a GPU is
+in `kernels/policy_loss.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .policy import LossAndGrad, ObjectiveOptions, Policy
 def torch_policy_loss(
     log_probs: Tensor | None, entropy: Tensor | None, policy: Policy
 ) -> LossAndGrad:
-    """Loss, statistics, g and h of (N,) log-probs and entropies."""
+    """Loss, statistics, g and h from (N,) log-probs and entropies."""
     dtype = policy.advantages.dtype
     tokens = _tokens(log_probs, policy)
     terms = _loss_terms(log_probs, entropy, tokens, policy)
@@ -286,7 +286,7 @@ def _denominator(policy: Policy, n: Tensor) -> Tensor:
 
 
 def check_values(policy: Policy) -> None:
-    """Refuse a mask, borders or a denominator that hold what they must not."""
+    """Refuse a mask, cu_seqlens or a denominator with invalid values."""
     checked_mask(policy)
     if policy.denominator is not None:
         _check_denominator(policy.denominator)
@@ -306,15 +306,13 @@ def checked_mask(policy: Policy) -> Tensor:
         and device.type == "cpu"
         and (int(cu[0]) != 0 or int(cu[-1]) != rows or bool((cu.diff() < 0).any()))
     ):
-        raise ValueError(
-            f"cu_seqlens must rise from 0 to N={rows} without falling, got {cu.tolist()}"
-        )
+        raise ValueError(f"cu_seqlens must be non-decreasing from 0 to N={rows}, got {cu.tolist()}")
     if mask is None:
         return torch.ones(rows, dtype=torch.bool, device=device)
     valid = mask != 0
     if device.type == "cpu" and bool((valid & (mask != 1)).any()):
         raise ValueError(
-            "mask must hold 0 and 1 only; weights belong into advantages or rollout_weights"
+            "mask must contain only 0 and 1; weights belong in advantages or rollout_weights"
         )
     return valid
 

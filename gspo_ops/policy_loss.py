@@ -1,6 +1,6 @@
 """From log-probs (N,) to a loss, its statistics and g = d loss / d log_prob: the operators.
 
-The kernel stands in `kernels/policy_loss.py`, the CPU path in `policy_cpu.py`.
+The kernel is in `kernels/policy_loss.py`, the CPU path in `policy_cpu.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .policy_cpu import check_values, torch_policy_loss
 
 
 def empty_loss(log_probs: Tensor | None, entropy: Tensor | None, policy: Policy) -> LossAndGrad:
-    """Room for the result of `policy_loss_fwd`."""
+    """Buffers for the result of `policy_loss_fwd`."""
     like = policy.advantages
     return LossAndGrad(
         loss=like.new_empty(()),
@@ -39,8 +39,8 @@ def empty_loss(log_probs: Tensor | None, entropy: Tensor | None, policy: Policy)
 def policy_loss_fwd(
     log_probs: Tensor | None, entropy: Tensor | None, policy: Policy
 ) -> LossAndGrad:
-    """Loss, statistics, g and h. Log-probs are None where the policy does not read them; entropies
-    are None without an entropy bonus."""
+    """Loss, statistics, g and h. Log-probs are None if the policy does not read them; entropies are
+    None without an entropy bonus."""
     # what ranks have to exchange in between does not fit into one launch
     is_alone = policy.context_group is None
     if use_triton(policy.advantages) and policy.sequences.batch and is_alone:
@@ -57,7 +57,7 @@ def policy_loss_bwd(log_probs: Tensor, g: Tensor, scale: Tensor) -> Tensor:
 
 @operator(lambda x, sequences, context_group: x.new_empty(()))
 def token_mean(x: Tensor, sequences: Sequences, context_group: str | None) -> Tensor:
-    """Mean over valid tokens, on whatever rank, of what is 0 elsewhere."""
+    """The mean over the valid tokens of all ranks of values that are 0 elsewhere."""
     total, mask = x.sum(), sequences.mask
     if context_group is None:
         return total / sequences.tokens()
@@ -78,7 +78,7 @@ def sequence_lengths(like: Tensor, sequences: Sequences, context_group: str | No
 
 @operator(lambda x, context_group: torch.empty_like(x))
 def sum_over_context(x: Tensor, context_group: str) -> Tensor:
-    """x added up over the ranks, in their order."""
+    """x summed over the ranks, in their order."""
     return gathered(x, context_group).sum(0)
 
 
@@ -86,7 +86,7 @@ def sum_over_context(x: Tensor, context_group: str) -> Tensor:
 def clip_fractions(
     clipped: Tensor, advantages: Tensor, sequences: Sequences, context_group: str | None
 ) -> Tensor:
-    """Of sequences and tokens, and of tokens below and above, as the advantage's sign tells."""
+    """Fractions of clipped sequences and tokens, and of tokens clipped below and above."""
     ones = torch.ones_like(advantages, dtype=torch.float64)
     counts = [clipped, clipped & (advantages < 0), clipped & (advantages > 0), ones]
     per_sequence = torch.stack([sequences.sum(sequences.where_valid(x * ones)) for x in counts])
@@ -180,7 +180,7 @@ def _registers(objective: ObjectiveOptions) -> dict[str, int]:
 
 
 class Agreed(NamedTuple):
-    """Operands that tie what follows to the agreement, in a graph that is compiled as well."""
+    """Operands that order the ops that follow after the agreement, in compiled graphs too."""
 
     targets: Tensor  # local ones with a vocab_group
     advantages: Tensor
@@ -189,7 +189,7 @@ class Agreed(NamedTuple):
 def agreed(
     policy: Policy, targets: Tensor | None = None, vocabulary: Vocabulary | None = None
 ) -> tuple[Policy, Tensor]:
-    """The policy and its targets, if all ranks that exchange numbers can go on."""
+    """The policy and its targets, if all ranks that exchange numbers can continue."""
     like = policy.advantages
     if targets is None:
         targets = like.new_empty(0, dtype=torch.int64)
@@ -209,7 +209,7 @@ def _agreed_fake(targets: Tensor, vocabulary: Vocabulary, policy: Policy) -> Agr
 
 @operator(_agreed_fake)
 def agree_on_policy(targets: Tensor, vocabulary: Vocabulary, policy: Policy) -> Agreed:
-    """Raise on all ranks if one of them can't go on."""
+    """Raise on all ranks if one of them cannot continue."""
     sizes = None
     if targets.device.type == "cpu":
         known, objective = vocabulary.known(), policy.objective

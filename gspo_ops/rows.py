@@ -1,4 +1,4 @@
-"""Rows that are worked on: where they stand among all, and whether the host or the device knows."""
+"""Rows that are processed: their positions, and whether the host or the device knows them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Rows(Protocol):
     """Some of N rows.
 
     Attributes:
-        index: (n,) where they stand; None for all rows, in place.
+        index: (n,) their positions; None for all rows, in place.
     """
 
     @property
@@ -25,10 +25,10 @@ class Rows(Protocol):
         """x (N, ...) of these rows, (n, ...)."""
 
     def put(self, x: Tensor, out: Tensor) -> None:
-        """x to the places of these rows in out, 0 to the others."""
+        """Write x to these rows of out, and 0 to the others."""
 
     def within(self, outer: Rows) -> Rows:
-        """These rows of `outer`'s, as rows of all."""
+        """These rows, which are relative to `outer`, as rows of all."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class AllRows:
 
 @dataclass(frozen=True)
 class ListedRows:
-    """The host knows which ones count."""
+    """Rows that count, listed on the host."""
 
     index: Tensor
 
@@ -67,7 +67,7 @@ class ListedRows:
 
 @dataclass(frozen=True)
 class OrderedRows:
-    """All rows, those that count in front; only the device knows how many."""
+    """All rows, those that count first; only the device knows how many."""
 
     index: Tensor
     count: Tensor  # 0-dim int32
@@ -105,7 +105,7 @@ class FlaggedRows:
 
 
 def rows_where(live: Tensor | None, options: HeadOptions) -> Rows:
-    """Those where live (N,) holds, as well as the host may know them; None for all."""
+    """The rows where live (N,) is True, as far as the host may know them; None for all."""
     if live is None:
         return AllRows()
     if options.products in ("triton", "tma"):
@@ -118,12 +118,12 @@ def rows_where(live: Tensor | None, options: HeadOptions) -> Rows:
 
 
 def rows_with_gradient(live: Tensor, options: HeadOptions) -> Rows:
-    """Of the rows that the forward worked on, those where live (N,) holds."""
+    """The rows that the forward processed and where live (N,) is True."""
     if options.products == "tma":
         return FlaggedRows(live)  # rows of boxes are neighbours, so they stay where they are
     return rows_where(live, options)
 
 
 def where_rows(flags: Tensor, x: Tensor) -> Tensor:
-    """x (n, ...) in flagged rows, 0 in the others, whatever they hold."""
+    """x (n, ...) in flagged rows, 0 in the others, whatever their values."""
     return torch.where(flags.view(-1, *[1] * (x.ndim - 1)), x, 0.0)

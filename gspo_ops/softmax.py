@@ -1,4 +1,4 @@
-"""Log-probs of targets: options, what each row is given and gets back, and its mathematics.
+"""Log-probs of targets: options, inputs and gradients of each row, and its mathematics.
 
 A row is split into its target y and the others, whose probability q = 1 - p_y has log-odds d
 against the target's: see `kernels/logits.py`.
@@ -20,10 +20,10 @@ class Softmax(NamedTuple):
     """Options of a distribution over a vocabulary.
 
     Attributes:
-        temperature: that soft-capped logits are divided by.
-        softcap: of the logits; None for none.
-        return_entropy: whether the entropy is asked for, too.
-        vocab_group: ranks that share the vocabulary, by name; targets are then local ones.
+        temperature: divides the soft-capped logits.
+        softcap: soft cap of the logits; None for none.
+        return_entropy: whether the entropy is requested as well.
+        vocab_group: name of the group of ranks that share the vocabulary; targets are then local.
     """
 
     temperature: float
@@ -33,7 +33,7 @@ class Softmax(NamedTuple):
 
     @property
     def scale(self) -> float:
-        """Of exponents, which are powers of two."""
+        """The scale of exponents of powers of two."""
         return math.log2(math.e) / self.temperature
 
 
@@ -43,7 +43,7 @@ def checked_softmax(
     vocab_group: ProcessGroup | None,
     return_entropy: bool,
 ) -> Softmax:
-    """Refuse a temperature or a soft cap outside its range, and what is no group."""
+    """Refuse a temperature or a soft cap outside its range, and anything but a group."""
     check_number("temperature", temperature, minimum=0.0, exclusive=True)
     if softcap is not None:
         check_number("softcap", softcap, minimum=0.0, exclusive=True)
@@ -59,7 +59,7 @@ class TargetRows(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """What flows back to each row.
+    """The upstream gradients of each row.
 
         d loss / d log_prob = log_probs * grad_loss * inv_denominator,  d loss / d entropy = entropy
 
@@ -74,22 +74,22 @@ class Upstream(NamedTuple):
     inv_denominator: Tensor | None = None
 
     def scale(self) -> Tensor | None:
-        """That log_probs are multiplied by; None for 1."""
+        """The factor of log_probs; None for 1."""
         if self.grad_loss is None or self.inv_denominator is None:
             return None
         return self.grad_loss * self.inv_denominator
 
     def flat(self) -> Upstream:
-        """For (N,) rows."""
+        """The same for (N,) rows."""
         entropy = None if self.entropy is None else self.entropy.reshape(-1).contiguous()
         return self._replace(log_probs=self.log_probs.reshape(-1).contiguous(), entropy=entropy)
 
 
 class LogOdds(NamedTuple):
-    """Log-odds d + error of all other tokens against the target, as a number and its rounding.
+    """Log-odds d + error of all other tokens against the target: a number and its rounding.
 
     Attributes:
-        error: None where it is not known.
+        error: None if it is unknown.
     """
 
     d: Tensor
@@ -100,15 +100,15 @@ class LogOdds(NamedTuple):
         return _minus_softplus(self.d, self.error)
 
     def log_q(self) -> Tensor:
-        """That of all others."""
+        """The log-probability of all others."""
         return _minus_softplus(-self.d, None if self.error is None else -self.error)
 
     def q(self) -> Tensor:
-        """The probability of all others; torch.sigmoid on a CPU rounds by an element's place."""
+        """The probability of all others; on a CPU, torch.sigmoid rounds by position."""
         return (1.0 + (-self.d).exp()).reciprocal()
 
     def entropy(self, log_p: Tensor, row_sum: Tensor, mean_log: Tensor) -> Tensor:
-        """Of the row, from the sum of the others' exponentials, and the mean of their logs."""
+        """The row's entropy, from the sum of the others' exponentials and their mean log."""
         log_q = self.log_q()
         others = row_sum.log() - mean_log - log_q
         return times_exp(log_q, others) - times_exp(log_p, log_p)

@@ -1,8 +1,8 @@
-"""Work on a CPU, piece by piece, over threads that take the next piece when they are done.
+"""Work on a CPU, in pieces, by threads that take the next piece when they have finished one.
 
-torch cuts each of its operations into equal parts, one per thread, and waits for the slowest.
-Beside other work on the machine that is hundreds of waits per loss. Here each thread computes its
-pieces by itself, and there is one wait at the end. Which thread takes a piece changes no bit of it.
+torch splits each operation into equal parts, one per thread, and waits for the slowest. If the
+machine does other work, this means hundreds of waits per loss. Here each thread computes its pieces
+by itself, and there is one wait at the end. A piece's result does not depend on the thread.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 def for_each(function: Callable[[T], None], pieces: Iterable[T], x: Tensor) -> None:
-    """function(piece) for all pieces of work on x: in any order, if it runs on a CPU."""
+    """Call function(piece) for all pieces of work on x, in any order if x is on a CPU."""
     pieces = list(pieces)
     threads = min(torch.get_num_threads(), len(pieces))
     # Triton's interpreter runs one kernel at a time

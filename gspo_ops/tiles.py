@@ -1,7 +1,7 @@
-"""Tiles of logits: what the two passes over them, in `passes.py`, ask of an implementation.
+"""Tiles of logits: the interface between the two passes in `passes.py` and an implementation.
 
-There are three: one in `tiles_torch.py` and two in `tiles_gpu.py`. The derivation that all share
-stands in `kernels/hidden.py`.
+The implementations are in `tiles_torch.py`, `tiles_gpu.py` and `tiles_tma.py`. Their common
+derivation is in `kernels/hidden.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LN_2 = math.log(2.0)
 
 
 class Blocks(NamedTuple):
-    """Sizes of tiles; how many columns are added up at a time never depends on the rows."""
+    """Sizes of tiles; the number of columns summed at a time never depends on the rows."""
 
     rows: int  # of a tile of logits, at most
     columns: int  # at least; a multiple of `sums`
@@ -34,11 +34,11 @@ class Blocks(NamedTuple):
     align: int  # elements that its rows in memory are a multiple of
 
     def entries(self, vocabulary: int) -> int:
-        """Of `Sums`."""
+        """Number of entries of `Sums`."""
         return -(-vocabulary // self.sums)
 
     def width(self, rows: int) -> int:
-        """Columns of a tile of logits, of so many rows in all."""
+        """Columns of a tile of logits for this number of rows."""
         fit = self.elements // max(min(rows, self.rows), 1) // self.columns
         return max(fit, 1) * self.columns
 
@@ -49,7 +49,7 @@ class Blocks(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """What the logits of the rows worked on are made of."""
+    """The operands of the logits of the rows that are processed."""
 
     x: Tensor  # (n, H)
     weight: Tensor  # (V, H)
@@ -99,7 +99,7 @@ class Operands(NamedTuple):
 
 
 class RowSums(NamedTuple):
-    """What the forward keeps of each row, all (N,); 0 in rows that are left out."""
+    """What the forward keeps of each row, (N,) each; 0 in rows that are left out."""
 
     base: Tensor  # the target's logit as a dot product gives it, if that is finite
     target_logit: Tensor  # rounded like the others; after the soft cap, before the temperature
@@ -108,13 +108,13 @@ class RowSums(NamedTuple):
     entropy: Tensor  # (0,) unless asked for
 
     def log_odds(self, scale: float) -> LogOdds:
-        """Against the target."""
+        """Log-odds against the target."""
         moved = (self.base - self.target_logit) * scale + self.shift
         return LogOdds(moved * LN_2 + self.row_sum.log())
 
 
 class Sums(NamedTuple):
-    """Of the exponentials of each row in each tile of the vocabulary, all (J, n)."""
+    """Sums of each row's exponentials in each tile of the vocabulary, (J, n) each."""
 
     shift: Tensor
     total: Tensor
@@ -127,12 +127,12 @@ class Sums(NamedTuple):
         return cls(shift, torch.zeros_like(shift), log)
 
     def at(self, entry: int, rows: slice) -> Sums:
-        """Those of some rows in one tile, (n,) each, as views."""
+        """The sums of some rows in one tile, (n,) each, as views."""
         log = None if self.log is None else self.log[entry, rows]
         return Sums(self.shift[entry, rows], self.total[entry, rows], log)
 
     def reduced(self) -> Sums:
-        """Those of the rows, (n,) each."""
+        """The sums of the rows, (n,) each."""
         shift = self.shift.amax(0)
         shrink = self.shrink(shift)
         log = None
@@ -141,7 +141,7 @@ class Sums(NamedTuple):
         return Sums(shift, _pairwise_sum(shrink * self.total), log)
 
     def shrink(self, shift: Tensor) -> Tensor:
-        """By how much each tile's exponentials shrink when they are shifted so much."""
+        """The factor by which each tile's exponentials shrink under this shift."""
         return torch.exp2(self.shift - shift)
 
     def over_vocabulary(self, target_logit: Tensor, group: str) -> tuple[Sums, Tensor]:
@@ -156,7 +156,7 @@ class Sums(NamedTuple):
 
 
 class Weighting(NamedTuple):
-    """What a recomputed tile makes of logits z, all (n,): exp2(a) * (constant + slope * a).
+    """How a recomputed tile transforms logits z, (n,) each: exp2(a) * (constant + slope * a).
 
         a = (softcap(z) - base) * scale - shift
 
@@ -179,7 +179,7 @@ class RowGrads(NamedTuple):
     """d loss / d logits of each row.
 
     Attributes:
-        factor: (n,) times what `Weighting` says, for all tokens but the target.
+        factor: (n,) factor of the value of `Weighting`, for all tokens except the target.
         at_target: (n,) for the target: by far the largest of its row, so never rounded.
     """
 
@@ -194,27 +194,27 @@ class RowGrads(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Exponentials kept from forward to backward, a row for each row worked on.
+    """Exponentials kept from forward to backward, one row for each processed row.
 
     Attributes:
-        e: (N, `columns` or more), 0 at the targets. Whoever calls owns it; the forward fills it.
-        columns: how many tokens of the vocabulary they cover.
+        e: (N, `columns` or more), 0 at the targets. The caller owns it; the forward fills it.
+        columns: number of tokens of the vocabulary that they cover.
     """
 
     e: Tensor
     columns: int
 
     def stride(self) -> int:
-        """Of rows; one of no columns has 0, since Triton makes a constant of a stride of 1."""
+        """The stride of rows; 0 without columns, since Triton makes a constant of a stride of 1."""
         return self.e.stride(0) if self.columns else 0
 
 
 class Tile(NamedTuple):
-    """Columns of what the factor of its row turns into d loss / d logits.
+    """Columns of values that, times their row's factor, are d loss / d logits.
 
     Attributes:
         e: (n, columns), or more rows.
-        rows: (n,) which rows of `e` are meant, live ones first; None for the first n.
+        rows: (n,) rows of `e` that are used, live ones first; None for the first n.
     """
 
     e: Tensor
@@ -241,7 +241,7 @@ class Tiles(Protocol):
     of: Operands
 
     def target_logits(self) -> Tensor:
-        """(n,) after the soft cap, where the target is among this rank's columns."""
+        """(n,) target's logits after the soft cap, where this rank holds the target."""
 
     def fold(
         self, base: Tensor, kept: Kept, keep: Tensor | None, sums: Sums, target_logit: Tensor
@@ -253,10 +253,10 @@ class Tiles(Protocol):
         """
 
     def finish(self, sums: Sums, base: Tensor, target_logit: Tensor) -> tuple[Tensor, RowSums]:
-        """Log-probs (n,), and the sums of whole rows."""
+        """Log-probs (n,), and the sums of complete rows."""
 
     def rescale(self, kept: Kept, sums: Sums, shift: Tensor) -> None:
-        """Bring the tiles of each row of `kept` to its one shift (n,)."""
+        """Rescale the tiles of each row of `kept` to a common shift (n,)."""
 
     def row_grads(self, sums: RowSums, g: Tensor, h: Tensor | None, live: Tensor) -> RowGrads:
         """Of these rows, for d loss / d log_prob = g and d loss / d entropy = h of all, (N,) each.
@@ -268,12 +268,12 @@ class Tiles(Protocol):
         """Columns of kept exponentials, of live rows `among` those that are kept."""
 
     def weigh(self, columns: slice, weighting: Weighting, out: Tensor) -> None:
-        """Recompute logits, and write to `out` what `weighting` makes of them."""
+        """Recompute logits, and write their values under `weighting` to `out`."""
 
     def takes_whole(
         self, among: Rows, of_rows: Sequence[Product], of_columns: Sequence[Product]
     ) -> bool:
-        """Whether these need no large copies, so that all kept columns are multiplied at once."""
+        """Whether the products need no large copies, so that all kept columns go into one."""
 
     def add_to_rows(self, out: Tensor, tile: Tile, w: Tensor, *, add: bool) -> None:
         """out (n, ...) = tile @ w, or added to it."""

@@ -1,6 +1,6 @@
 """Tiles of logits on a GPU: torch.mm with Triton epilogues, or Triton products.
 
-The kernels stand in `kernels/hidden.py`.
+The kernels are in `kernels/hidden.py`.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ EPILOGUE = 1024  # columns of the other epilogues' programs
 
 
 def product_columns(width: int) -> int:
-    """Columns of a gradient of so many elements each, whose product is made at a time."""
+    """Number of columns of a gradient, by their size, that one product computes."""
     return max(_CACHED // width // 128 * 128, 128)
 
 
 class KernelTiles:
-    """What all have in common: everything per row."""
+    """What all implementations share: everything per row."""
 
     blocks: ClassVar[Blocks]
     of: Operands
@@ -309,7 +309,7 @@ class MatMulTiles(KernelTiles):
 
 
 class TritonTiles(KernelTiles):
-    """Products in Triton, which know on the device which rows are live; see `Tiles`."""
+    """Products in Triton, which read on the device which rows are live; see `Tiles`."""
 
     blocks: ClassVar[Blocks] = TRITON_BLOCKS
 
@@ -472,7 +472,7 @@ def product_blocks(
     """Tile sizes of a product, by the letters of its dimensions.
 
     Args:
-        is_large: whether its epilogue needs many registers, as that of a soft cap does.
+        is_large: whether the epilogue needs many registers, as with a soft cap.
     """
     rows, columns = _block_shape(dtype, is_large)
     return {

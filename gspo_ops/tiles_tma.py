@@ -1,4 +1,4 @@
-"""Tiles of logits where a GPU copies boxes by itself: see `kernels/hidden_tma.py`."""
+"""Tiles of logits on a GPU with TMA: see `kernels/hidden_tma.py`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _PART = 128  # columns of an epilogue
 
 
 class LiveBlocks(NamedTuple):
-    """Blocks of rows that have one with a gradient: a list, and how many they are, in int32."""
+    """Blocks with at least one live row: their list and their number, in int32."""
 
     listed: Tensor
     number: Tensor
 
 
 class TmaTiles(TritonTiles):
-    """Products of bf16 by persistent kernels; see `Tiles`."""
+    """Products in bf16 by persistent kernels; see `Tiles`."""
 
     def __init__(self, operands: Operands) -> None:
         super().__init__(operands)
@@ -43,7 +43,7 @@ class TmaTiles(TritonTiles):
 
     @cached_property
     def live_inner(self) -> LiveBlocks:
-        """Those that a product adds up over."""
+        """The live blocks that a product sums over."""
         return self._live_blocks(_INNER)
 
     def fold(
@@ -174,7 +174,7 @@ def _boxes(x: Tensor, rows: int, columns: int) -> Any:
 
 
 def programs(x: Tensor) -> int:
-    """One for each multiprocessor; a few where there are none."""
+    """The number of programs: one for each multiprocessor, or a few without any."""
     if x.device.type != "cuda":
         return 3
     return torch.cuda.get_device_properties(x.device).multi_processor_count

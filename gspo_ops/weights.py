@@ -1,7 +1,7 @@
-"""Weights of loss terms that a trainer makes of log-probs and entropies, for `rollout_weights`.
+"""Weights of loss terms, computed from log-probs and entropies, for `rollout_weights`.
 
-All are constants of the loss, in the dtype of what they are made of. A weight of 0 leaves a token
-out and the denominator as it is; to count it nowhere, put it into the mask.
+All are constants of the loss, in the dtype of their inputs. A weight of 0 drops a token's term and
+leaves the denominator unchanged; to exclude the token altogether, put it into the mask.
 """
 
 from __future__ import annotations
@@ -34,28 +34,30 @@ def importance_weights(
     high: float = math.inf,
     outside: Outside = "clip",
 ) -> Tensor:
-    """Importance weights of the trainer's policy against the rollout engine's.
+    """Importance weights of the trainer's policy with respect to the rollout engine's.
 
         w_t = exp(old_log_prob_t - rollout_log_prob_t)      of a token
         w_i = exp(sum_t ...)  or  exp(mean_t ...)           of a sequence, "geometric" for the mean
 
-    outside [low, high] clipped (truncated importance sampling, TIS), or 0 (masked: IcePop at the
-    level of tokens, MIS at that of sequences). A log-ratio beyond +-80 counts as +-80.
+    Weights outside [low, high] are clipped (truncated importance sampling, TIS) or set to 0 (IcePop
+    for tokens, MIS for sequences). A log-ratio beyond +-80 counts as +-80.
 
     Args:
         old_log_probs: (B, T) padded or (N,) packed, float32 or float64, of the trainer's policy.
         rollout_log_probs: same shape, of the engine that sampled.
-        mask: same shape, non-zero where a token counts. Nothing at other places is used.
-        cu_seqlens: (B + 1,) first rows of packed sequences, and N.
+        mask: same shape, non-zero where a token counts. Values at other positions are never used.
+        cu_seqlens: (B + 1,) first rows of packed sequences, followed by N.
         level: `"token"`, `"sequence"` or `"geometric"`.
-        low, high: range of weights, 0 <= low <= high; high may be infinite.
+        low: least weight, >= 0.
+        high: largest weight, >= low, possibly infinite.
         outside: `"clip"` or `"zero"`.
 
     Returns:
-        Weights of tokens in the shape of old_log_probs, 0 where masked, or of sequences (B,).
+        Weights of tokens in the shape of old_log_probs, 0 where masked, or weights of sequences
+            (B,).
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
+        TypeError, ValueError: an argument is invalid; the message names it.
 
     Source: Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
     training" (TIS); arXiv 2510.18855 (IcePop).
@@ -88,23 +90,23 @@ def off_policy_weights(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """0 for bad responses that the policy would hardly give any more, 1 for others.
+    """0 for bad responses that the policy has become unlikely to give, 1 for the others.
 
         w_i = [A_i >= 0 or mean_t (old_log_prob_t - log_prob_t) <= threshold]
 
     Args:
         log_probs: (B, T) padded or (N,) packed, float32 or float64, of the policy that learns.
-        old_log_probs: same shape, of the one that sampled: the rollout engine's where there is one.
+        old_log_probs: same shape, of the policy that sampled: the rollout engine's if there is one.
         advantages: (B,), or per token in the shape of log_probs.
         threshold: in nats per token, >= 0.
         mask: same shape as log_probs, non-zero where a token counts.
-        cu_seqlens: (B + 1,) first rows of packed sequences, and N.
+        cu_seqlens: (B + 1,) first rows of packed sequences, followed by N.
 
     Returns:
         Weights in the shape of advantages.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
+        TypeError, ValueError: an argument is invalid; the message names it.
 
     Source: the off-policy sequence mask of DeepSeek-V3.2, arXiv 2512.02556.
     """
@@ -126,21 +128,21 @@ def top_entropy_weights(
     mask: Tensor | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    """1 for the tokens of the highest entropy, 0 for others.
+    """1 for the tokens with the highest entropy, 0 for the others.
 
         w_t = [H_t >= quantile(H, 1 - fraction)]
 
     Args:
         entropy: in nats, of any shape, padded or packed.
-        fraction: of the tokens that count, in (0, 1].
+        fraction: share of the tokens that count, in (0, 1].
         mask: same shape, non-zero where a token counts.
-        group: ranks among whose tokens the quantile is taken; None for this one alone.
+        group: ranks over whose tokens the quantile is taken; None for this rank alone.
 
     Returns:
         Weights in the shape of entropy, 0 where masked.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it.
+        TypeError, ValueError: an argument is invalid; the message names it.
 
     Source: arXiv 2506.01939.
     """

@@ -3,7 +3,6 @@ import itertools
 import multiprocessing
 import os
 import pickle
-import re
 import runpy
 import subprocess
 import sys
@@ -19,6 +18,8 @@ with contextlib.suppress(ImportError):
     # Inductor imports it, and it refuses once something else has imported Python's own distutils.
     import setuptools  # noqa: F401
 
+import doc_code
+
 from gspo_ops import testing
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +28,10 @@ OF_A_CHECKOUT = ("test_packaging.py", "test_readme.py")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     testing.patch_interpreter()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "example(page, heading): executes code of README.md, docs/")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -59,22 +64,15 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session")
 def python_blocks() -> Callable[[str], dict[str, list[str]]]:
-    """`python_blocks(path)` is the Python code of a document, by the heading it stands under."""
+    """`python_blocks(page)` is the Python code of a page, by the heading it stands under."""
 
-    def of_document(path: str) -> dict[str, list[str]]:
-        text = (Path(__file__).parent.parent / path).read_text()
-        blocks: dict[str, list[str]] = {}
-        heading = ""
-        # a fence is taken as a whole: comments in it are not headings
-        for part in re.finditer(r"^#+ ([^\n]+)$|^```(\w*)\n(.*?)^```$", text, re.M | re.S):
-            title, language, code = part.groups()
-            if title:
-                heading = title
-            elif language == "python":
-                blocks.setdefault(heading, []).append(code)
-        return blocks
+    def of_page(page: str) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for block in doc_code.blocks(page):
+            found.setdefault(block.heading, []).append(block.code)
+        return found
 
-    return of_document
+    return of_page
 
 
 # Programs

@@ -464,10 +464,12 @@ def test_arguments_that_can_not_be_cut():
     batch, where = padded(model)
     old, advantages = arguments(model, batch, where, "no advantage")
     batch["pixel_values"] = torch.zeros(7, 3)
-    message = r"batch\['pixel_values'\] can't be cut into sequences, as skip='dead' asks for"
+    message = r"batch\['pixel_values'\] cannot be split into sequences, as skip='dead' requires"
     with pytest.raises(ValueError, match=message):
         loss_from_model(model, batch, old, advantages, **where, skip="dead")
-    with pytest.raises(ValueError, match=r"batch\['pixel_values'\] can't be cut.*needed asks"):
+    with pytest.raises(
+        ValueError, match=r"batch\['pixel_values'\] cannot be split.*needed requires"
+    ):
         log_probs_from_model(model, batch, T, needed=LIVE)
     with pytest.raises(ValueError, match="skip must be one of 'auto', 'dead', 'none', got 'all'"):
         loss_from_model(model, batch, old, advantages, **where, skip="all")
@@ -482,7 +484,7 @@ def test_packed_arguments():
     model = build("Llama")
     batch, where = packed(model)
     old = log_probs(model, batch, where).detach()
-    with pytest.raises(ValueError, match="batch must have position_ids, which start again"):
+    with pytest.raises(ValueError, match="batch must contain position_ids that restart"):
         log_probs(model, {"input_ids": batch["input_ids"]}, where)
     with pytest.raises(ValueError, match=r"must have shape \(1, S\) with cu_seqlens, got \(5,"):
         log_probs(model, padded(model)[0], where)
@@ -533,7 +535,9 @@ def of_kind(kind):
     ],
 )
 def test_sequences_that_depend_on_one_another(kind, why):
-    with pytest.raises(ValueError, match=f"LlamaForCausalLM can't be cut into sequences: .*{why}"):
+    with pytest.raises(
+        ValueError, match=f"LlamaForCausalLM cannot be split into sequences: .*{why}"
+    ):
         live_checkpointing(of_kind(kind))
 
 
@@ -550,7 +554,7 @@ def test_a_layer_that_makes_something_else_of_some_sequences(strict):
         with pytest.raises(RuntimeError, match=message):
             run(model, batch, where, old, advantages)
         return
-    with pytest.warns(UserWarning, match=f"{message}; they are recomputed with all"):
+    with pytest.warns(UserWarning, match=f"{message}; all sequences are recomputed"):
         grads = run(model, batch, where, old, advantages)[2]
     assert_close(grads, expected)
     assert_close(run(model, batch, where, old, advantages)[2], expected)
@@ -580,7 +584,7 @@ def test_an_argument_of_a_layer_that_can_not_be_cut(strict):
         with pytest.raises(ValueError, match=r"writes into .*shared_kv_states"):
             loss_from_model(model, batch, None, torch.ones(B), **where)
     else:
-        with pytest.warns(UserWarning, match="they are recomputed with all"):
+        with pytest.warns(UserWarning, match="all sequences are recomputed"):
             loss_from_model(model, batch, None, torch.ones(B), **where).loss.backward()
 
 
@@ -594,5 +598,7 @@ def test_second_derivatives():
     live_checkpointing(model)
     batch, _ = padded(model)
     out = model(**batch).logits.square().sum()
-    with pytest.raises(RuntimeError, match="live_checkpointing has no second derivatives"):
+    with pytest.raises(
+        RuntimeError, match="live_checkpointing does not support second derivatives"
+    ):
         torch.autograd.grad(out, list(model.parameters()), create_graph=True)

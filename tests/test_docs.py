@@ -1,4 +1,4 @@
-"""Every block of Python in docs/integrations.md, parallel.md and objectives.md does what it says.
+"""Every block of Python in README.md and docs/ does what it says; see doc_code.py for how.
 
 The recipes for slime and NeMo-RL stand in test_integrations_recipes.py.
 """
@@ -8,6 +8,7 @@ import importlib.util
 import re
 from pathlib import Path
 
+import doc_code
 import pytest
 import torch
 import torch.distributed as dist
@@ -29,18 +30,29 @@ def needs(package):
     return pytest.mark.skipif(missing, reason=f"needs {package}: pip install 'gspo-ops[{package}]'")
 
 
-def test_every_block_is_run(python_blocks):
-    assert {heading: len(codes) for heading, codes in python_blocks(INTEGRATIONS).items()} == {
-        "Any causal language model of transformers": 1, "Sequences without a gradient": 2, "TRL": 1,
-        "verl": 2, "slime": 1, "NeMo-RL": 1,
-    }  # fmt: skip
-    assert {heading: len(codes) for heading, codes in python_blocks(PARALLEL).items()} == {
-        "A vocabulary over ranks": 1, "Sequences over ranks": 1, "The batch over ranks": 1,
-        "Wrapped models": 1,
-    }  # fmt: skip
-    assert list(python_blocks(OBJECTIVES)) == ["Weights and masks of what the rollout knows"]
+@pytest.mark.example
+@pytest.mark.parametrize("page", [*filter(doc_code.unclaimed, doc_code.pages())])
+def test_examples_run_as_they_stand(page):
+    scope = {}
+    for block in doc_code.unclaimed(page):
+        block.execute(scope)
 
 
+@pytest.mark.example
+def test_what_is_not_run_says_why():
+    for page in doc_code.pages():
+        for block in doc_code.blocks(page):
+            assert block.is_run() or block.code.count("# not run") == 1
+            assert block.is_run() == ("not run" not in block.code), f"{page}, {block.heading}"
+
+
+@pytest.mark.example
+def test_marked_tests_have_code_to_execute():
+    headings = {(b.page, b.heading) for page in doc_code.pages() for b in doc_code.blocks(page)}
+    assert set(doc_code.claims()) <= headings
+
+
+@pytest.mark.example("docs/objectives.md", "Weights and masks from the rollout")
 def test_objectives(python_blocks):
     """The table's objectives exist, and the code leaves out whom it says."""
     text = (Path(__file__).parent.parent / OBJECTIVES).read_text()
@@ -49,7 +61,7 @@ def test_objectives(python_blocks):
     for code in written:
         assert isinstance(eval(code, vars(gspo_ops)), Objective)
 
-    (code,) = python_blocks(OBJECTIVES)["Weights and masks of what the rollout knows"]
+    (code,) = python_blocks(OBJECTIVES)["Weights and masks from the rollout"]
     generator = torch.Generator().manual_seed(0)
     old = -3 * torch.rand(B, T, generator=generator)
     rollout = old + 0.9 * torch.randn(B, T, generator=generator)
@@ -84,6 +96,7 @@ def make_llama(vocab_size):
     return transformers.LlamaForCausalLM(config).eval()
 
 
+@pytest.mark.example("docs/integrations.md", "Any causal language model of transformers")
 def test_transformers(python_blocks):
     (code,) = python_blocks(INTEGRATIONS)["Any causal language model of transformers"]
     model = make_llama(V)
@@ -102,6 +115,7 @@ def test_transformers(python_blocks):
     assert scope["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.example("docs/integrations.md", "Sequences without a gradient")
 def test_sequences_without_a_gradient(python_blocks):
     of_padded, of_packed = python_blocks(INTEGRATIONS)["Sequences without a gradient"]
     model = make_llama(V).train()
@@ -131,6 +145,7 @@ def test_sequences_without_a_gradient(python_blocks):
     assert relative(model.lm_head.weight.grad, expected) <= 1e-5
 
 
+@pytest.mark.example("docs/integrations.md", "TRL")
 @needs("trl")
 @pytest.mark.filterwarnings("ignore")
 def test_trl(python_blocks, tmp_path, monkeypatch):
@@ -155,6 +170,7 @@ def test_trl(python_blocks, tmp_path, monkeypatch):
     assert (trainer.importance_sampling_level, trainer.loss_type) == ("sequence", "grpo")
 
 
+@pytest.mark.example("docs/integrations.md", "verl")
 @needs("verl")
 def test_verl(python_blocks, monkeypatch):
     from verl.trainer.ppo.core_algos import get_policy_loss_fn
@@ -175,6 +191,10 @@ def test_verl(python_blocks, monkeypatch):
 # docs/parallel.md, on two ranks that hold parts of the same batch
 
 
+@pytest.mark.example("docs/parallel.md", "A vocabulary over ranks")
+@pytest.mark.example("docs/parallel.md", "Sequences over ranks")
+@pytest.mark.example("docs/parallel.md", "The batch over ranks")
+@pytest.mark.example("docs/parallel.md", "Wrapped models")
 @pytest.mark.parametrize(
     ("heading", "function"),
     [

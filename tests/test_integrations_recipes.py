@@ -165,6 +165,7 @@ def make_slime_loss(code, group=None, ranks_of_context=1):
     return run(code, modules)["policy_loss"]
 
 
+@pytest.mark.example("docs/integrations.md", "slime")
 @pytest.mark.parametrize("source", ["log_probs", "rollout_log_probs", "on-policy"])
 @pytest.mark.parametrize("size", [1, 2])
 def test_slime(ranks, python_blocks, size, source):
@@ -415,6 +416,7 @@ def fused_loss_fn(python_blocks):
     return run(code, modules)["FusedPGLossFn"]
 
 
+@pytest.mark.example("docs/integrations.md", "NeMo-RL")
 @pytest.mark.parametrize("packed", [False, True])
 def test_nemo_rl(fused_loss_fn, packed):
     """The whole batch, or one sequence at a time, as where they are packed."""

@@ -142,7 +142,7 @@ def test_a_model_wrapped_by_peft():
 def test_wrong_arguments_are_refused():
     model = make("Llama")
     batch, mask = make_batch()
-    with pytest.raises(ValueError, match=r"batch must have input_ids, got \['ids'\]"):
+    with pytest.raises(ValueError, match=r"batch must contain input_ids, got \['ids'\]"):
         log_probs_from_model(model, {"ids": mask}, T)
     with pytest.raises(ValueError, match=r"S > T=11 response tokens, got \(4, 11\)"):
         log_probs_from_model(model, batch, 11)

@@ -198,7 +198,7 @@ TWO_PARTS = (
 CODEBOOKS = ("It has several heads, one for each codebook.", "ModuleList, has no weight")
 REFUSED = {
     "ChameleonForConditionalGeneration": (
-        "It masks the logits of image tokens.", "treats the logits of some tokens in another way"),
+        "It masks the logits of image tokens.", "treats the logits of some tokens differently"),
     "Florence2ForConditionalGeneration": TWO_PARTS,
     "MusicgenForCausalLM": CODEBOOKS,
     "MusicgenMelodyForCausalLM": CODEBOOKS,
@@ -339,7 +339,7 @@ def assert_same(model, batch, parameters):
 NO_LAYERS = "has no layers that transformers checkpoints"
 # what live_checkpointing says
 NOT_LIVE = {
-    "BltForCausalLM": r"BltTransformerLayer is given .*, which can't be cut",
+    "BltForCausalLM": r"BltTransformerLayer is given .*, which cannot be split",
     "CTRLLMHeadModel": NO_LAYERS, "CpmAntForCausalLM": NO_LAYERS,
     "GPTNeoXJapaneseForCausalLM": NO_LAYERS,
     "JetMoeForCausalLM": "does not support activation checkpointing",
@@ -525,18 +525,18 @@ class WeightWithoutTheHead(transformers.LlamaForCausalLM):
 
 WRONG = {
     BiasAfterTheHead: (
-        "BiasAfterTheHead treats the logits of some tokens in another way than others'"
+        "BiasAfterTheHead treats the logits of some tokens differently from others'"
     ),
     NormalisedWeight: (
         "the logits of NormalisedWeight differ by [0-9.]+ from those that its head's weight and "
-        "bias make of its hidden states"
+        "bias give for its hidden states"
     ),
     HeadCalledTwice: (
         r"HeadCalledTwice calls its head, Linear, 2 times, last with \(1, 8, 64\), where the ops "
         r"need hidden states \(B, S, H\), once"
     ),
     WarmerByPosition: (
-        r"WarmerByPosition makes of its logits what is neither a scale nor a soft cap: at "
+        r"WarmerByPosition applies neither a scale nor a soft cap to its logits: at "
         r"\[0.0, .*\] they become \[0.0, .*\]"
     ),
     WeightWithoutTheHead: "WeightWithoutTheHead calls its head, Linear, 0 times, last with None",
@@ -557,7 +557,7 @@ def test_what_a_wrong_model_is_told(kind):
 def test_labels_are_refused():
     model = transformers.LlamaForCausalLM(small_config(transformers.LlamaConfig, {}))
     batch = make_batch(model)
-    with pytest.raises(ValueError, match="batch must have no labels"):
+    with pytest.raises(ValueError, match="batch must not contain labels"):
         log_probs_from_model(model, batch | {"labels": batch["input_ids"]}, T)
 
 
@@ -610,23 +610,23 @@ def document():
     return f"""# Models of transformers
 
 `log_probs_from_model` and `loss_from_model` run a model's own forward up to its head, and learn
-from a few tokens what the model makes of its logits. This page says for which classes of
-transformers {VERSION} the tests compare them with the model's own logits: {equal} are equal,
-{len(REFUSED)} are refused, and {len(NOT_BUILT)} are not built.
+from a few tokens how the model transforms its logits. This page lists the classes of
+transformers {VERSION} for which the tests compare the results with the model's own logits: {equal}
+are equal, {len(REFUSED)} are refused, and {len(NOT_BUILT)} are not built.
 
 - **equal**: A small random model of the class gives the log-probs of its own logits, within 2e-5
-  in fp32, and their gradient in every parameter. Where its config has a factor or a soft cap of
-  logits, a second model has it set. With images, the gradient is that of the vision tower.
-- **refused**: The first call raises a ValueError, which names the class and says what differs. The
-  ops from logits take such a model's logits.
+  in fp32, and their gradient in every parameter. If its config has a factor or a soft cap of
+  logits, a second model sets it. With images, the gradient is that of the vision tower.
+- **refused**: The first call raises a ValueError that names the class and says what differs. The
+  ops from logits accept such a model's logits.
 - **not built**: The tests have no small model of the class. The first call compares it with its
-  own logits all the same, and raises a ValueError where they differ.
+  own logits all the same, and raises a ValueError if they differ.
 
-`live_checkpointing`, **equal**: The gradient of two sequences of five is the one without
-checkpointing, to 1e-5. **refused**: It raises a ValueError that says why; with `strict=False` the
-model is checkpointed as transformers does it.
+For `live_checkpointing`, **equal** means that the gradient of two sequences out of five is the one
+without checkpointing, to 1e-5. **refused** means that it raises a ValueError that gives the reason;
+with `strict=False`, the model is checkpointed as transformers does it.
 
-A class that stands nowhere here, your own for example, is compared in the same way. `python
+A class that is not listed, for example one of your own, is compared in the same way. `python
 tests/test_models.py --write` writes this page.
 
 ## Causal language models
@@ -635,7 +635,7 @@ tests/test_models.py --write` writes this page.
 
 ## Text from images
 
-Classes that stand above are left out.
+Classes that are listed above are omitted.
 
 {table(FROM_IMAGES - CAUSAL)}
 """

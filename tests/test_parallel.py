@@ -331,7 +331,7 @@ def on_rank_dtensor() -> None:
     for placement in (Replicate(), Shard(1)):
         other = distribute_tensor(weight, mesh, [placement])
         with pytest.raises(
-            ValueError, match=r"weight must be split over vocab_group by Shard\(0\)"
+            ValueError, match=r"weight must be sharded over vocab_group by Shard\(0\)"
         ):
             log_probs_from_hidden(hidden, other, targets, vocab_group=group)
     few = distribute_tensor(weight[: dist.get_world_size() - 1], mesh, [Shard(0)])
@@ -466,7 +466,7 @@ def on_rank_bad_part() -> None:
             refused(function, good, entropy, entropy, return_entropy=True)
             continue
         refused(function, good, "mask must have shape", mask=batch["mask"][:1])
-        refused(function, good, "mask must hold 0 and 1 only", mask=batch["mask"] * 2)
+        refused(function, good, "mask must contain only 0 and 1", mask=batch["mask"] * 2)
         refused(function, good, same, same, mask=targets != 0)
         refused(function, good, "advantages must have shape", advantages=torch.ones(3))
         refused(function, good, same, same, advantages=-batch["advantages"])
@@ -490,7 +490,9 @@ def on_rank_bad_part() -> None:
     refused(log_probs_from_hidden, hidden_only, "weight must have shape", weight=weight[:, 1:])
     # a function as objective, whose rows follow the log-probs
     custom = from_logits | {"objective": lambda new, old, advantages, ids: new * advantages}
-    refused(policy_loss_from_logits, custom, "mask must hold 0 and 1", mask=batch["mask"] * 2)
+    refused(
+        policy_loss_from_logits, custom, "mask must contain only 0 and 1", mask=batch["mask"] * 2
+    )
     refused(policy_loss_from_logits, custom, "advantages must have", advantages=torch.ones(3))
 
 
@@ -516,10 +518,12 @@ def on_rank_bad_sequences() -> None:
     ]
     refused = Refusals(0)
     for function, good in calls:
-        refused(function, good, "cu_seqlens must rise", cu_seqlens=torch.tensor([0, 9, 8]))
+        refused(
+            function, good, "cu_seqlens must be non-decreasing", cu_seqlens=torch.tensor([0, 9, 8])
+        )
         refused(function, good, "cu_seqlens is needed", cu_seqlens=None)
         refused(function, good, "cu_seqlens must be int32", cu_seqlens=cu_seqlens.float())
-        refused(function, good, "mask must hold 0 and 1", mask=torch.full((8,), 2))
+        refused(function, good, "mask must contain only 0 and 1", mask=torch.full((8,), 2))
         refused(function, good, "advantages must have shape", advantages=torch.ones(3))
         refused(function, good, "denominator must be > 0", denominator=torch.tensor(0.0))
         other = "the objective's options must be the same on all ranks of context_group"
@@ -539,7 +543,7 @@ def on_rank_bad_sequences() -> None:
 
     batches = {"batches": [{"cu_seqlens": cu_seqlens}], "context_group": dist.group.WORLD}
     for good in (batches, {"batches": batches["batches"], "group": dist.group.WORLD}):
-        refused(global_denominator, good, "batches must hold one", batches=[])
+        refused(global_denominator, good, "batches must contain at least one", batches=[])
         refused(global_denominator, good, "cu_seqlens must be a torch", batches=[{"cu_seqlens": 3}])
     number = "the number of sequences in batches must be the same on all ranks of context_group"
     refused(global_denominator, batches, number, number, batches=[{"cu_seqlens": cu_seqlens[1:]}])
@@ -561,7 +565,7 @@ def on_rank_bad_both() -> None:
         refused = Refusals(culprit)
         there = r"rank \d of (vocab|context)_group refused its input"
         mask = batch["mask"] * 2
-        refused(policy_loss_from_hidden, good, "mask must hold 0 and 1 only", there, mask=mask)
+        refused(policy_loss_from_hidden, good, "mask must contain only 0 and 1", there, mask=mask)
         refused(policy_loss_from_hidden, good, "plan must be one of", there, plan="none")
         refused(policy_loss_from_hidden, good, "targets must be int32", there, targets=hidden)
     assert_same_everywhere(policy_loss_from_hidden(**good).loss)
@@ -923,7 +927,7 @@ def on_rank_counts() -> None:
     assert global_denominator([{"mask": torch.tensor([[1, 1, 0], [0, 0, 0]])}], **alone) == 2
     assert global_denominator([{"mask": torch.tensor([[1, 1, 0], [0, 0, 0]])}]) == 1
     for batches, message in (
-        ([], "batches must hold one micro-batch"),
+        ([], "batches must contain at least one micro-batch"),
         ([{"mask": None}], r"batches\[0\] must have mask or cu_seqlens"),
         ([{"mask": mask, "masks": mask}], r"batches\[0\] must have mask or cu_seqlens"),
     ):

@@ -55,6 +55,19 @@ def recorded(model, tokens=TOKENS):
     return routing
 
 
+@pytest.mark.example("docs/trainer.md", "Routing Replay")
+def test_the_documented_use(python_blocks):
+    (code,) = python_blocks("docs/trainer.md")["Routing Replay"]
+    model = make()
+    scope = {
+        "torch": torch, "model": model, "batch": TOKENS,
+        "log_probs_of": lambda model, batch: loss_and_grads(model, batch)[1],
+        "loss_of": lambda model, batch, old: loss_and_grads(model, batch)[0],
+    }  # fmt: skip
+    exec(code, scope)
+    assert all(p.grad.abs().sum() > 0 for p in routers_of(model))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_replay_of_native_routing_changes_nothing(family):
     model = make(family)

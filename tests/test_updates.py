@@ -72,7 +72,7 @@ def test_table_picture_and_command(data, rows, monkeypatch, tmp_path, capsys):
     assert plot.stat().st_size > 10_000
     with pytest.raises(SystemExit):
         bench.main(["--path", "model", "logits"])
-    assert "--path model stands alone" in capsys.readouterr().err
+    assert "--path model cannot be combined" in capsys.readouterr().err
 
 
 def test_what_the_demo_saves(tmp_path):

@@ -136,9 +136,7 @@ def test_what_no_objective_says_is_verl_s_own(mode, logged):
         assert torch.equal(mine[1], theirs[1])
         assert mine[2] == theirs[2]
     (said,) = logged.messages
-    assert (
-        said == f"loss_mode=gspo_ops_{mode} is verl's own {mode}: no objective says what it means"
-    )
+    assert said == f"loss_mode=gspo_ops_{mode} is verl's own {mode}: no objective expresses it"
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Adapters to the trainers and models that people have: no mathematics, nothing patched."""
+"""Adapters to trainers and models that people use: they add no mathematics and patch nothing."""

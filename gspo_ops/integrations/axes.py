@@ -1,7 +1,7 @@
-"""Which axes of what a model's layers are given count sequences, and which count tokens.
+"""Which axes of the arguments of a model's layers count sequences, and which count tokens.
 
-Names and layouts differ between models, so that this is not read from them, but learnt: the model
-runs on a few tokens in batches of three sizes, and the sizes that change with them tell.
+Names and layouts differ between models. The axes are therefore learnt: the model runs on a few
+tokens in batches of three sizes, and the sizes that change with the batch reveal them.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ BORDERS = "cu_seq_lens_q", "cu_seq_lens_k"  # of packed sequences, for FlashAtte
 
 
 class Axes(NamedTuple):
-    """Of one tensor. A size may be a multiple, as that of (B * S, E).
+    """The axes of one tensor. A size may be a multiple, as in (B * S, E).
 
     Attributes:
-        sequences: the axis of sequences, if there is one; its size may be 1 all the same.
-        tokens: those of tokens.
-        others: sizes that are known of each axis besides.
-        is_known: whether there is no axis that follows neither, though its size changes.
+        sequences: the axis of sequences, if there is one; its size may nevertheless be 1.
+        tokens: the axes of tokens.
+        others: further known sizes of each axis.
+        is_known: False if an axis changes its size and follows neither.
     """
 
     sequences: int | None = None
@@ -42,26 +42,27 @@ KnownAxes = dict[tuple[str, str, int], Axes]
 
 
 def leaves_of(tree: Any) -> list[tuple[str, Any]]:
-    """Path and value of all that is in nested tuples, lists and dictionaries."""
+    """Path and value of every leaf of nested tuples, lists and dictionaries."""
     return [(keystr(path), x) for path, x in tree_flatten_with_path(tree)[0]]
 
 
 def class_of(layer: nn.Module) -> str:
-    """Its name, where FSDP2 makes a class of its own of it too."""
+    """The name of a class, also where FSDP2 has derived a class from it."""
     names = (kind.__name__ for kind in type(layer).__mro__)
     return next(name for name in names if not name.startswith("FSDP"))
 
 
 @torch.no_grad()
 def learn_axes(model: Any, layers: Sequence[nn.Module]) -> KnownAxes:
-    """Axes of all tensors that these layers of a model are given, and that they return.
+    """Axes of all arguments and results of these layers of a model that are tensors.
 
     Args:
-        model: takes `input_ids` (B, S), and `attention_mask` where it knows that.
-        layers: parts of it.
+        model: takes `input_ids` (B, S), and `attention_mask` if it has this argument.
+        layers: layers of the model.
 
     Returns:
-        Of arguments, with paths as in (args, kwargs), and of results, as in {"output": ...}.
+        The axes of arguments, with paths as in (args, kwargs), and of results, with paths as in
+        {"output": ...}.
     """
     runs: list[dict[tuple[str, str, int], list[torch.Size]]] = []
 
@@ -131,7 +132,7 @@ def _agreed(found: list[Axes]) -> Axes:
 
 
 class Place(NamedTuple):
-    """Of a tensor among those that a layer is given or returns."""
+    """The place of a tensor among the arguments or results of a layer."""
 
     path: str
     axes: Axes
@@ -141,11 +142,11 @@ class Place(NamedTuple):
 
 
 class Units(NamedTuple):
-    """What a batch is cut into: the sequences of a padded one, the tokens of a packed one.
+    """The units into which a batch is split: sequences if it is padded, tokens if it is packed.
 
     Attributes:
-        number: how many there are.
-        sequence: (number,) the sequence of each token, where they are packed in one row.
+        number: number of units.
+        sequence: (number,) the sequence of each token, if sequences are packed in one row.
     """
 
     number: int
@@ -157,7 +158,7 @@ class Units(NamedTuple):
 
     @classmethod
     def of(cls, given: Sequence[tuple[Place, Tensor]]) -> Units:
-        """Those of a call with these arguments."""
+        """The units of a call with these arguments."""
         rows = (
             (x.shape[of.axes.sequences], x.shape[of.axes.tokens[0]])
             for of, x in given
@@ -175,13 +176,13 @@ class Units(NamedTuple):
         return cls(sequences)
 
     def axes(self, of: Place) -> tuple[int, ...]:
-        """Those along which a tensor is cut."""
+        """The axes along which a tensor is split."""
         if self.sequence is not None:
             return of.axes.tokens
         return () if of.axes.sequences is None else (of.axes.sequences,)
 
     def fit(self, x: Tensor, of: Place) -> bool:
-        """Whether the tensor can be cut, or is of all."""
+        """Whether the tensor can be split, or belongs to all units."""
         if of.is_called(*BORDERS):
             return True
         axes, (sequences, tokens, others, is_known) = self.axes(of), of.axes

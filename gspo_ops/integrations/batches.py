@@ -44,9 +44,9 @@ class Batch(NamedTuple):
     """Sequences that end in responses.
 
     Attributes:
-        arguments: of the model's forward, `input_ids` (B, S), or (1, S) where they are packed.
-        width: T, tokens at the end of each row that responses may have; None where packed.
-        cu_seqlens: (B + 1,) first tokens of packed sequences, and S; None where padded.
+        arguments: arguments of the model's forward, with `input_ids` (B, S), or (1, S) if packed.
+        width: T, the number of tokens at the end of each row that may be responses; None if packed.
+        cu_seqlens: (B + 1,) first tokens of packed sequences, followed by S; None if padded.
     """
 
     arguments: dict[str, Any]
@@ -60,13 +60,13 @@ class Batch(NamedTuple):
         """Check the arguments.
 
         Raises:
-            ValueError: one does not fit; the message names it.
+            ValueError: an argument is invalid; the message names it.
         """
         if "input_ids" not in arguments:
-            raise ValueError(f"batch must have input_ids, got {sorted(arguments)}")
+            raise ValueError(f"batch must contain input_ids, got {sorted(arguments)}")
         if "labels" in arguments:
             raise ValueError(
-                "batch must have no labels: the model makes no logits for its own loss"
+                "batch must not contain labels: the model makes no logits for its own loss"
             )
         ids = arguments["input_ids"]
         if cu_seqlens is None:
@@ -82,7 +82,7 @@ class Batch(NamedTuple):
             )
         if not {"position_ids", "cu_seq_lens_q"} & arguments.keys():
             raise ValueError(
-                "batch must have position_ids, which start again at each sequence, or "
+                "batch must contain position_ids that restart at each sequence, or "
                 "cu_seq_lens_q with cu_seqlens: else its sequences attend to each other"
             )
         return cls(dict(arguments), None, cu_seqlens)
@@ -93,19 +93,19 @@ class Batch(NamedTuple):
 
     @property
     def number(self) -> int:
-        """Of sequences."""
+        """The number of sequences."""
         return len(self.ids) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
 
     # Rows of hidden states, each of which predicts a token
 
     def hidden(self, hidden: Tensor) -> Tensor:
-        """Those of (B, S, H), or more than S in front, that predict tokens."""
+        """The hidden states, out of (B, S, H) or more in front of S, that predict tokens."""
         if self.width is None:
             return hidden[0, -self.ids.shape[1] :]
         return hidden[:, -self.width - 1 : -1]
 
     def targets(self) -> Tensor:
-        """The token that each of them predicts."""
+        """The token that each of these hidden states predicts."""
         if self.width is not None:
             return self.ids[:, -self.width :]
         assert self.cu_seqlens is not None
@@ -113,11 +113,11 @@ class Batch(NamedTuple):
         return self.of_rows(firsts)
 
     def of_rows(self, x: Tensor) -> Tensor:
-        """By row, what has a value per token or sequence."""
+        """Values per token or sequence, by row."""
         return x if self.width is not None or not self._is_per_token(x) else x.roll(-1, -1)
 
     def of_tokens(self, x: Tensor) -> Tensor:
-        """By token, what has a value per row."""
+        """Values per row, by token."""
         return x if self.width is not None else x.roll(1, -1)
 
     def _is_per_token(self, x: Tensor) -> bool:
@@ -126,7 +126,7 @@ class Batch(NamedTuple):
     # Some of the sequences
 
     def obstacle(self) -> str | None:
-        """The name of an argument that can't be cut."""
+        """The name of an argument that cannot be split into sequences."""
         units = self._units()
         for name, x in self.arguments.items():
             if isinstance(x, Tensor) and x.ndim:
@@ -149,7 +149,7 @@ class Batch(NamedTuple):
         return Units(len(token), sequence)
 
     def some(self, is_live: Tensor) -> Part:
-        """The sequences of which this is true. Synchronises once."""
+        """The sequences for which this is True. It synchronises once."""
         borders = [] if self.cu_seqlens is None else [self.cu_seqlens.long()]
         found = torch.cat([is_live.long(), *borders]).tolist()
         index = [b for b, live in enumerate(found[: self.number]) if live]
@@ -167,7 +167,7 @@ class Batch(NamedTuple):
         return Part(self, batch, sequences, tokens)
 
     def twice(self) -> Batch:
-        """The first tokens of the first packed sequence, two times."""
+        """The first tokens of the first packed sequence, twice."""
         assert self.cu_seqlens is not None
         n = min(int(self.cu_seqlens[1]), _FEW)
         tokens = torch.arange(n, device=self.ids.device).repeat(2)
@@ -186,10 +186,10 @@ class Batch(NamedTuple):
         return arguments
 
     def stand_in(self) -> Batch:
-        """Two tokens, for what has a gradient of 0 in every parameter.
+        """Two tokens for a loss with a gradient of 0 in every parameter.
 
-        A rank without a live sequence takes part in what its model exchanges, and an optimizer is
-        given the zeros that it would have been given.
+        A rank without a live sequence thus takes part in its model's collectives, and the optimizer
+        receives the zeros that it would have received.
         """
         cut = "input_ids", "token_type_ids", "mm_token_type_ids"
         few = {name: x for name, x in self.arguments.items() if not isinstance(x, Tensor)}
@@ -197,7 +197,7 @@ class Batch(NamedTuple):
         return Batch(few, 1, None)
 
     def sequences_with(self, tokens: Tensor) -> Tensor:
-        """(B,) bool: which have a token, of those that responses may have, that is True."""
+        """(B,) bool: whether a token of the response is True."""
         if self.width is not None:
             return tokens.any(1)
         sequence = self._units().sequence
@@ -206,7 +206,7 @@ class Batch(NamedTuple):
         return found != 0
 
     def by_token(self, x: Tensor) -> Tensor:
-        """What has a value per sequence or per token, by token."""
+        """Values per sequence or per token, by token."""
         if self.width is not None:
             return x[:, None] if x.ndim == 1 else x
         sequence = self._units().sequence
@@ -215,12 +215,12 @@ class Batch(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Some sequences of a batch; or none, for which others stand in.
+    """Some sequences of a batch, or, if there are none, a substitute.
 
     Attributes:
-        whole, batch: all sequences, and those for which the model runs.
-        sequences: (b,) indices of these.
-        tokens: (s,) those of their tokens where they are packed, else the same.
+        whole, batch: all sequences, and the sequences for which the model runs.
+        sequences: (b,) indices of the latter.
+        tokens: (s,) indices of their tokens if they are packed; otherwise the same.
     """
 
     whole: Batch
@@ -239,7 +239,7 @@ class Part(NamedTuple):
         return x[self.sequences]
 
     def by_token(self, x: Tensor) -> Tensor:
-        """By token of the whole, what has a value per token of the part; NaN elsewhere."""
+        """Values per token of the part, by token of the whole; NaN elsewhere."""
         width = self.whole.width
         tokens = self.whole.ids if width is None else self.whole.ids[:, -width:]
         whole = x.new_full(tokens.shape[width is None :], torch.nan)
@@ -248,7 +248,7 @@ class Part(NamedTuple):
         return whole.index_copy(0, self.tokens, x)
 
     def by_sequence(self, x: Tensor) -> Tensor:
-        """The same of what has a value per sequence."""
+        """The same for values per sequence."""
         whole = x.new_full((self.whole.number,), torch.nan)
         return whole.index_copy(0, self.sequences, x[: len(self.sequences)])
 
@@ -256,13 +256,13 @@ class Part(NamedTuple):
 def fractions_of_all(
     stats: Mapping[str, Tensor], sequences: Sequence[Tensor], tokens: Sequence[Tensor]
 ) -> dict[str, Tensor]:
-    """Statistics of some sequences, whose fractions become those of all.
+    """Statistics of some sequences, with fractions converted to those of all sequences.
 
-    What is left out is neither clipped nor has it a gradient.
+    Sequences that are left out are neither clipped nor have a gradient.
 
     Args:
-        stats: of a loss.
-        sequences, tokens: how many there are in some sequences, and in all.
+        stats: statistics of a loss.
+        sequences, tokens: numbers of these in some sequences, and in all.
     """
     found = dict(stats)
     for counts, names in ((sequences, _OF_SEQUENCES), (tokens, _OF_TOKENS)):
@@ -274,10 +274,10 @@ def fractions_of_all(
 
 @torch.no_grad()
 def require_separate(model: Any, batch: Batch) -> None:
-    """Refuse a model whose packed sequences see each other; looked at once, on a few tokens.
+    """Refuse a model whose packed sequences see each other; checked once, on a few tokens.
 
     Raises:
-        ValueError: hidden states of a sequence are others when one stands in front of it.
+        ValueError: hidden states of a sequence change when another sequence precedes it.
     """
     inner = unwrapped(model)
     if batch.cu_seqlens is None or inner in _separate or batch.obstacle():

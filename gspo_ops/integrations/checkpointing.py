@@ -1,10 +1,10 @@
 """Activation checkpointing that recomputes and differentiates live sequences only.
 
 In the backward, transformers runs a checkpointed layer again on all of its input, although the
-gradient of a clipped sequence is exactly zero. Here a layer runs again on the sequences whose
+gradient of a clipped sequence is exactly zero. Here a layer runs again only on the sequences whose
 upstream gradient is not zero: a fraction f of the recomputation and of the backward.
 
-Nothing of transformers is imported.
+transformers is not imported.
 """
 
 from __future__ import annotations
@@ -32,32 +32,33 @@ _ROUNDING = {4: 1e-4, 2: 0.02}
 
 
 def live_checkpointing(model: Any, *, strict: bool = True) -> None:
-    """Checkpoint a model's layers, and run only live sequences through them again.
+    """Checkpoint a model's layers, and recompute only the live sequences.
 
         time ~ (1 + 3 f) / 4 of ordinary checkpointing's
 
     A sequence is live if the gradient with respect to a layer's result is not zero at one of its
-    tokens; f is their fraction. Gradients are those of ordinary checkpointing, up to the rounding
-    of products of other shapes. Sequences are the rows of a padded batch, or lie in one row, with
-    `position_ids` that start again. Masks, positions and whatever else a layer is given are cut as
-    the model itself shows on a few tokens; at its first use, what a layer makes of the live
-    sequences is compared with what it made of all.
+    tokens; f is the fraction of live sequences. Gradients are those of ordinary checkpointing, up
+    to the rounding of products of other shapes. Sequences are the rows of a padded batch, or lie in
+    one row, with `position_ids` that restart. The model itself shows on a few tokens how to split
+    masks, positions and the other arguments of a layer. At a layer's first use, its result for the
+    live sequences is compared with that for all of them.
 
-    It stays in place of transformers' own function when checkpointing is disabled and enabled
-    again. The backward has one host synchronisation, and one more for each layer whose gradient
-    does not come straight from the next.
+    The function stays in place of transformers' own when checkpointing is disabled and enabled
+    again. The backward takes one host synchronisation, and one more for each layer whose gradient
+    does not come straight from the next layer.
 
     Args:
-        model: a model of transformers, wrapped by peft, DDP or FSDP2, or not.
-        strict: whether what can't be cut is refused; else it is checkpointed as transformers does.
+        model: a model of transformers, possibly wrapped by peft, DDP or FSDP2.
+        strict: whether a layer that cannot be split is refused. Otherwise, it is checkpointed as
+            transformers does it.
 
     Raises:
         ValueError: the model has no layers that transformers checkpoints; its sequences depend on
-            one another (batch normalisation, experts with a capacity); FSDP1 has sharded its
-            weights. In a forward: a layer is given an argument that can't be cut, or has weights of
-            ZeRO-3.
-        RuntimeError: in the backward, a layer makes something else of some sequences than it made
-            of all; or a second derivative is asked for.
+            one another (batch normalisation, experts with a capacity); or FSDP1 has sharded its
+            weights. In a forward, a layer is given an argument that cannot be split, or has weights
+            of ZeRO-3.
+        RuntimeError: in the backward, a layer's result for some sequences differs from its result
+            for all; or a second derivative is requested.
     """
     inner = unwrapped(model)
     layers = [part for part in inner.modules() if _is_checkpointed(part)]
@@ -70,7 +71,7 @@ def live_checkpointing(model: Any, *, strict: bool = True) -> None:
     except ValueError as error:
         if strict:
             raise ValueError(
-                f"{type(inner).__name__} can't be cut into sequences: {error}"
+                f"{type(inner).__name__} cannot be split into sequences: {error}"
             ) from error
     enable = getattr(inner, "activation_checkpointing_enable", inner.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
@@ -97,7 +98,7 @@ def _require_independent(model: Any, layers: list[nn.Module]) -> None:
         if any("capacity" in name for name in vars(part)):
             raise ValueError(f"the experts of {kind} have a capacity, which they share")
     if any(type(part).__name__ == "FullyShardedDataParallel" for part in model.modules()):
-        raise ValueError("FSDP1 has sharded the weights; FSDP2 can be used")
+        raise ValueError("FSDP1 has sharded the weights; use FSDP2")
 
 
 def _learnt(model: Any, layers: list[nn.Module]) -> KnownAxes:
@@ -152,13 +153,13 @@ class _LiveCheckpointing:
 
     def refuse(self, layer: nn.Module, why: str, error: type[Exception]) -> None:
         """Raise; or, if not strict, leave the layer to the ordinary function from now on."""
-        message = f"live sequences can't be recomputed alone: {class_of(layer)} {why}"
+        message = f"live sequences cannot be recomputed alone: {class_of(layer)} {why}"
         if self.strict:
             raise error(
-                f"{message}; live_checkpointing(model, strict=False) recomputes them with all"
+                f"{message}; live_checkpointing(model, strict=False) recomputes all sequences"
             )
         if layer not in self.uncut:
-            warnings.warn(f"{message}; they are recomputed with all", stacklevel=2)
+            warnings.warn(f"{message}; all sequences are recomputed", stacklevel=2)
         self.uncut.add(layer)
 
 
@@ -201,7 +202,9 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError("live_checkpointing has no second derivatives (create_graph=True)")
+            raise RuntimeError(
+                "live_checkpointing does not support second derivatives (create_graph=True)"
+            )
         pairs = zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=False)
         given = [x.detach().requires_grad_(is_needed) for x, is_needed in pairs]
         return None, *ctx.call.gradients(given, ctx.parameters, grads)
@@ -240,13 +243,13 @@ class _Call:
         }
 
     def obstacle(self) -> str | None:
-        """What keeps it from being cut."""
+        """Why the call cannot be split, if it cannot."""
         for path, x in zip(self.paths, self.leaves, strict=True):
             if not isinstance(x, PLAIN) and not (isinstance(x, Mapping) and not x):
-                return f"is given {path}, a {type(x).__name__}, which can't be cut"
+                return f"is given {path}, a {type(x).__name__}, which cannot be split"
         for of, x in zip(self.given.values(), self.tensors, strict=True):
             if not self.units.fit(x, of):
-                return f"is given {of.path} {tuple(x.shape)}, which can't be cut"
+                return f"is given {of.path} {tuple(x.shape)}, which cannot be split"
         return None if self.layer in self.owner.traced else self._foreign()
 
     def _foreign(self) -> str | None:
@@ -268,7 +271,7 @@ class _Call:
     # Running it
 
     def run(self, given: Iterable[Tensor]) -> list[Tensor]:
-        """Its results that are tensors."""
+        """The results that are tensors."""
         leaves = list(self.leaves)
         for i, x in zip(self.given, given, strict=True):
             leaves[i] = x
@@ -291,7 +294,7 @@ class _Call:
         return outputs
 
     def result(self, outputs: tuple[Tensor, ...]) -> Any:
-        """The layer's own result, of these."""
+        """The layer's own result, made of these tensors."""
         leaves = list(self.others)
         for i, x in zip(self.returned, outputs, strict=True):
             leaves[i] = x
@@ -303,7 +306,7 @@ class _Call:
         self, given: list[Tensor], parameters: tuple[Tensor, ...],
         grads: tuple[Tensor | None, ...],
     ) -> list[Tensor | None]:  # fmt: skip
-        """With respect to what was given and the parameters, from those of the results."""
+        """Gradients with respect to arguments and parameters, from those of the results."""
         live = self._live(grads)
         if live is None:
             found = self._whole(given, parameters, grads)

@@ -1,11 +1,11 @@
-"""What a causal language model's own forward does up to its head, and the head as the ops take it.
+"""A causal language model's own forward up to its head, and the head as the ops need it.
 
-The model runs as its user calls it, with whatever wraps it. Only its last layer is replaced for the
-time of a call, by one that takes the hidden states and makes no logits. What the model does to
-logits is not read from its config, whose names differ, but learnt from the model itself: it is
-given known logits, and a few real ones, which the head must reproduce.
+The model runs as its user calls it, inside its wrappers. During a call, only its last layer is
+replaced, by one that takes the hidden states and makes no logits. How the model transforms logits
+is not read from its config, where names differ, but learnt from the model itself: it is given known
+logits, and a few real ones, which the head must reproduce.
 
-Nothing of transformers or peft is imported.
+Neither transformers nor peft is imported.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _INSTEAD = "use the ops from logits for it"  # the end of what a refused model's
 
 
 class Transform(NamedTuple):
-    """What a model makes of its logits: limit * tanh(gain * z / limit), or gain * z.
+    """How a model transforms its logits: limit * tanh(gain * z / limit), or gain * z.
 
     Attributes:
-        gain: a factor of logits, or the product of several.
-        limit: of a soft cap, after all factors; None without one.
-        columns: tokens of the vocabulary that are left; a head may have more rows.
+        gain: factor of the logits, or the product of several factors.
+        limit: soft cap, after all factors; None without one.
+        columns: number of tokens of the vocabulary that remain; a head may have more rows.
     """
 
     gain: float
@@ -56,7 +56,7 @@ class OutputHead(NamedTuple):
     """logits = transform(hidden @ weight^T + bias + lora).
 
     Attributes:
-        weight: (V, H), also where it is tied to the embeddings.
+        weight: (V, H), possibly tied to the embeddings.
         bias: (V,) or None.
         lora: an adapter of peft on the head, or None.
         transform: scale and soft cap, as in Cohere and Gemma.
@@ -70,7 +70,7 @@ class OutputHead(NamedTuple):
     def options(self, temperature: float) -> dict[str, Any]:
         """The head's share of the options of the ops from hidden states.
 
-        softcap * tanh(z / softcap) / temperature is the op's, so that a gain divides both.
+        The op computes softcap * tanh(z / softcap) / temperature, so a gain divides both options.
         """
         gain, limit, _ = self.transform
         return {
@@ -81,8 +81,8 @@ class OutputHead(NamedTuple):
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., V) in fp32, or float64 for float64.
 
-        A bf16 head would round them, which alone moves a sequence's ratio by as much as GSPO's clip
-        range is wide.
+        A bf16 head would round them, which alone moves a sequence's ratio by the width of GSPO's
+        clip range.
         """
         hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
         bias = None if self.bias is None else self.bias.to(hidden)
@@ -102,7 +102,7 @@ def output_head(model: Any) -> OutputHead:
         model: a causal language model of transformers.
 
     Raises:
-        ValueError: the model has no head, or one that the ops can't apply.
+        ValueError: the model has no head, or one that the ops cannot apply.
     """
     inner = unwrapped(model)
     if inner not in _transforms:
@@ -121,20 +121,20 @@ def hidden_to(
 ) -> Result:
     """function(head, hidden, output) as the result of the model's forward.
 
-    DDP, FSDP, DeepSpeed, peft and torch.compile do their part as in any forward: they gather
-    weights, reduce gradients, and add what is trained of prompts and adapters.
+    DDP, FSDP, DeepSpeed, peft and torch.compile work as in any forward: they gather weights, reduce
+    gradients, and add trained prompts and adapters.
 
     Args:
         model: a causal language model of transformers, wrapped or not.
         batch: arguments of its forward, with `input_ids` (B, S).
-        function: takes the head, the hidden states (B, S, H) that it is given (more than S where a
-            wrapper puts tokens in front), and the model's output, without logits.
+        function: takes the head, its hidden states (B, S, H) (more than S if a wrapper prepends
+            tokens), and the model's output, without logits.
         check: whether the head's logits are compared with the model's own, before the first use.
-        within: the model's own forward, where it is called by a forward that took its place.
+        within: the model's own forward, if it is called by a forward that replaces it.
 
     Raises:
-        ValueError: the model's head is one that the ops can't apply, or a wrapper keeps them from
-            it: torch.compile with fullgraph=True for example.
+        ValueError: the ops cannot apply the model's head, or a wrapper prevents it, such as
+            torch.compile with fullgraph=True.
     """
     inner = unwrapped(model)
     if inner not in _transforms:
@@ -209,7 +209,7 @@ class _Seam:
         if arguments.get("adapter_names") is not None and _base(self.last) is not self.last:
             raise ValueError(
                 f"the head of {type(model).__name__} has adapters of peft, and adapter_names gives "
-                "each row its own, which the ops can't apply"
+                "each row its own, which the ops cannot apply"
             )
         self.own, self.finish = within or model.forward, finish
         parameters = inspect.signature(self.own).parameters.values()
@@ -226,7 +226,7 @@ class _Seam:
             if self.finish is not None:
                 raise ValueError(
                     f"{type(wrapped).__name__} kept the forward that {type(model).__name__} had "
-                    "when it was wrapped, so that the ops can't apply its head"
+                    "when it was wrapped, so that the ops cannot apply its head"
                 )
             return result
         except torch._dynamo.exc.Unsupported as error:
@@ -280,13 +280,13 @@ def learn(
     *,
     within: Callable[..., Any] | None = None,
 ) -> None:
-    """Find out what the model makes of its logits, unless that is known.
+    """Learn how the model transforms its logits, unless this is known.
 
-    A batch of text is cut to a few tokens. Of others, with images for example, the whole is taken,
-    since what belongs to a token is not known here.
+    A batch of text is cut to a few tokens. Other batches, with images for example, are used in
+    full, since it is unknown which part belongs to a token.
 
     Raises:
-        ValueError: it is nothing that the ops can apply.
+        ValueError: the ops cannot apply the transform.
     """
     inner = unwrapped(model)
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
@@ -332,7 +332,7 @@ def _fitted(model: Any, logits: Tensor) -> Transform:
     of_columns = values[:, 0]
     if not torch.equal(values, of_columns[:, None].expand_as(values)):
         raise ValueError(
-            f"{name} treats the logits of some tokens in another way than others': {_INSTEAD}"
+            f"{name} treats the logits of some tokens differently from others': {_INSTEAD}"
         )
     gain = (of_columns[1] / _PROBES[1]).item()
     top = of_columns[-1].item()
@@ -342,7 +342,7 @@ def _fitted(model: Any, logits: Tensor) -> Transform:
     error = (of_columns - expected).abs() / (1.0 + expected.abs())
     if not gain > 0 or not error.max() <= 1e-6:
         raise ValueError(
-            f"{name} makes of its logits what is neither a scale nor a soft cap: at "
+            f"{name} applies neither a scale nor a soft cap to its logits: at "
             f"{list(_PROBES)} they become {of_columns.tolist()}: {_INSTEAD}"
         )
     return transform
@@ -372,7 +372,7 @@ def _compare(model: Any, transform: Transform, hidden: Tensor, logits: Tensor) -
     if not difference <= allowed.item():
         raise ValueError(
             f"the logits of {type(model).__name__} differ by {difference:.3g} from those that its "
-            f"head's weight and bias make of its hidden states: {_INSTEAD}"
+            f"head's weight and bias give for its hidden states: {_INSTEAD}"
         )
 
 
@@ -406,7 +406,7 @@ def last_layer(model: Any) -> Any:
     """The layer that makes logits.
 
     Raises:
-        ValueError: there is none, or it is none that the ops can apply.
+        ValueError: there is none, or the ops cannot apply it.
     """
     name = type(model).__name__
     # of the model, or else of a model in it, as in some of those that see images
@@ -488,7 +488,7 @@ def _lora(model: Any, layer: Any) -> LoRA | None:
     what = f"the head of {type(model).__name__} has an adapter of peft"
     # by its name: layers of other kinds have a lora_A too
     if _kind(layer) != "peft.tuners.lora.layer.Linear":
-        raise ValueError(f"{what}, {_kind(layer)}, which the ops can't apply")
+        raise ValueError(f"{what}, {_kind(layer)}, which the ops cannot apply")
     names = [name for name in names if name in layer.lora_A]
     for name in names:
         variant = getattr(layer, "lora_variant", {}).get(name)
@@ -502,7 +502,7 @@ def _lora(model: Any, layer: Any) -> LoRA | None:
             ("with dropout", dropout.training and getattr(dropout, "p", 0.0) > 0),
         ):
             if is_refused:
-                raise ValueError(f"{what} {found}, which the ops can't apply")
+                raise ValueError(f"{what} {found}, which the ops cannot apply")
     a = [layer.lora_A[name].weight for name in names]
     b = [layer.lora_B[name].weight for name in names]
     scales = [layer.scaling[name] for name in names]
@@ -514,7 +514,7 @@ def _lora(model: Any, layer: Any) -> LoRA | None:
 
 
 def as_forward(module: Any, function: Callable[[], Result]) -> Result:
-    """function() as the forward of a module that something wraps, and as it is for another.
+    """Run function() as the forward of a wrapped module, or directly for another.
 
     DDP, FSDP and DeepSpeed's ZeRO-3 gather weights and reduce gradients in hooks around it.
     """

@@ -1,4 +1,4 @@
-"""What surrounds a run of a layer, autocast and random numbers, for another run of it."""
+"""The surroundings of a run of a layer, autocast and random numbers, for another run of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .axes import Units
 
 
 class Surroundings:
-    """Those of the first run.
+    """The surroundings of the first run.
 
     Attributes:
         is_random: whether it has drawn random numbers.
@@ -31,12 +31,12 @@ class Surroundings:
         self.before = self.after = self._random_state()
 
     def is_narrow(self) -> bool:
-        """Whether products are rounded to 16 bit whatever their operands are."""
+        """Whether products are rounded to 16 bits, whatever their operands."""
         return any(is_enabled for kind, _, is_enabled in self.autocasts if kind == self.device.type)
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Around the first run."""
+        """The context of the first run."""
         with self._autocast():
             yield
         self.after = self._random_state()
@@ -44,7 +44,7 @@ class Surroundings:
 
     @contextmanager
     def again(self, units: Units | None = None, index: Tensor | None = None) -> Iterator[Replay]:
-        """Around another run.
+        """The context of another run.
 
         Args:
             units: of the first run.

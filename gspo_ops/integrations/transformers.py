@@ -1,7 +1,8 @@
 """Policy losses of a causal language model of transformers, from the hidden states at its head.
 
-The model runs as it is, in whatever wraps it, but its head makes no logits; and it runs for the
-sequences alone that can have a gradient. Written for transformers 5, of which nothing is imported.
+The model runs unchanged, inside its wrappers, except that its head makes no logits, and that it
+runs only for the sequences that can have a gradient. Written for transformers 5, which is not
+imported.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .heads import OutputHead, hidden_to
 __all__ = ["Skip", "live_checkpointing", "log_probs_from_model", "loss_from_model"]
 
 Skip = Literal["auto", "dead", "none"]
+"""Which sequences without a gradient the model skips: see `skip` of `loss_from_model`."""
 
 
 def log_probs_from_model(
@@ -45,27 +47,28 @@ def log_probs_from_model(
     """Log-probs of each row's last `count` tokens, as `loss_from_model` sees them.
 
     Args:
-        model: a causal language model of transformers, as it is called in training: wrapped by
-            peft, torch.compile, DDP, FSDP or DeepSpeed, or not.
+        model: a causal language model of transformers, as it is called in training, possibly
+            wrapped by peft, torch.compile, DDP, FSDP or DeepSpeed.
         batch: arguments of its forward: `input_ids` (B, S), `attention_mask` and so on.
-        count: T, tokens at the end of each row: the responses, padded on the right or not.
-        cu_seqlens: (B + 1,) in place of `count`, where sequences are packed in one row: the first
-            token of each, and S. `batch` then has `position_ids` that start again.
-        needed: (B,) bool: sequences for which the model runs; None for all. One host
-            synchronisation. For a loss, those with an advantage.
+        count: T, the number of tokens at the end of each row that are responses, padded on the
+            right or not.
+        cu_seqlens: (B + 1,) in place of `count`, if sequences are packed in one row: the first
+            token of each, followed by S. `batch` then contains `position_ids` that restart.
+        needed: (B,) bool, the sequences for which the model runs; None for all. It takes one host
+            synchronisation. For a loss, pass the sequences with an advantage.
         temperature: sampling temperature, > 0.
         return_router_loss: also return the load-balancing loss of a mixture of experts, 0-dim, of
             the sequences for which the model runs.
-        check_model: whether the head's logits are compared with the model's own before its first
-            use, on at most 8 tokens, and whether packed sequences do not see each other.
-        options: further ones of `log_probs_from_hidden`.
+        check_model: before the model's first use, compare the head's logits with the model's own on
+            at most 8 tokens, and check that packed sequences do not see each other.
+        **options: further options of `log_probs_from_hidden`.
 
     Returns:
-        (B, T) float32, or (S,) with 0 at first tokens where packed; NaN where not needed. With
-        `return_entropy` the entropies too, and with `return_router_loss` that loss as the last.
+        (B, T) float32, or (S,) with 0 at first tokens if packed; NaN where not needed. With
+        `return_entropy`, the entropies follow, and with `return_router_loss`, that loss comes last.
 
     Raises:
-        ValueError: `batch` or `count` does not fit, an argument of the model can't be cut into
+        ValueError: `batch` or `count` is invalid, an argument of the model cannot be split into
             sequences, or the model's head is unknown.
     """
     whole = Batch.of(batch, count, cu_seqlens)
@@ -118,40 +121,42 @@ def loss_from_model(
 ) -> PolicyLoss:
     """The policy loss of the last T tokens of each row; see `policy_loss_from_hidden`.
 
-    The model runs, forward and backward, for the sequences that can have a gradient: those with a
-    token whose advantage, times its rollout weight, is not zero. With a KL term, a router loss or a
-    function as objective all can. Loss and gradients are those of all sequences, whose number or
-    tokens still divide the loss.
+    The model runs, forward and backward, only for the sequences that can have a gradient: those
+    with a token whose advantage, times its rollout weight, is not zero. With a KL term, a router
+    loss or a function as objective, all sequences can have one. Loss and gradients are those of all
+    sequences, whose number or tokens still divide the loss.
 
     Args:
-        model: a causal language model of transformers, as it is called in training: wrapped by
-            peft, torch.compile, DDP, FSDP or DeepSpeed, or not.
+        model: a causal language model of transformers, as it is called in training, possibly
+            wrapped by peft, torch.compile, DDP, FSDP or DeepSpeed.
         batch: arguments of its forward: `input_ids` (B, S), `attention_mask` and so on.
-        old_log_probs: (B, T) float32 of the policy that sampled, or None for on-policy; anything
+        old_log_probs: (B, T) float32 of the policy that sampled, or None for on-policy; arbitrary
             where a sequence is left out.
         advantages: (B,), or (B, T) with an objective that takes one per token.
-        mask: (B, T) non-zero at response tokens; T is taken from it.
-        cu_seqlens: (B + 1,) where sequences are packed in one row: the first token of each, and S.
-            `mask` and all else that is per token is (S,), by token, and is not read at the first
-            token of a sequence, where the mask is 0. `batch` has `position_ids` that start again.
+        mask: (B, T), non-zero at response tokens; its width is T.
+        cu_seqlens: (B + 1,) if sequences are packed in one row: the first token of each, followed
+            by S. `mask` and other arguments per token then have the shape (S,), with the value at
+            the token itself. They are not read at the first token of a sequence, where the mask is
+            0. `batch` contains `position_ids` that restart.
         temperature: sampling temperature, > 0.
-        router_loss_coef: of the load-balancing loss of a mixture of experts, `aux_loss` in its
-            output, which is added; reported as `router_loss`.
+        router_loss_coef: weight of the load-balancing loss of a mixture of experts, `aux_loss` in
+            the model's output, which is added to the loss and reported as `router_loss`.
         skip: `"auto"` leaves sequences without a gradient out if the arguments of the model can be
-            cut into sequences, which those of text can, and images can't; `"dead"` refuses
-            arguments that can't; `"none"` runs all of them, without the one host synchronisation
-            and with a shape that does not change from batch to batch.
-        check_model: whether the head's logits are compared with the model's own before its first
-            use, on at most 8 tokens, and whether packed sequences do not see each other.
-        options: further ones of `policy_loss_from_hidden`: `objective`, `denominator`, ...
+            split into sequences, which text can and images cannot. `"dead"` refuses arguments that
+            cannot. `"none"` runs all sequences, without the one host synchronisation and with a
+            shape that does not change from batch to batch.
+        check_model: before the model's first use, compare the head's logits with the model's own on
+            at most 8 tokens, and check that packed sequences do not see each other.
+        **options: further options of `policy_loss_from_hidden`: `objective`, `denominator`, ...
 
     Returns:
-        PolicyLoss(loss, stats), with `computed` (B,) bool in the statistics: the sequences for
-        which the model ran. Fractions (`clip_frac_...`, `active_token_frac`) are of all sequences;
-        what remains is of those computed, and `log_ratio` and `log_probs` are NaN for others.
+        PolicyLoss(loss, stats). The statistics include `computed` (B,) bool, the sequences for
+        which the model ran. Fractions (`clip_frac_...`, `active_token_frac`) describe all
+        sequences. The other statistics describe the computed ones, and `log_ratio` and `log_probs`
+        are NaN elsewhere.
 
     Raises:
-        ValueError: an argument does not fit, or the model's head is unknown.
+        ValueError: an argument is invalid, or the model's head is unknown.
     """
     if not isinstance(mask, Tensor) or mask.ndim != (2 if cu_seqlens is None else 1):
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -194,8 +199,8 @@ def loss_from_model(
 def _require_cuttable(option: str, whole: Batch) -> None:
     if name := whole.obstacle():
         raise ValueError(
-            f"batch['{name}'] can't be cut into sequences, as {option} asks for: it is not known "
-            "what of it belongs to which"
+            f"batch['{name}'] cannot be split into sequences, as {option} requires: it is unknown "
+            "which part of it belongs to which sequence"
         )
 
 

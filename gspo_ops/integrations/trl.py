@@ -1,8 +1,8 @@
 """GSPOTrainer: TRL's GRPOTrainer with the loss of its config fused, from hidden states.
 
-Written for TRL 1.16 to 1.x. Same config, same rollouts, rewards and logs; only the loss step is
-ours: logits never exist, log-probs are exact to fp32, and responses without a gradient cost nothing
-in the backward.
+Written for TRL 1.16 to 1.x. Config, rollouts, rewards and logs are TRL's; only the loss step is
+replaced. Logits never exist, log-probs are exact to fp32, and responses without a gradient cost
+nothing in the backward.
 """
 
 from __future__ import annotations
@@ -28,35 +28,39 @@ from .trl_settings import BY_ITEMS, needs_log_probs, objective_of
 if not Version("1.16") <= Version(trl.__version__) < Version("2"):
     raise ImportError(f"gspo_ops.integrations.trl is for TRL 1.16 to 1.x, got {trl.__version__}")
 
+__all__ = ["GSPOTrainer"]
+
 _logger = logging.get_logger(__name__)
 
 
 class GSPOTrainer(GRPOTrainer):
     """GRPOTrainer whose loss comes from `gspo_ops`.
 
-    For GSPO as in the paper: `importance_sampling_level="sequence"`, `loss_type="grpo"`,
-    `epsilon=3e-4`, `epsilon_high=4e-4`. `"sequence_token"` is GSPO-token. All other settings of
-    `GRPOConfig` do the same as in TRL. What the loss needs no log-probs for is one op; the weights
-    of VESPO, masks and the entropy bonus are made of fused log-probs and entropies; and where
-    neither says what a setting means, the loss is TRL's own, of the same log-probs, and the log
-    says so once. TRL's metrics are kept; ours are logged as `gspo_ops/...`, but not there.
+    For GSPO as in the paper, set `importance_sampling_level="sequence"`, `loss_type="grpo"`,
+    `epsilon=3e-4` and `epsilon_high=4e-4`. `"sequence_token"` selects GSPO-token. All settings of
+    `GRPOConfig` keep their meaning. Most losses are one op. The weights of VESPO, masks and the
+    entropy bonus are computed from fused log-probs and entropies. If gspo_ops does not know the
+    meaning of a setting, the loss is TRL's own, from the same log-probs, and the log says so once.
+    TRL's metrics are kept; the statistics of gspo_ops are logged as `gspo_ops/...`, except with
+    TRL's own loss.
 
-    In one op, the model runs for the sequences alone that can have a gradient, and with
-    `gradient_checkpointing` runs again for those alone that have one; `entropy` and ratios are of
-    the sequences that it ran for, whose fraction is `gspo_ops/computed_frac`. All run for a KL
-    term, a router loss or images, and where old log-probs are given to a model in 16 bit: in
-    batches of another size it would round them in another way.
+    With one op, the model runs only for the sequences that can have a gradient, and
+    `gradient_checkpointing` recomputes only those that have one. `entropy` and ratios then describe
+    the sequences that ran, whose fraction is `gspo_ops/computed_frac`. All sequences run with a KL
+    term, a router loss or images. They also run if a 16-bit model is given old log-probs, because
+    it would round differently in batches of another size.
+
+    Args:
+        *args, **kwargs: arguments of GRPOTrainer.
+        check_model: whether the head's logits are compared with the model's own at its first use.
+        skip: `"auto"` leaves out sequences without a gradient if the result is exact. `"dead"` does
+            so also with old log-probs in 16 bit, and refuses arguments that cannot be split into
+            sequences. `"none"` leaves nothing out.
     """
 
     def __init__(
         self, *args: Any, check_model: bool = True, skip: Skip = "auto", **kwargs: Any
     ) -> None:
-        """Args:
-        args, kwargs: those of GRPOTrainer.
-        check_model: whether the head's logits are compared with the model's own at its first use.
-        skip: `"auto"` leaves out what has no gradient where that is exact, `"dead"` also with old
-            log-probs in 16 bit, and refuses what can't be cut into sequences; `"none"` nothing.
-        """
         check_choice("skip", skip, ("auto", "dead", "none"))
         super().__init__(*args, **kwargs)
         self._check_model, self._skip = check_model, skip

@@ -1,4 +1,4 @@
-"""The metrics of a loss step under TRL's names, and our own as `gspo_ops/...`."""
+"""The metrics of a loss step, under TRL's names and as `gspo_ops/...`."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _OURS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Step(NamedTuple):
-    """What a loss step has seen, all without a gradient.
+    """The values of a loss step, all without a gradient.
 
     Attributes:
-        stats: of the loss, with `computed`, and `router_loss` where there is one.
+        stats: statistics of the loss, with `computed`, and `router_loss` if there is one.
         mask, advantages: (B, T), and (B, T) or (B, 1).
-        log_probs, old_log_probs: (B, T); None for old ones that are the same.
+        log_probs, old_log_probs: (B, T); None for old ones that equal the new ones.
         ref_log_probs: (B, T), or None without a KL term.
         entropy: (B, T), or 0-dim, the mean over the computed sequences.
         phi: weights of VESPO, (B, 1) or (B, T); None for other losses.
-        policy_loss: 0-dim, of all but router loss and entropy bonus; None without a bonus.
+        policy_loss: 0-dim, without router loss and entropy bonus; None without a bonus.
     """
 
     stats: dict[str, Tensor]
@@ -45,7 +45,7 @@ class Step(NamedTuple):
     policy_loss: Tensor | None = None
 
     def ratio(self, level: str) -> Tensor:
-        """(B, T), or (B, 1) where sequences have one. NaN where not computed."""
+        """(B, T), or (B, 1) if the ratio is per sequence. NaN where not computed."""
         if level != "token":
             of_sequence = self.stats["log_ratio"].exp()[:, None]
             return of_sequence if level == "sequence" else of_sequence.expand(self.mask.shape)
@@ -54,27 +54,27 @@ class Step(NamedTuple):
         return (self.log_probs - self.old_log_probs).exp()
 
     def mask_of(self, x: Tensor) -> Tensor:
-        """What counts of (B, T), or of (B, 1), where each sequence does."""
+        """The values that count: of (B, T), or of (B, 1), where every sequence counts."""
         return self.mask if x.shape == self.mask.shape else torch.ones_like(x)
 
 
 @torch.no_grad()
 def log_step(trainer: GRPOTrainer, step: Step, steps: int) -> None:
-    """Append a step's metrics to the trainer's.
+    """Append the metrics of a step to the trainer's.
 
-    Defined as in TRL, but that they count tokens of the mask alone also where responses have room
-    for one token, whose values TRL takes for those of sequences, with a token or not. A sequence
-    that is left out counts as not clipped.
+    They are defined as in TRL, with one exception. If responses have room for only one token, TRL
+    takes its values for values of sequences, with a token or without; here only tokens of the mask
+    count. A sequence that is left out counts as not clipped.
 
     Args:
-        steps: calls whose gradients are added up, by which the loss is divided already.
+        steps: number of calls whose gradients are summed; the loss is already divided by it.
     """
     is_training = trainer.model.training
     metrics = trainer._metrics["train" if is_training else "eval"]
     gather, over_ranks = trainer.accelerator.gather, trainer.accelerator.reduce
 
     def mean(x: Tensor) -> float:
-        """Of sequences where each has one value, else of tokens."""
+        """The mean over sequences if each has one value, otherwise over tokens."""
         return mean_of(x, step.mask_of(x))
 
     def mean_of(x: Tensor, mask: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""What GSPOTrainer makes of the settings of TRL's `GRPOConfig`: an objective, or another route."""
+"""How GSPOTrainer treats the settings of TRL's `GRPOConfig`: by an objective or another route."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ BY_ITEMS = ("dapo", "cispo", "vespo")  # divided by the tokens of all accumulate
 
 
 class Route(Enum):
-    """What a setting is to the loss step."""
+    """How the loss step treats a setting."""
 
     OP = "fused in one op"
     LOG_PROBS = "log-probs fused, then the loss"
     TRL = "log-probs fused, then TRL's own loss"
-    MODEL = "of the model, which runs as in TRL"
+    MODEL = "concerns the model, which runs as in TRL"
     NONE = "no effect on the loss step"
 
 
@@ -97,15 +97,15 @@ ROUTES: dict[str, dict[str, Route]] = {
 
 
 def objective_of(trainer: GRPOTrainer, advantage_per_token: bool) -> Objective:
-    """The loss of a trainer's settings.
+    """The objective that a trainer's settings describe.
 
     Raises:
-        ValueError: no objective says what they mean.
+        ValueError: no objective expresses them.
     """
     if trainer.use_adaptive_entropy:
-        raise ValueError("use_adaptive_entropy=True has a controller, which is TRL's")
+        raise ValueError("use_adaptive_entropy=True needs TRL's own controller")
     if trainer.loss_type not in _AGGREGATIONS:
-        raise ValueError(f"loss_type={trainer.loss_type!r} is not one that gspo_ops knows")
+        raise ValueError(f"gspo_ops does not know loss_type={trainer.loss_type!r}")
     level: Any = trainer.importance_sampling_level
     if level == "sequence" and advantage_per_token:
         level = "sequence_shared"

@@ -1,9 +1,9 @@
-"""verl's settings fused: policy losses, a backend of its fused forward, and shorter updates.
+"""Fused policy losses for verl, a backend of its fused forward, and shorter updates.
 
-Written for verl 0.9; `register()` makes losses and backend known. Log-probs are gathered already
-when verl calls a policy loss; `verl_losses.py` fuses the rest. The fused forward is where the
-log-probs come from: hidden states and the head, without logits. `skip_zero_advantages()` spares
-both, and the body, the sequences that have no gradient.
+Written for verl 0.9; `register()` makes the losses and the backend known. When verl calls a policy
+loss, it has gathered the log-probs already, and `verl_losses.py` fuses the rest. The fused forward
+computes the log-probs, from hidden states and the head, without logits. `skip_zero_advantages()`
+leaves sequences without a gradient out of both and of the body.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _KEPT = ("past_key_values", "hidden_states", "attentions")  # of the model's out
 def register() -> str:
     """Make the policy losses and the fused forward known to verl.
 
-    The losses go into verl's registry: `"gspo_ops"`, which is GSPO, and for each that verl has, of
-    a user's own too, one with `gspo_ops_` before its name. verl has no registry for the backends of
-    the fused forward: its `patch_forward_with_backends` is replaced by one that knows this backend
-    too, and that leaves all others to verl.
+    The losses go into verl's registry: `"gspo_ops"`, which is GSPO, and for each loss in the
+    registry, those of users included, one with the prefix `gspo_ops_`. verl has no registry for
+    backends of the fused forward, so its `patch_forward_with_backends` is replaced by a function
+    that also knows this backend and leaves all others to verl.
 
     Returns:
         `"gspo_ops"`, for `actor_rollout_ref.actor.policy_loss.loss_mode` and
@@ -56,14 +56,15 @@ def fuse_forward(model: Any, *, check_model: bool = True) -> None:
         log_probs[t] = log_softmax(z[t])[shift_labels[t]]
         entropy[t]   = -sum_v p[t, v] * log p[t, v]
 
-    The body runs, the head is never called. `model(input_ids, temperature=..., shift_labels=...)`
-    returns verl's output class with `log_probs` and `entropy`, float32 and of the shape (1, N) or
-    (B, S) of `input_ids`, both differentiable. Without `shift_labels` each row predicts the next of
-    `labels` or `input_ids`. verl calls this where `impl_backend` is `"gspo_ops"`.
+    The body runs, and the head is never called. `model(input_ids, temperature=...,
+    shift_labels=...)` returns verl's output class with `log_probs` and `entropy`, both
+    differentiable, in float32 and in the shape (1, N) or (B, S) of `input_ids`. Without
+    `shift_labels`, each row predicts the next token of `labels` or `input_ids`. verl calls this
+    function if `impl_backend` is `"gspo_ops"`.
 
     Args:
-        model: a causal language model of transformers, of whose instance `forward` is replaced; it
-            may see images, and have adapters of peft.
+        model: a causal language model of transformers, whose `forward` is replaced on the instance.
+            It may see images and have adapters of peft.
         check_model: whether the head's logits are compared with the model's own at its first use.
 
     Raises:

@@ -19,7 +19,8 @@ from torch import Tensor
 from .. import GMPO, SAPO, GSPOToken, Objective, policy_loss_from_log_probs
 from ..objective import Aggregation, log_clip_range
 
-NAME = "gspo_ops"  # of the policy loss for GSPO, and the beginning of the others'
+NAME = "gspo_ops"
+"""The name of the policy loss for GSPO and of the backend, and the prefix of the other losses."""
 _WIDE = 0.01  # a clip range that GSPO's ratios never leave
 _logger = logging.getLogger(__name__)
 
@@ -72,26 +73,26 @@ def policy_loss(
         loss = -agg(min(s_it A_it, clip(s_it) A_it))
 
     `"vanilla"` with its dual clip, `"gspo"`, `"sapo"`, `"geo_mean"`, `"cispo"` and `"gpg"` are
-    objectives. Others, and settings that no objective has, are left to verl's own function, and
-    the log says so once.
+    objectives. Other losses, and settings that no objective expresses, are left to verl's own
+    function, and the log says so once.
 
     Args:
         old_log_prob: (B, T) float32 of the policy that sampled.
         log_prob: (B, T) of the policy that is trained.
-        advantages: (B, T), one per token as verl has them, constant in a sequence or not.
+        advantages: (B, T), one per token as in verl, constant in a sequence or not.
         response_mask: (B, T) of 0 and 1.
-        loss_agg_mode: one of verl's; `"seq-mean-token-mean"` is the GSPO paper's. As in verl, sapo
-            and geo_mean have averages of their own.
-        config: verl's ActorConfig, with the same meaning, whose `global_batch_info` has the counts
+        loss_agg_mode: one of verl's modes; `"seq-mean-token-mean"` is that of the GSPO paper. As in
+            verl, sapo and geo_mean have averages of their own.
+        config: verl's ActorConfig, with the same meaning. Its `global_batch_info` has the counts
             that divide the loss.
         rollout_is_weights: (B, T) importance weights, detached.
         mode: the `loss_mode` of verl's own function.
 
     Returns:
-        The loss, and metrics under verl's names and, with `gspo_ops/`, ours.
+        The loss, and metrics under verl's names and, with the prefix `gspo_ops/`, under ours.
 
     Raises:
-        ValueError: config is None, or the global count of its average is missing.
+        ValueError: config is None, or lacks the global count that its average needs.
     """
     if config is None:
         raise ValueError("config must be verl's ActorConfig, got None")
@@ -140,7 +141,7 @@ def _objective(mode: str, config: Any, average: str) -> Objective:
         ValueError: no objective says it.
     """
     if average not in AGGREGATIONS:
-        raise ValueError(f"no objective has loss_agg_mode={average!r}")
+        raise ValueError(f"no objective expresses loss_agg_mode={average!r}")
     aggregation, _ = AGGREGATIONS[average]
     low, high = (
         config.clip_ratio if of_side is None else of_side
@@ -159,14 +160,14 @@ def _objective(mode: str, config: Any, average: str) -> Objective:
         "gpg": {"surrogate": "weighted"},  # on-policy: every ratio is 1
     }
     if mode not in options:
-        raise ValueError("no objective says what it means")
+        raise ValueError("no objective expresses it")
     return Objective(ratio_level="token", aggregation=aggregation, **options[mode])
 
 
 def _warn_if_wide(low: float) -> None:
     if low > _WIDE:
         warnings.warn(
-            f"clip_ratio_low={low:g} never clips a ratio of GSPO, whose paper has 3e-4 and 4e-4: "
+            f"clip_ratio_low={low:g} never clips a ratio of GSPO, whose paper uses 3e-4 and 4e-4: "
             "set clip_ratio_low and clip_ratio_high",
             stacklevel=4,
         )

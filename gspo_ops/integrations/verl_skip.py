@@ -1,4 +1,4 @@
-"""Updates of verl's actor without the sequences that have no advantage."""
+"""Updates of verl's actor without the sequences whose advantages are zero."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ PROPORTIONAL = ("vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "cispo",
 def skip_zero_advantages() -> None:
     """Leave sequences whose advantages are all zero out of the actor's updates, exactly.
 
-    They have no gradient. verl has no registry of workers either: the one that trains the actor is
-    replaced by one that leaves them out of each mini-batch, before the engine cuts it into
-    micro-batches. What divides the loss still counts everyone. Ranks run equally many sequences,
-    of which copies of a rank's shortest without an advantage make up for missing ones. Once per
-    mini-batch the host waits for two counts of each rank.
+    Such sequences have no gradient. verl has no registry of workers, so the worker that trains the
+    actor is replaced by one that leaves them out of each mini-batch, before the engine splits it
+    into micro-batches. The denominators of the loss still count all sequences. All ranks run the
+    same number of sequences; a rank with fewer repeats its shortest sequence without an advantage.
+    Once per mini-batch, the host waits for two counts from each rank.
 
-    Where a zero advantage may have a gradient, or a part in that of others, all are trained, and
-    the log says so once: with `use_kl_loss`, `entropy_coeff`, distillation, some `loss_mode`s, and
-    a `strategy` other than FSDP, whose engine may have losses of routers.
+    All sequences are trained, and the log says so once, if a sequence with a zero advantage may
+    have a gradient or contribute to that of others: with `use_kl_loss`, `entropy_coeff`,
+    distillation, some `loss_mode`s, and a `strategy` other than FSDP, whose engine may add router
+    losses.
 
     Raises:
         ImportError: verl is not installed, or is not verl 0.9.

@@ -1,9 +1,9 @@
 """The accuracy checks behind the tests, the benchmarks and `gspo-ops verify`.
 
-Inputs are realistic: targets are sampled from the logits, and old log-probs stand so close to the
-new ones that the ratios straddle both clip edges, a few 1e-6 to either side. Everything is compared
-with `gspo_ops.reference` in float64 on identical inputs. The ops that start from hidden states are
-measured with every plan, and 16-bit gradients of theirs against those of eager with fp32 logits.
+Inputs are realistic: targets are sampled from the logits, and old log-probs are so close to the new
+ones that the ratios straddle both clip edges, a few 1e-6 to either side. Everything is compared
+with `gspo_ops.reference` in float64 on identical inputs. The ops from hidden states are measured
+with every plan, and their 16-bit gradients against those of eager PyTorch with fp32 logits.
 """
 
 from .bounds import ALLOWED, BOUNDS, Measured

@@ -1,4 +1,4 @@
-"""What is measured, and how far off it may be."""
+"""The measured quantities, and their bounds."""
 
 from __future__ import annotations
 

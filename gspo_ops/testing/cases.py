@@ -1,4 +1,4 @@
-"""Batches that are hard on purpose: ragged, masked, and with ratios beside the clip edges."""
+"""Deliberately hard batches: ragged, masked, and with ratios next to the clip edges."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FURTHER_OBJECTIVES = (
 
 
 class HeadTensors(NamedTuple):
-    """Hidden states (B, T, H) or (N, H), and the weight (V, H) and bias (V,) that they meet."""
+    """Hidden states (B, T, H) or (N, H), and the weight (V, H) and bias (V,) of the head."""
 
     hidden: Tensor
     weight: Tensor
@@ -62,11 +62,10 @@ class HeadTensors(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One batch. Per-token tensors are (B, T) padded or (N,) packed; logits have V behind.
+    """One batch. Per-token tensors are (B, T) padded or (N,) packed; logits have a last axis V.
 
-    Where it starts from a head, its logits are the exact ones, in float64. `allowed` is, for a real
-    model's head, twice the error of log-probs from fp32 logits; None where the contract's bound
-    holds.
+    If it starts from a head, its logits are exact, in float64. For a real model's head, `allowed`
+    is twice the error of log-probs from fp32 logits; None if the contract's bound applies.
     """
 
     logits: Tensor
@@ -133,7 +132,7 @@ class Case:
 
 
 def said(objective: Objective) -> str:
-    """An objective in short: its class, and what it does not leave at the default."""
+    """An objective in short: its class, and its options that differ from the default."""
     given = []
     for x in fields(objective):
         value = getattr(objective, x.name)
@@ -285,7 +284,7 @@ def _pack(case: Case, in_sequence: Tensor, lengths: Tensor) -> Case:
 
 
 def upstream(like: Tensor, seed: int) -> Tensor:
-    """A gradient that comes from above, of the shape of `like`, in float32."""
+    """An upstream gradient in float32, in the shape of `like`."""
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).to(like.device)
 
 

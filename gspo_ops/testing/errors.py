@@ -1,4 +1,4 @@
-"""Distances from exact results, as the bounds count them."""
+"""Distances from exact results, in the measures of the bounds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def grad_errors(grad: Tensor | None, exact: Tensor | None, targets: Tensor) -> dict[str, float]:
-    """Errors of dlogits as the contract counts them for its dtype."""
+    """Errors of dlogits, in the contract's measure for the dtype."""
     assert grad is not None
     assert exact is not None
     if grad.dtype in (torch.bfloat16, torch.float16):
@@ -27,7 +27,7 @@ def grad_errors(grad: Tensor | None, exact: Tensor | None, targets: Tensor) -> d
 
 
 def on_policy_errors(stats: dict[str, Tensor]) -> dict[str, float]:
-    """How far a policy is from itself: every ratio is 1, and none is clipped."""
+    """Errors of a policy against itself, where every ratio is 1 and none is clipped."""
     ratios = torch.stack([stats[name] for name in ("ratio_mean", "ratio_min", "ratio_max")])
     return {
         "on-policy ratio - 1": worst(ratios - 1),

@@ -38,7 +38,7 @@ PLANS = ("keep", "keep part", "recompute", "chunk", "chunk part")
 
 
 def head_plans(head: HeadTensors) -> dict[str, _Options]:
-    """Options of every plan, with all the memory that it wants and with less, by its name."""
+    """Options of every plan, with all the memory that it needs and with less, by name."""
     on_triton = use_triton(head.hidden)
     plans: dict[str, _Options] = {}
     for products, name in product(("mm", "triton") if on_triton else ("auto",), PLANS):
@@ -223,7 +223,7 @@ class _Exact(NamedTuple):
     is_real: bool
 
     def errors(self, grads: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, float]:
-        """Distance of gradients to others, as the contract counts it for the dtypes."""
+        """Distance between gradients, in the contract's measure for the dtypes."""
         errors = {name: relative(grads[name], others[name].double()) for name in grads}
         is_fp32 = all(grad.dtype == torch.float32 for grad in grads.values())
         if is_fp32 and not self.is_real:

@@ -10,11 +10,11 @@ import numpy as np
 
 
 def patch_interpreter() -> None:
-    """Make Triton's interpreter round and add up as GPUs do.
+    """Make Triton's interpreter round and sum as GPUs do.
 
-    It truncates float32 to bfloat16, and leaves `tl.dot` to the BLAS that NumPy has, which may
-    round a row by its place among the others. NumPy's warnings about NaN and infinity, which are
-    ordinary values here, are silenced; Triton before 3.7 asks NumPy for what 2.4 no longer does.
+    Without this, it truncates float32 to bfloat16, and leaves `tl.dot` to NumPy's BLAS, which may
+    round a row depending on its position. NumPy's warnings about NaN and infinity, which are
+    ordinary values here, are silenced. Triton before 3.7 calls functions that NumPy 2.4 dropped.
     """
     import triton.language as tl
     from triton.runtime import interpreter

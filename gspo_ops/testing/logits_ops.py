@@ -29,7 +29,7 @@ from .errors import (
 
 
 def measure_from_logits(case: Case) -> Iterator[Measured]:
-    """Every op from logits, and where they are float32 that from log-probs: it sees no others."""
+    """Every op from logits and, for float32 logits, the op from log-probs."""
     parts = [
         ("log_probs_from_logits", _of_log_probs),
         ("policy_loss_from_logits", _of_loss),

@@ -41,10 +41,10 @@ def verify(
 
     Args:
         device: where to run.
-        dtypes: of the logits, or of hidden states and weight.
+        dtypes: dtypes of the logits, or of hidden states and weight.
         shapes: (B, T, V) of the synthetic logits.
         head_shapes: (B, T, H, V) of the synthetic hidden states and weights.
-        further: objectives that are checked on small synthetic inputs, beside the three on all.
+        further: objectives checked on small synthetic inputs, besides the three on all inputs.
         logits, head, targets: (B, T, V), (B, T, H) and (V, H), and (B, T) of a real model, instead
             of synthetic ones.
         quick: one case per dtype for each head, not each objective and layout, and no further
@@ -52,7 +52,7 @@ def verify(
         progress: called with one line per case.
 
     Returns:
-        Every measured quantity; `worst_of` boils them down.
+        Every measured quantity; `worst_of` summarises them.
     """
     sources: list[Tensor | HeadTensors] = []
     if logits is None or head is None:
