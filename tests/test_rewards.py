@@ -46,7 +46,7 @@ def test_numbers(number):
 
 @pytest.mark.parametrize("given", NO_NUMBERS, ids=lambda x: f"{type(x).__name__} {str(x)[:9]}")
 def test_what_is_no_finite_number_is_refused(given):
-    with pytest.raises(ValueError, match=r"^task\.reward: 'exact' gave ") as refused:
+    with pytest.raises(ValueError, match=r"^task\.reward: 'exact' returned ") as refused:
         rewards(lambda response, problem: given)
     text = str(refused.value)
     for part in ("task 'digit_sums'", "question 'question 0'", "response '0'", "failed_reward"):
@@ -57,7 +57,7 @@ def test_what_is_no_finite_number_is_refused(given):
 
 def test_a_long_response_is_shortened():
     config = load_config().task
-    with pytest.raises(ValueError, match="gave None") as refused:
+    with pytest.raises(ValueError, match="returned None") as refused:
         rewards_of(config, lambda r, p: None, ["a" * 10**6 + "end"], [Problem("q" * 999, "")])
     assert "aaa...aaa" in str(refused.value)
     assert "end'" in str(refused.value)

@@ -143,7 +143,7 @@ def test_forgotten_tokens_route_natively():
         _, logits = loss_and_grads(model)
     torch.testing.assert_close(logits[1], native[1])  # the experts see other rows beside
     assert not torch.allclose(logits[0], native[0])
-    with pytest.raises(ValueError, match="where has 3 tokens, 24 were recorded"):
+    with pytest.raises(ValueError, match="where has 3 tokens, but 24 were recorded"):
         routing.route_natively(torch.ones(3, dtype=torch.bool))
 
 
@@ -164,7 +164,7 @@ def test_wrong_uses_are_refused():
     with pytest.raises(ValueError, match="nothing is recorded"), RoutingReplay().replay(model):
         pass
     routing = recorded(model)
-    with pytest.raises(ValueError, match="recorded already"), routing.record(model):
+    with pytest.raises(ValueError, match="already recorded"), routing.record(model):
         pass
     shapes = r"router 0 was recorded for .* \(24, 2\), got \(12, 2\)"
     with pytest.raises(ValueError, match=shapes), routing.replay(model):
@@ -177,11 +177,11 @@ def test_wrong_uses_are_refused():
         pass
     with pytest.raises(RuntimeError, match="router 0 ran twice"), RoutingReplay().record(model):
         model(model(TOKENS).logits.argmax(-1))
-    twice = "recorded or replayed already"
+    twice = "already being recorded or replayed"
     with pytest.raises(RuntimeError, match=twice), routing.replay(model), routing.replay(model):
         pass
     routing.indices[0][0, 0] = 8
-    with pytest.raises(ValueError, match="8 experts, expert 8"), routing.replay(model):
+    with pytest.raises(ValueError, match="8 experts, but expert 8"), routing.replay(model):
         model(TOKENS)
     routing.indices.pop()
     with pytest.raises(ValueError, match="1 routers were recorded"), routing.replay(model):

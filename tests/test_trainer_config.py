@@ -10,7 +10,7 @@ from gspo_ops.trainer import COMMANDS, TrainConfig, load_config
 from gspo_ops.trainer.config import from_tables, presets, to_tables
 
 BAD = {
-    "unknown key": ("nonsense=1", "unknown key nonsense; there are out, steps"),
+    "unknown key": ("nonsense=1", "unknown key nonsense; the choices are out, steps"),
     "unknown key, nearly": ("step=5", "unknown key step; did you mean steps?"),
     "unknown table": ("rolout.prompts=4", "unknown key rolout; did you mean rollout?"),
     "unknown key in a table": (
@@ -28,7 +28,7 @@ BAD = {
         "update.routing_replay: expected true or false, got 1",
     ),
     "no steps": ("steps=0", "steps: expected at least 1, got 0"),
-    "no time": ("time_limit=0", "time_limit: expected positive, got 0"),
+    "no time": ("time_limit=0", "time_limit: expected a positive number, got 0"),
     "device": ("device=abacus", "device: expected 'auto' or a torch device of this machine"),
     "dtype": ("dtype=float16", "dtype: expected one of 'auto', 'bfloat16', 'float32', got"),
     "rank": ("model.lora_rank=-1", "model.lora_rank: expected at least 0, got -1"),
@@ -67,7 +67,20 @@ BAD = {
     ),
     "turns without their advantages": (
         "task.name=two_step",
-        "objective.name: expected 'gspo-token' or 'grpo' for task.name='two_step'",
+        "objective.name: expected one that takes an advantage per token, such as 'gspo-token' or "
+        "'grpo', for task.name='two_step', which gives each turn its own, got 'gspo'",
+    ),
+    "turns with a mean of logarithms": (
+        ["task.name=two_step", "objective.name=gmpo"],
+        "for task.name='two_step', which gives each turn its own, got 'gmpo'",
+    ),
+    "grades without their advantages": (
+        "task.graded=true",
+        "for task.graded, which gives each token its own, got 'gspo'",
+    ),
+    "grades of other groups": (
+        ["task.graded=true", "objective.name=grpo", "rollout.refill=1"],
+        "rollout.refill: expected 0 with task.graded, got 1",
     ),
     "turns in a chat": (
         ["task.name=two_step", "objective.name=gspo-token", "task.chat=true"],
@@ -97,10 +110,10 @@ LATE = {
     "task": ("task.name=poetry", "task.name: expected a task, a dataset of reasoning-gym or a"),
     "task, nearly": ("task.name=digit_sum", "did you mean digit_sums?"),
     "file": ("task.name=no/such.jsonl", "task.name: no such file"),
-    "options": ("task.options.max_digits=3", "task.options: 'digit_sums' has its own"),
+    "options": ("task.options.max_digits=3", "task.options: 'digit_sums' has fixed"),
     "options of a dataset": (
         ["task.name=chain_sum", "task.options.nonsense=3"],
-        "task.options: chain_sum refuses them",
+        "task.options: chain_sum rejects them",
     ),
     "reward": ("task.reward=no.such:thing", "task.reward: can't import 'no.such:thing'"),
     "model": ("model.name=no/such/model", "model.name: expected a local model directory"),

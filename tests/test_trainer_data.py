@@ -3,13 +3,13 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
 pytest.importorskip("reasoning_gym")
 from gspo_ops.trainer.config import TaskConfig
-from gspo_ops.trainer.tasks import is_correct, make_task, reward_fingerprint
+from gspo_ops.trainer.tasks import Problem, is_correct, make_task, reward_fingerprint
 
 
 def write(path, entries):
@@ -37,6 +37,8 @@ ENTRIES = st.lists(
 
 @settings(max_examples=300, deadline=None)
 @given(ENTRIES)
+# a question that was left out as the mirror of another comes again with another answer
+@example([("1", ["a"]), ("1 1", ["a"]), ("1 2 1", ["b"]), ("1 1 2", ["b"]), ("1 1 2", ["a"])])
 def test_no_held_out_question_is_trained_on(tmp_path_factory, entries):
     """Whatever a file repeats: neither the same question, nor one of the same words and answer."""
     given_entries = [{"prompt": q, "answer": a} for q, a in entries if q.strip()]
@@ -82,7 +84,7 @@ def test_one_prompt_with_two_answers_is_one_problem(tmp_path):
 @pytest.mark.parametrize("answer", [None, True, False, float("nan"), {}, [], [None], [["a"]]])
 def test_what_is_no_answer_is_refused(tmp_path, answer):
     path = write(tmp_path / "p.jsonl", [*plain(), {"prompt": "x", "answer": answer}])
-    with pytest.raises(ValueError, match=r"task\.name: line 9 of .*an answer must be a text or"):
+    with pytest.raises(ValueError, match=r"task\.name: line 9 of .*an answer must be a text, a"):
         task_of(path)
 
 
@@ -91,7 +93,7 @@ def test_what_is_no_answer_is_refused(tmp_path, answer):
 )
 def test_what_is_no_prompt_is_refused(tmp_path, prompt):
     path = write(tmp_path / "p.jsonl", [*plain(), {"prompt": prompt, "answer": "a"}])
-    with pytest.raises(ValueError, match=r"task\.name: line 9 of .*a prompt must be a text that"):
+    with pytest.raises(ValueError, match=r"task\.name: line 9 of .*a prompt must be a non-empty"):
         task_of(path)
 
 
@@ -143,3 +145,44 @@ def test_a_fingerprint_is_of_all_that_matters(tmp_path):
     more = [*plain(), {"prompt": "say 1", "answer": "one"}]
     assert task_of(write(path, more)).fingerprint() != first
     assert reward_fingerprint(is_correct) != reward_fingerprint(test_chat_messages)
+
+
+# Recurrences
+
+
+def recurrence(**options):
+    return task_of("recurrence", train=20, held_out=20, **options)
+
+
+def test_recurrences_go_on_with_the_sum_of_the_last_and_the_fourth_last():
+    for problem in recurrence(options={"digits": 12}).train:
+        digits = [int(digit) for digit in problem.question + problem.answer]
+        assert len(problem.question) == 4
+        assert len(digits) == 16
+        assert all(digits[t] == (digits[t - 1] + digits[t - 4]) % 10 for t in range(4, 16))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "grades"),
+    [
+        ("437", [1, 1, 1]),
+        ("483", [1, 0, 0]),  # after 48, 8 + 4 = 12, whatever was right before
+        ("482", [1, 0, 1]),
+        (["4", "7x", "3", "\n", "7"], [1, 0, 1, 0, 1]),
+        ("", []),
+    ],
+)
+def test_a_digit_is_graded_by_those_before_it(tokens, grades):
+    task = recurrence(graded=True)
+    assert task.grades(tokens, Problem("3941", "437")) == grades
+
+
+@pytest.mark.parametrize("options", [{"digits": 0}, {"digits": 2.0}, {"digit": 3}])
+def test_bad_options_of_recurrences(options):
+    with pytest.raises(ValueError, match=r"task.options: expected only digits, an integer of"):
+        recurrence(options=options)
+
+
+def test_other_tasks_have_no_grades():
+    with pytest.raises(ValueError, match=r"task.graded: expected false for 'sums'"):
+        task_of("sums", graded=True)

@@ -242,9 +242,9 @@ def on_rank_nan(folder):
 
 
 FAILURES = {
-    "training": "task.reward: 'rewards_of_ranks:score' gave None",
-    "refill": "task.reward: 'rewards_of_ranks:score' gave None",
-    "evaluation": "task.reward: 'rewards_of_ranks:score' gave None",
+    "training": "task.reward: 'rewards_of_ranks:score' returned None",
+    "refill": "task.reward: 'rewards_of_ranks:score' returned None",
+    "evaluation": "task.reward: 'rewards_of_ranks:score' returned None",
     "metrics": "can't write metrics: No space left on device",
     "checkpoint": "can't write .*step-000000: No space left on device",
     "lock": "out: a run is going on",

@@ -1,7 +1,7 @@
 """The reference trainer: GSPO on a real model with verifiable rewards, in one small package.
 
-Needs the `train` extra. Importing this package is cheap; transformers, reasoning-gym and
-matplotlib are imported when a run starts.
+It needs the `train` extra. Importing this package is cheap: transformers, reasoning-gym and
+matplotlib are imported only when a run starts.
 """
 
 from __future__ import annotations

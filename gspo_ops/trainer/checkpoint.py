@@ -1,7 +1,8 @@
-"""Checkpoints that are whole or not there: written aside, flushed, renamed; checked when read.
+"""Checkpoints that are either complete or absent.
 
-Model and optimizer are in the format of torch.distributed.checkpoint, which any number of processes
-can read, whatever number wrote it; all else in one small file.
+They are written to a temporary folder, flushed and renamed, and checked when they are read. Model
+and optimizer are in the format of torch.distributed.checkpoint, which any number of processes can
+read, however many wrote it; everything else is in one small file.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from .ranks import Ranks
 
 _STATE, _WEIGHTS, _MANIFEST = "state.pt", "weights", "manifest.json"
 _BLOCK = 1 << 20
-# What is frozen comes from the model's own files.
+# Frozen parameters come from the model's own files.
 _OPTIONS = StateDictOptions(
     ignore_frozen_params=True, flatten_optimizer_state_dict=True, strict=False
 )
@@ -51,26 +52,26 @@ def save(
     *,
     keep: int,
 ) -> None:
-    """Write a checkpoint, `folder/step-NNNNNN`, all or nothing, and drop all but the last ones.
+    """Write the checkpoint `folder/step-NNNNNN`, all or nothing, and remove all but the last ones.
 
     Args:
-        folder: of all checkpoints of a run, which all processes see.
-        step: rollout batches so far.
-        state: tensors, numbers, strings, in dicts and lists; that of the first process is kept.
-        model: of which the trained weights are saved, by each process its part.
-        optimizer: of them.
+        folder: directory of all checkpoints of a run, which all processes see.
+        step: number of rollout batches so far.
+        state: tensors, numbers and strings, in dicts and lists; the first process's is saved.
+        model: the model whose trained weights are saved; each process saves its shard.
+        optimizer: the optimizer of these weights.
         ranks: the processes of the run.
-        keep: checkpoints that stay.
+        keep: number of checkpoints to keep.
 
     Raises:
-        CannotWrite: the disk is full, or the like; the checkpoints before are as they were.
+        CannotWrite: the disk is full, for example; the earlier checkpoints are unchanged.
     """
     final = folder / f"step-{step:06d}"
     partial = final.with_suffix(".partial")
 
     def begin() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        for left_over in folder.glob("*.partial"):  # of a run that was killed
+        for left_over in folder.glob("*.partial"):  # from a run that was killed
             shutil.rmtree(left_over)
         partial.mkdir()
 
@@ -85,17 +86,17 @@ def save(
         _write(partial / _MANIFEST, lambda file: file.write(json.dumps(manifest).encode()))
         _flush(partial / _WEIGHTS)
         _flush(partial)
-        if final.exists():  # damaged, or it would have been continued from
+        if final.exists():  # damaged: otherwise the run would have resumed from it
             shutil.rmtree(final)
         partial.rename(final)
         _flush(folder)
-        # what is later is damaged, or it would have been continued from
+        # later checkpoints are damaged: otherwise the run would have resumed from them
         kept = [path for path in _all(folder) if _step(path) <= step][-keep:]
         for path in _all(folder):
             if path not in kept:
                 shutil.rmtree(path)
 
-    # An optimizer that has not made a step has nothing to save.
+    # An optimizer that has not taken a step has nothing to save.
     tensors = _tensors(model, optimizer, bool(optimizer.state))
     try:
         with writing(final), _alone(ranks) as no_dist:
@@ -109,23 +110,23 @@ def save(
 
 
 def last_whole(folder: Path) -> Path | None:
-    """The last checkpoint that is whole; None without one. Damaged ones are passed over, aloud."""
+    """The last complete checkpoint, or None; damaged ones are skipped with a warning."""
     for path in reversed(_all(folder)):
         if why := _damage(path):
-            warnings.warn(f"{path} is damaged ({why}) and is passed over", stacklevel=2)
+            warnings.warn(f"{path} is damaged ({why}) and is skipped", stacklevel=2)
             continue
         return path
     return None
 
 
 def load_state(path: Path) -> tuple[int, dict[str, Any]]:
-    """Its step, and the `state` that was saved."""
+    """Return a checkpoint's step and the `state` saved in it."""
     state = torch.load(path / _STATE, map_location="cpu", weights_only=True)
     return _manifest(path)["step"], state
 
 
 def load_weights(path: Path, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> None:
-    """Fill a model and its optimizer, by each process its part."""
+    """Load a model and its optimizer in place; each process loads its shard."""
     has_optimizer = _manifest(path)["optimizer"]
     tensors = _tensors(model, optimizer, has_optimizer)
     with _alone(ranks) as no_dist:
@@ -144,14 +145,14 @@ def _tensors(model: nn.Module, optimizer: Optimizer, has_optimizer: bool) -> dic
 
 @contextmanager
 def _alone(ranks: Ranks) -> Iterator[bool]:
-    """Whether there is one process, of which torch need not warn."""
+    """Yield whether there is only one process, and silence torch's warning about that."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield ranks.size == 1
 
 
 def _all(folder: Path) -> list[Path]:
-    """In the order of their steps, whose names are longer from the millionth on."""
+    """All checkpoints in the order of their steps (names grow longer from step 1,000,000 on)."""
     found = [path for path in folder.glob("step-*") if path.name[len("step-") :].isdecimal()]
     return sorted(found, key=_step)
 
@@ -169,7 +170,7 @@ def _damage(path: Path) -> str | None:
         for name, written in _manifest(path)["files"].items():
             size = (path / name).stat().st_size
             if size != written["bytes"]:
-                return f"{name} has {size} bytes, {written['bytes']} were written"
+                return f"{name} has {size} bytes, but {written['bytes']} were written"
             if _sha256(path / name) != written["sha256"]:
                 return f"the checksum of {name} is wrong"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -178,7 +179,7 @@ def _damage(path: Path) -> str | None:
 
 
 def _saved(state: dict[str, Any]) -> bytes:
-    """In memory first: on a full disk torch.save raises what does not say so."""
+    """Serialize in memory first: the error of torch.save on a full disk does not say so."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
@@ -192,7 +193,7 @@ def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """A rename lasts when its directory has reached the disk."""
+    """Flush a directory to disk, which makes a rename in it durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

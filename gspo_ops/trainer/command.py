@@ -30,14 +30,14 @@ _SAMPLE_EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train as the arguments say.
+    """Run `gspo-ops train`.
 
     Args:
         argv: the arguments after `gspo-ops train`.
 
     Returns:
-        0; 2 when an argument is refused or something that a run needs isn't installed; 130 when
-        the run was stopped; 1 when it diverged or a file could not be written.
+        The exit status: 0 on success; 2 if an argument is refused or a required package isn't
+        installed; 130 if the run was stopped; 1 if it diverged or a file could not be written.
     """
     parser = _train_parser()
     args = parser.parse_intermixed_args(argv)
@@ -46,10 +46,10 @@ def main(argv: Sequence[str]) -> int:
         source, overrides = None, [source, *overrides]
     try:
         if source is not None and args.preset is not None:
-            raise ValueError(f"either a file or a preset, got {source} and {args.preset}")
+            raise ValueError(f"expected either a file or a preset, got {source} and {args.preset}")
         config = load_config(source, overrides, preset=args.preset)
         _require_packages()
-        from .loop import Trainer  # imports transformers, for seconds
+        from .loop import Trainer  # imports transformers, which takes seconds
 
         trainer = Trainer.of(config)
         summary = trainer.run(resume=args.resume)
@@ -79,27 +79,27 @@ def _next_step(config: TrainConfig) -> str:
 def _train_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gspo-ops train",
-        description="Train a language model on verifiable problems, with the fused op as its\n"
-        "loss. docs/trainer.md has all keys.",
+        description="Train a language model on verifiable problems, with the fused op as the\n"
+        "loss. docs/trainer.md lists all keys.",
         epilog=_TRAIN_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("config", nargs="?", metavar="CONFIG.toml", help="default: the preset")
+    add("config", nargs="?", metavar="CONFIG.toml", help="settings (default: the preset's)")
     add(
         "override", nargs="*", metavar="key=value",
-        help="on top, as in update.learning_rate=1e-5 or model.name=tiny-moe",
+        help="overrides, such as update.learning_rate=1e-5 or model.name=tiny-moe",
     )  # fmt: skip
     add("--preset", metavar="NAME", help=f"one of {', '.join(presets())} (default: default)")
-    add("--resume", action="store_true", help="continue from the last checkpoint in the run's out")
+    add("--resume", action="store_true", help="continue from the last checkpoint in out")
     return parser
 
 
 def plot_main(argv: Sequence[str]) -> int:
-    """`gspo-ops plot`: one run, or several side by side; returns the exit status."""
+    """Run `gspo-ops plot` and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="gspo-ops plot",
-        description="Draw the metrics of runs, several side by side.",
+        description="Plot the metrics of one run, or of several side by side.",
         epilog=_PLOT_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -123,21 +123,21 @@ def plot_main(argv: Sequence[str]) -> int:
 
 
 def sample_main(argv: Sequence[str]) -> int:
-    """`gspo-ops sample`: what the model of a run answers; returns the exit status."""
+    """Run `gspo-ops sample` and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="gspo-ops sample",
-        description="Show what the model that a run has trained answers to held-out problems of\n"
-        "the run, or to other questions, asked as the run asks.",
+        description="Show how the model trained by a run answers the run's held-out problems, or\n"
+        "other questions put in the same form.",
         epilog=_SAMPLE_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="directory of the run")
     add("questions", nargs="*", metavar="QUESTION", help="default: held-out problems")
-    add("--problems", type=int, default=8, help="held-out problems (default: %(default)s)")
-    add("--responses", type=int, default=1, help="to each (default: %(default)s)")
-    add("--temperature", type=float, help="0 for the likeliest (default: that of the run)")
-    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--problems", type=int, default=8, help="held-out problems to show (default: %(default)s)")
+    add("--responses", type=int, default=1, help="responses to each (default: %(default)s)")
+    add("--temperature", type=float, help="0 for the likeliest tokens (default: the run's)")
+    add("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
     args = parser.parse_intermixed_args(argv)
     try:
         _require_packages()

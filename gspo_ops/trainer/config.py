@@ -1,4 +1,4 @@
-"""What a training run can be told: a TOML file, or a preset, and key=value on top."""
+"""Settings of a training run: a TOML file or a preset, with key=value overrides on top."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "gspo": GSPO, "gspo-token": GSPOToken, "grpo": GRPO, "gmpo": GMPO, "cispo": CISPO, "sapo": SAPO,
 }  # fmt: skip
 
+_ADVANTAGE_PER_SEQUENCE = ("gspo", "gmpo")
+
 
 class _Section:
     """A table of the file; `_require` names the offending key."""
@@ -51,11 +53,11 @@ class ModelConfig(_Section):
     """The model to train.
 
     Attributes:
-        name: `"smollm2"`; `"tiny-moe"` or `"tiny-dense"`, built from their configs and taught by a
-            short supervised warm-up; or the path of a directory or GGUF file that
+        name: `"smollm2"`; one of `gspo_ops.trainer.tiny.TINY`, which are built from their configs
+            and taught by a short supervised warm-up; or the path of a directory or GGUF file that
             `AutoModelForCausalLM` loads.
-        lora_rank: train low-rank adapters of the linear layers of the body, not the weights; 0 for
-            the weights. The adapters are saved as peft loads them.
+        lora_rank: rank of low-rank adapters, which are trained in the linear layers of the body in
+            place of the weights and saved in peft's format; 0 to train the weights.
     """
 
     name: str = "smollm2"
@@ -67,25 +69,29 @@ class ModelConfig(_Section):
 
 @dataclass(frozen=True)
 class TaskConfig(_Section):
-    """The problems.
+    """The problems and their rewards.
 
     Attributes:
-        name: one of `gspo_ops.trainer.tasks.TASKS`, any dataset of reasoning-gym, or the path of a
-            `.jsonl` file of `{"prompt": ..., "answer": ...}`: a text, or chat messages; a text or
-            a number, or a list of all that are accepted.
-        options: of the reasoning-gym dataset.
-        reward: `"exact"`, the answer character for character; `"score"`, what reasoning-gym's own
-            check gives; or `"package.module:function"`, called with (response, problem) and
-            returning a finite number.
-        reward_seconds: longest time that one reward may take; 0 for no limit. Code that holds
-            Python's interpreter lock all the while can't be interrupted.
-        reward_workers: rewards computed at once, in threads.
-        failed_reward: what a response gets whose reward raises, takes too long or is no finite
-            number; without it, that ends the run. The metric `failed_rewards` counts them.
-        examples: solved problems shown in each prompt.
+        name: one of `gspo_ops.trainer.tasks.TASKS`; `"recurrence"`; any dataset of reasoning-gym;
+            or the path of a `.jsonl` file of `{"prompt": ..., "answer": ...}`. A prompt is a text
+            or a list of chat messages; an answer is a text, a number or a list of all accepted
+            answers.
+        options: options of the reasoning-gym dataset, or `digits` of `recurrence`.
+        reward: `"exact"`, which compares the answer character by character; `"score"`, which is
+            reasoning-gym's own check; or `"package.module:function"`, which is called with
+            (response, problem) and returns a finite number.
+        reward_seconds: time limit for one reward; 0 for no limit. Code that never releases
+            Python's interpreter lock can't be interrupted.
+        reward_workers: number of rewards computed at once, in threads.
+        graded: give each token its own advantage, from the grades of an answer's steps (which
+            `recurrence` provides); for objectives that take an advantage per token.
+        failed_reward: reward of a response whose reward function raises, takes too long or does
+            not return a finite number; without it, such a failure ends the run. The metric
+            `failed_rewards` counts the failures.
+        examples: number of solved problems shown in each prompt.
         chat: put the prompt into the model's chat template, as the user's turn.
-        train_size: distinct problems to train on; they are gone through in shuffled epochs.
-        eval_size: held-out problems, none of them among the others.
+        train_size: number of distinct problems to train on, in shuffled epochs.
+        eval_size: number of held-out problems; none of them is also an example or trained on.
     """
 
     name: str = "digit_sums"
@@ -94,6 +100,7 @@ class TaskConfig(_Section):
     reward_seconds: float = 0.0
     reward_workers: int = 1
     failed_reward: float | None = None
+    graded: bool = False
     examples: int = 2
     chat: bool = False
     train_size: int = 76
@@ -115,18 +122,18 @@ class TaskConfig(_Section):
 
 @dataclass(frozen=True)
 class ObjectiveConfig(_Section):
-    """The policy objective; what is not given is the paper's.
+    """The policy objective; settings that are not given have the values of its paper.
 
     Attributes:
         name: `"gspo"`, `"gspo-token"`, `"grpo"`, `"gmpo"`, `"cispo"` or `"sapo"`.
-        clip_low, clip_high: clip range below and above 1; by default that of its paper, for GRPO
-            that of the GSPO paper.
-        dual_clip: as in `gspo_ops.Objective`.
-        aggregation: as in `gspo_ops.Objective`; by default the average over sequences, for CISPO
-            over tokens.
-        kl_coef: weight of the KL term to the model before training, of which a copy is kept (with
-            LoRA the adapters are switched off instead).
-        kl_estimator, kl_weight: as in `gspo_ops.Objective`.
+        clip_low, clip_high: clip range below and above 1; by default that of the objective's paper,
+            for GRPO that of the GSPO paper.
+        dual_clip: see `gspo_ops.Objective`.
+        aggregation: see `gspo_ops.Objective`; by default the average over sequences, for CISPO over
+            tokens.
+        kl_coef: weight of the KL term with respect to the model before training. A copy of that
+            model is kept; with LoRA, the adapters are switched off instead.
+        kl_estimator, kl_weight: see `gspo_ops.Objective`.
         entropy_coef: weight of the entropy bonus.
     """
 
@@ -141,29 +148,30 @@ class ObjectiveConfig(_Section):
     entropy_coef: float = 0.0
 
     def __post_init__(self) -> None:
-        self.build()  # its own messages name these fields
+        self.build()  # the objective's own messages name these fields
 
     def build(self) -> Objective:
-        """The objective of `gspo_ops`."""
+        """Return the `gspo_ops` objective with these settings."""
         given = {x.name: getattr(self, x.name) for x in fields(self) if x.name != "name"}
         return OBJECTIVES[self.name](**{k: x for k, x in given.items() if x is not None})
 
 
 @dataclass(frozen=True)
 class RolloutConfig(_Section):
-    """Sampling.
+    """How responses are sampled.
 
     Attributes:
-        prompts: problems in a rollout batch.
-        group_size: sampled responses per problem.
-        max_new_tokens: longest response (of a turn), in tokens, its stop token included.
-        temperature: of the sampling, and of the log-probs trained on.
-        stop: what ends a response besides EOS: `"newline"`, any token with one in it; or `"eos"`,
-            nothing.
-        dtype: of the model's body while it samples, autocast over fp32 weights; `"training"` for
-            the same as in training.
-        refill: further rounds of sampling in which problems whose rewards are all equal are
-            replaced by others (dynamic sampling); 0 to train on what was drawn.
+        prompts: number of problems in a rollout batch.
+        group_size: number of responses sampled per problem.
+        max_new_tokens: maximum length of a response (or of one turn), in tokens, including its stop
+            token.
+        temperature: temperature of sampling and of the log-probs in training.
+        stop: what ends a response besides EOS: `"newline"`, any token that contains a newline; or
+            `"eos"`, nothing.
+        dtype: dtype of the model's body during sampling, by autocast over fp32 weights;
+            `"training"` for that of training.
+        refill: maximum number of further sampling rounds, in which problems whose rewards are all
+            equal are replaced by others (dynamic sampling); 0 to train on the first draw.
     """
 
     prompts: int = 16
@@ -183,37 +191,38 @@ class RolloutConfig(_Section):
 
 @dataclass(frozen=True)
 class UpdateConfig(_Section):
-    """What is done with a rollout batch.
+    """How the model is updated on a rollout batch.
 
     Attributes:
-        mini_batches: updates per pass over a rollout batch; divides `rollout.prompts`.
-        epochs: passes over a rollout batch.
-        micro_batch: prompts per forward and backward, whose gradients are added up; 0 for all of a
-            mini-batch's at once.
-        learning_rate: of AdamW.
-        warmup_steps: updates over which it rises linearly.
-        schedule: what it does afterwards: `"constant"`; or `"linear"` or `"cosine"`, down to 0 at
-            the last update of `steps`.
-        weight_decay: of AdamW.
-        beta1, beta2: of AdamW.
-        max_grad_norm: the gradient is scaled down to this L2 norm.
-        loss_from: `"hidden"`, the loss straight from the hidden states: the head is called to
-            sample and never to train, and the logits of a mini-batch never exist; `"logits"`,
-            through the head's fp32 logits of all response tokens; or `"eager"`, the same formula
-            in plain PyTorch. The numbers are the same up to rounding.
-        old_log_probs: `"recompute"`, by the very forward that the update will run; or `"rollout"`,
-            as sampling gave them.
-        rollout_weight_cap: multiply by importance weights from sampling to `"recompute"`, cut off
-            here; 0 for none. One per sequence, the product over its tokens, unless the objective
-            has a ratio per token.
+        mini_batches: number of updates per pass over a rollout batch; must divide
+            `rollout.prompts`.
+        epochs: number of passes over a rollout batch.
+        micro_batch: number of prompts per forward and backward pass, whose gradients are
+            accumulated; 0 for a whole mini-batch at once.
+        learning_rate: learning rate of AdamW.
+        warmup_steps: number of updates over which the learning rate rises linearly.
+        schedule: how the learning rate changes afterwards: `"constant"`; or `"linear"` or
+            `"cosine"`, decaying to 0 at the last update of `steps`.
+        weight_decay: weight decay of AdamW.
+        beta1, beta2: decay rates of AdamW's moment estimates.
+        max_grad_norm: L2 norm to which larger gradients are scaled down.
+        loss_from: `"hidden"` computes the loss directly from the hidden states: the head is called
+            for sampling but never in training, and the logits of a mini-batch never exist;
+            `"logits"` goes through the head's fp32 logits of all response tokens; `"eager"` is the
+            same formula in plain PyTorch. The results are the same up to rounding.
+        old_log_probs: `"recompute"`, with the very forward that the update will run; or
+            `"rollout"`, as sampling returned them.
+        rollout_weight_cap: apply importance weights from sampling to `"recompute"`, truncated at
+            this value; 0 for none. A sequence has one weight, the product over its tokens, unless
+            the objective has a ratio per token.
         skip_dead: compute neither old log-probs nor updates for groups whose advantages are all 0,
-            unless a KL term gives them a gradient; with gradient_checkpointing, do not run rows
-            again that are clipped. Loss and gradients are the same up to rounding.
-        gradient_checkpointing: keep the inputs of each layer only, and run it again in the
-            backward.
-        routing_replay: route the tokens of each update to the experts that they had when the old
-            log-probs were computed.
-        max_bad_updates: so many updates in a row with a loss or a gradient that is not finite end
+            unless a KL term gives them a gradient; with `gradient_checkpointing`, do not recompute
+            rows that are clipped. Loss and gradients are the same up to rounding.
+        gradient_checkpointing: keep only the inputs of each layer and recompute the rest in the
+            backward pass.
+        routing_replay: route the tokens of each update to the experts that were chosen when the
+            old log-probs were computed.
+        max_bad_updates: number of consecutive updates with a non-finite loss or gradient that ends
             the run; fewer are skipped and counted.
     """
 
@@ -251,25 +260,25 @@ class UpdateConfig(_Section):
         if self.old_log_probs == "rollout":
             self._require(
                 "rollout_weight_cap", self.rollout_weight_cap == 0,
-                "0 with old_log_probs='rollout', whose ratios contain that weight already",
+                "0 with old_log_probs='rollout', whose ratios already contain that weight",
             )  # fmt: skip
             self._require(
                 "routing_replay", not self.routing_replay,
-                "false with old_log_probs='rollout': no forward is there to record",
+                "false with old_log_probs='rollout', which leaves no forward to record",
             )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class EvaluationConfig(_Section):
-    """Held-out accuracy.
+    """How held-out accuracy is measured.
 
     Attributes:
-        samples: responses to each held-out problem.
-        temperature: of sampling them, 0 for the likeliest tokens; by default that of training.
-        every: steps between evaluations; 0 for one before and one after.
-        pass_at: k: also report the chance that one of k responses is right, with reward 1 or more,
-            estimated from the `samples` (arXiv 2107.03374); 0 for none.
-        target: end the run when an evaluation reaches this mean reward; 0 for never.
+        samples: number of responses to each held-out problem.
+        temperature: sampling temperature, 0 for the likeliest tokens; by default that of training.
+        every: number of steps between evaluations; 0 to evaluate only before and after training.
+        pass_at: k, to also report the probability that at least one of k responses is right, with a
+            reward of 1 or more, estimated from the `samples` (arXiv 2107.03374); 0 for none.
+        target: end the run when an evaluation reaches this mean reward; 0 for no target.
     """
 
     samples: int = 4
@@ -289,12 +298,12 @@ class EvaluationConfig(_Section):
 
 @dataclass(frozen=True)
 class CheckpointConfig(_Section):
-    """What `--resume` continues from.
+    """When checkpoints, from which `--resume` continues, are written.
 
     Attributes:
-        every: steps between checkpoints; 0 for one only if the run is interrupted.
-        keep: so many of the last ones stay.
-        save_model: leave the trained model (or adapter) in `out/model`.
+        every: number of steps between checkpoints; 0 for one only if the run is interrupted.
+        keep: number of most recent checkpoints to keep.
+        save_model: save the trained model (or adapter) in `out/model`.
     """
 
     every: int = 0
@@ -308,18 +317,20 @@ class CheckpointConfig(_Section):
 
 @dataclass(frozen=True)
 class LoggingConfig(_Section):
-    """What is written beside `metrics.jsonl`.
+    """What is logged besides `metrics.jsonl`.
 
     Attributes:
-        samples: responses of each step kept in `samples.jsonl`.
-        tensorboard: write event files into `out/tensorboard`.
-        wandb: send metrics to this project of Weights & Biases; a run that is resumed is one more
-            there.
+        samples: number of responses per step to keep in `samples.jsonl`.
+        tensorboard: write event files to `out/tensorboard`.
+        wandb: send metrics to this Weights & Biases project; a resumed run is a new run there.
+        expert_churn: measure the metric of this name, for mixture-of-experts models: the fraction
+            of a mini-batch's chosen experts that the first update of a step replaces.
     """
 
     samples: int = 4
     tensorboard: bool = False
     wandb: str = ""
+    expert_churn: bool = False
 
     def __post_init__(self) -> None:
         self._at_least(0, "samples")
@@ -330,17 +341,17 @@ class TrainConfig(_Section):
     """Settings of one run.
 
     Attributes:
-        out: directory of all that the run leaves.
-        steps: rollout batches.
+        out: directory for everything that the run writes.
+        steps: number of rollout batches.
         time_limit: seconds of training after which no further step starts.
-        seed: of the problems, the sampling and the order.
+        seed: seed of the problems, their order and the sampling.
         device: a torch device, or `"auto"`: the GPU if there is one.
-        dtype: of training: `"bfloat16"` (autocast over fp32 weights, the head in fp32),
+        dtype: dtype of training: `"bfloat16"` (autocast over fp32 weights, with the head in fp32),
             `"float32"`, or `"auto"`: bfloat16 where the device has instructions for it.
         model, task, objective, rollout, update, evaluation, checkpoint, logging: tables.
 
     Raises:
-        ValueError: a value is out of its range, or does not fit another; the message names it.
+        ValueError: a value is out of range or does not fit another; the message names it.
     """
 
     out: Path = Path("runs/train")
@@ -361,7 +372,7 @@ class TrainConfig(_Section):
     def __post_init__(self) -> None:
         self._at_least(1, "steps")
         self._at_least(0, "seed")
-        self._require("time_limit", self.time_limit > 0, "positive")
+        self._require("time_limit", self.time_limit > 0, "a positive number")
         self._require("device", self._device_exists(), "'auto' or a torch device of this machine")
         prompts, parts = self.rollout.prompts, self.update.mini_batches
         if prompts % parts:
@@ -373,10 +384,19 @@ class TrainConfig(_Section):
                 f"task.train_size: expected at least rollout.prompts={prompts}, got "
                 f"{self.task.train_size}"
             )
-        if self.task.name == "two_step" and self.objective.name == "gspo":
+        for key, is_asked, gives in (
+            ("task.name='two_step'", self.task.name == "two_step", "turn"),
+            ("task.graded", self.task.graded, "token"),
+        ):
+            if is_asked and self.objective.name in _ADVANTAGE_PER_SEQUENCE:
+                raise ValueError(
+                    f"objective.name: expected one that takes an advantage per token, such as "
+                    f"'gspo-token' or 'grpo', for {key}, which gives each {gives} its own, got "
+                    f"{self.objective.name!r}"
+                )
+        if self.task.graded and self.rollout.refill:
             raise ValueError(
-                "objective.name: expected 'gspo-token' or 'grpo' for task.name='two_step', which "
-                "gives each turn its own advantage, got 'gspo'"
+                f"rollout.refill: expected 0 with task.graded, got {self.rollout.refill}"
             )
         if self.task.name == "two_step" and self.task.chat:
             raise ValueError("task.chat: expected false for task.name='two_step', got True")
@@ -392,20 +412,20 @@ class TrainConfig(_Section):
         name = self.device
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun's, one GPU for each process
+        if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: one GPU per process
             name = f"cuda:{os.environ['LOCAL_RANK']}"
         return torch.device(name)
 
     @property
     def training_dtype(self) -> Literal["bfloat16", "float32"]:
-        """Of the body while it is trained."""
+        """Dtype of the body in training."""
         if self.dtype != "auto":
             return self.dtype
         return "bfloat16" if has_bf16(self.torch_device()) else "float32"
 
     @property
     def rollout_dtype(self) -> str:
-        """Of the body while it samples."""
+        """Dtype of the body during sampling."""
         return self.training_dtype if self.rollout.dtype == "training" else self.rollout.dtype
 
 
@@ -413,7 +433,7 @@ class TrainConfig(_Section):
 
 
 def presets() -> list[str]:
-    """Names of the configurations that are shipped."""
+    """Names of the configurations that are shipped with the package."""
     folder = resources.files(__package__) / "presets"
     return sorted(Path(str(x)).stem for x in folder.iterdir() if str(x).endswith(".toml"))
 
@@ -425,20 +445,21 @@ def load_config(
 
     Args:
         source: path of a TOML file; None for the preset.
-        overrides: `table.key=value` each, the value in TOML's syntax, or a bare string.
-        preset: name of a shipped one.
+        overrides: settings of the form `table.key=value`, each value in TOML syntax or a bare
+            string.
+        preset: name of a shipped configuration; None for the default one.
 
     Returns:
-        The settings; what neither gives has its default.
+        The settings; keys that are given in neither place have their defaults.
 
     Raises:
-        ValueError: a key is unknown (the message has the nearest one), a value has the wrong type
-            or range, or the file can't be read.
+        ValueError: a key is unknown (the message suggests the nearest one), a value has the wrong
+            type or is out of range, or the file can't be read.
     """
     if source is not None:
         path = Path(source)
         if not path.is_file():
-            raise ValueError(f"no such file: {path}; there are the presets {', '.join(presets())}")
+            raise ValueError(f"no such file: {path}; the presets are {', '.join(presets())}")
         text, name = path.read_text(encoding="utf-8"), str(path)
     else:
         name = preset or "default"
@@ -455,12 +476,12 @@ def load_config(
 
 
 def from_tables(tables: Mapping[str, Any]) -> TrainConfig:
-    """The settings of nested dictionaries, as TOML gives them; inverse of `to_tables`."""
+    """Settings from nested dictionaries such as TOML gives; the inverse of `to_tables`."""
     return _build(TrainConfig, tables, "")
 
 
 def to_tables(config: TrainConfig) -> dict[str, Any]:
-    """Nested dictionaries that JSON can hold."""
+    """Return the settings as nested dictionaries that JSON can represent."""
 
     def plain(x: Any) -> Any:
         if isinstance(x, dict):
@@ -483,7 +504,7 @@ def _override(tables: dict[str, Any], text: str) -> None:
     try:
         table[last] = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        table[last] = value.strip()  # a bare string: no shell needs two kinds of quotes
+        table[last] = value.strip()  # a bare string, so that the shell needs no nested quotes
 
 
 def _build(kind: type, table: Mapping[str, Any], prefix: str) -> Any:
@@ -497,7 +518,7 @@ def _build(kind: type, table: Mapping[str, Any], prefix: str) -> Any:
     try:
         return kind(**values)
     except (ValueError, TypeError) as error:
-        # a section knows its keys by their last names
+        # a section's messages name its keys without the prefix
         raise ValueError(f"{prefix}{error}") from None
 
 
@@ -521,7 +542,7 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
             return float(value)
         if plain is Path and isinstance(value, str):
             return Path(value)
-        # a bool is an int for Python, and a mistake here
+        # to Python a bool is an int; here it is a mistake
         if type(value) is plain or (plain is Mapping and isinstance(value, Mapping)):
             return value
     wanted = " or ".join(_WORDS[get_origin(one) or one] for one in kinds if one is not type(None))
@@ -535,8 +556,8 @@ _WORDS = {
 
 
 def _nearest(name: object, known: Sequence[str], prefix: str = "") -> str:
-    """What was probably meant."""
+    """A hint at the name that was probably meant, or at all known names."""
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
     if close:
         return f"; did you mean {prefix}{close[0]}?"
-    return f"; there are {', '.join(known)}"
+    return f"; the choices are {', '.join(known)}"

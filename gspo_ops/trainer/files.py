@@ -1,4 +1,4 @@
-"""Files of a run: one run at a time in a directory, JSON that every reader takes, clear errors."""
+"""Files of a run: one run at a time per directory, JSON that every parser reads, clear errors."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _LOCK = "lock"
 
 
 class Lock:
-    """That no other run writes into a directory: until `__exit__`, or the death of the process."""
+    """Keeps other runs out of a directory until `__exit__` or the death of the process."""
 
     def __init__(self, out: Path) -> None:
-        """Make the directory if it isn't there, and lock it.
+        """Make the directory if it doesn't exist, and lock it.
 
         Raises:
-            ValueError: another run has it, or it can't be written to.
+            ValueError: another run holds the lock, or the directory can't be written to.
         """
         self._out = out
         with _naming(out):
@@ -38,7 +38,7 @@ class Lock:
         file = path.open("a+", encoding="utf-8")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # another may have ended, or moved the directory aside, since the file was opened
+            # another run may have ended, or moved the directory aside, since the file was opened
             is_there = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
         except BlockingIOError:
             is_there = False
@@ -47,8 +47,8 @@ class Lock:
             owner = file.read().strip() or "unknown"
             file.close()
             raise ValueError(
-                f"out: a run is going on in {self._out} (process {owner}): wait until it has "
-                "ended, stop it, or give another out"
+                f"out: a run is going on in {self._out} (process {owner}): wait until it ends, "
+                "stop it, or choose another out"
             )
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
@@ -56,7 +56,7 @@ class Lock:
         return file
 
     def move_aside(self) -> Path | None:
-        """What an earlier run left in the directory; returns where it is now."""
+        """Move aside what an earlier run left in the directory; return where it is now, if any."""
         with _naming(self._out):
             if all(path.name == _LOCK for path in self._out.iterdir()):
                 return None
@@ -87,22 +87,22 @@ def _naming(out: Path) -> Iterator[None]:
 
 @contextmanager
 def writing(what: object) -> Iterator[None]:
-    """Say what could not be written, and why.
+    """Turn a failure to write into an error that names the file and the reason.
 
     Raises:
-        CannotWrite: the disk is full, the directory read-only, or the like.
+        CannotWrite: the disk is full or the directory read-only, for example.
     """
     try:
         yield
     except (OSError, CheckpointException, SafetensorError) as error:
         raise CannotWrite(
-            f"can't write {what}: {_reason(error)}. Checkpoints written before are whole: --resume "
-            "goes on from the last one"
+            f"can't write {what}: {_reason(error)}. Earlier checkpoints are intact: --resume "
+            "continues from the last one"
         ) from error
 
 
 def _reason(error: BaseException) -> str:
-    """What the system said, which torch covers up with what failed in turn."""
+    """The system's own message, which torch hides behind the errors that follow from it."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     cause: BaseException | None = error
@@ -114,7 +114,7 @@ def _reason(error: BaseException) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """All or nothing."""
+    """Write a file, all or nothing."""
     partial = path.with_name(path.name + ".partial")
     with writing(path):
         partial.write_text(text, encoding="utf-8")
@@ -122,7 +122,7 @@ def write(path: Path, text: str) -> None:
 
 
 def to_json(x: Any, indent: int | None = None) -> str:
-    """With null for what is not finite: NaN and Infinity are not JSON."""
+    """Return JSON with null in place of non-finite numbers: NaN and Infinity are not JSON."""
     return json.dumps(_finite(x), allow_nan=False, indent=indent)
 
 
@@ -135,10 +135,10 @@ def _finite(x: Any) -> Any:
 
 
 def numbers_of(text: str | bytes) -> dict[str, float]:
-    """Of a JSON object of numbers, nan where it has null.
+    """Read a JSON object of numbers, with nan in place of null.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not a JSON object.
     """
     found = json.loads(text)
     if not isinstance(found, dict):

@@ -1,4 +1,4 @@
-"""Scored responses to updates of the model: old log-probs, the fused loss, an optimizer step."""
+"""From scored responses to model updates: old log-probs, the fused loss, an optimizer step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,10 +37,15 @@ from .rollout import (
     RowLayout,
     autocast,
     own_log_probs,
+    real_tokens,
     response_hidden,
 )
-from .routing_replay import RoutingReplay, find_routers
+from .routing_replay import RoutingReplay, expert_churn, find_routers
 
+T = TypeVar("T")
+# Responses this many times as long as their prompt have rows of their own. Running the prompt once
+# for each of them then adds an eighth of the tokens, or less.
+_MUCH_LONGER = 8
 # The ops by `update.loss_from`.
 _LOG_PROBS: dict[str, Callable[..., Tensor]] = {
     "hidden": log_probs_from_hidden,
@@ -54,7 +59,7 @@ _POLICY_LOSS: dict[str, Callable[..., tuple[Tensor, dict[str, Tensor]]]] = {
 }
 
 
-# Factors of the learning rate by how much of the run is done.
+# Factors of the learning rate as functions of the fraction of the run that is done.
 _SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
     "linear": lambda done: 1.0 - done,
@@ -63,18 +68,18 @@ _SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 class Batch(NamedTuple):
-    """A mini-batch or a part of one: sequences, advantages, and what their log-probs are compared
-    with.
+    """A mini-batch or a part of one: sequences, advantages and the log-probs to compare with.
 
     Attributes:
-        rollout: B responses: those of groups with a gradient, or a stand-in if there is none.
+        rollout: B responses: those of groups with a gradient, or a stand-in if there are none.
         advantages: (B,) fp32, or (N,) with an objective that takes one per token.
         old_log_probs: (N,) fp32, packed.
-        ref_log_probs: (N,) of the model before training, for the KL term.
-        rollout_weights: (B,) or (N,) importance weights from sampling to old log-probs.
+        ref_log_probs: (N,) log-probs of the model before training, for the KL term.
+        rollout_weights: (B,) or (N,) importance weights from sampling to the old log-probs.
         routing: what `RoutingReplay` recorded with the old log-probs.
-        lengths: of all responses, whose number or tokens divide the loss; None if all are here.
-        left_out: fraction of all responses that are not here.
+        lengths: lengths of all responses, over whose number or tokens the loss is averaged; None if
+            no response is left out.
+        left_out: fraction of all responses that are left out.
     """
 
     rollout: Rollout
@@ -94,32 +99,37 @@ class Learner:
     """A model in training, and its optimizer.
 
     Attributes:
-        adapter: peft's wrapper of the model, with LoRA.
-        reference: the model before training, with a KL term and without LoRA.
-        bad_updates: those skipped since the last good one.
-        layout: of the rows that the body runs on.
-        compared: the longest row on which it was compared with the model's own log-probs.
+        adapter: peft's wrapper of the model; None without LoRA.
+        reference: the model before training, if there is a KL term and no LoRA.
+        bad_updates: number of updates skipped since the last good one.
+        layout: layout of the rows that the body runs on.
+        compared: the longest row for which the layout was checked against the model's own
+            log-probs.
     """
 
     def __init__(self, config: TrainConfig, model: PreTrainedModel, ranks: Ranks) -> None:
-        """Put adapters into the model, or spread it over the processes, as is asked for.
+        """Add adapters to the model and shard it over the processes, as the settings ask.
 
         Args:
             config: the settings.
-            model: fp32 weights on their device; trained in place.
+            model: the model, with fp32 weights on their device; trained in place.
             ranks: the processes of the run.
 
         Raises:
-            ValueError: `update.routing_replay` with a model that has no routers.
-            ImportError: peft is needed and not installed.
+            ValueError: `update.routing_replay` or `logging.expert_churn` is set, and the model has
+                no routers.
+            ImportError: peft is needed but not installed.
         """
-        if config.update.routing_replay:
+        for key, is_asked in (
+            ("update.routing_replay", config.update.routing_replay),
+            ("logging.expert_churn", config.logging.expert_churn),
+        ):
             try:
-                find_routers(model)
+                find_routers(model) if is_asked else None
             except ValueError as error:
-                raise ValueError(f"update.routing_replay: {error}") from None
+                raise ValueError(f"{key}: {error}") from None
         self.config, self.model, self.ranks = config, model, ranks
-        output_head(model)  # is learnt from the whole model
+        output_head(model)  # must be found in the whole model, before it is sharded
         if config.update.gradient_checkpointing:
             if config.update.skip_dead:
                 live_checkpointing(model, strict=False)
@@ -145,14 +155,17 @@ class Learner:
         self.compared = 0
 
     def prepare(self, rollout: Rollout, advantages: Tensor) -> tuple[Batch, dict[str, Tensor]]:
-        """A mini-batch, or a part of one, and how far sampling's log-probs are from training's.
+        """Prepare a mini-batch, or a part of one, for updates.
 
         Args:
             rollout: B responses.
-            advantages: (B, turns).
+            advantages: (B, turns), or (B, T) with `task.graded`.
+
+        Returns:
+            The batch, and metrics of how far sampling's log-probs are from training's.
 
         Raises:
-            ValueError: training's log-probs can't be made those of the model itself.
+            ValueError: no layout gives training the model's own log-probs.
         """
         self._choose_layout(rollout)
         lengths = rollout.mask.sum(1)
@@ -163,7 +176,9 @@ class Learner:
         else:
             rollout, advantages = rollout.stand_in(), advantages[:1]
         left_out = 1 - len(groups) * rollout.group_size / len(lengths)
-        if advantages.shape[1] == 1:
+        if self.config.task.graded:
+            advantages = advantages[:, : rollout.mask.shape[1]][rollout.mask]
+        elif advantages.shape[1] == 1:
             advantages = advantages[:, 0]
         else:
             ids = torch.arange(len(advantages), device=advantages.device)
@@ -189,7 +204,7 @@ class Learner:
         return batch, mismatch | {"left_out_frac": torch.tensor(left_out)}
 
     def _with_gradient(self, advantages: Tensor) -> Tensor:
-        """(q,) groups of (Q, ...) that can have one: with a KL term all, else by advantage."""
+        """(q,) groups, of (Q, ...) advantages, that can have a gradient: all with a KL term."""
         is_live = (advantages != 0).any(1)
         if not self.config.update.skip_dead or not self.objective.needs_advantage():
             is_live = torch.ones_like(is_live)
@@ -197,17 +212,17 @@ class Learner:
 
     @torch.no_grad()
     def log_probs(self, rollout: Rollout, model: PreTrainedModel | None = None) -> Tensor:
-        """(N,) log-probs before any update, by the very forward that the update will run.
+        """(N,) log-probs before any update, from the very forward that the update will run.
 
-        Sampling's own log-probs would not do: they come from cached decoding, in other shapes, and
-        a bf16 body rounds differently in other shapes. That noise in the ratio is wider than
-        GSPO's clip range, and no loss op removes it (the op removes the head's share). With the
-        same mini-batches, padding and order the noise is the same on both sides: before the first
-        update s == 1 exactly, and `first_ratio_error` in the metrics records that it is.
+        Sampling's own log-probs would not do: they come from cached decoding, which has other
+        shapes, and a bf16 body rounds differently in other shapes. That noise in the ratio is wider
+        than GSPO's clip range, and no loss op removes it (the op removes the head's share). With
+        the same mini-batches, padding and order, the noise is the same on both sides: before the
+        first update s == 1 exactly, and the metric `first_ratio_error` records whether it is.
 
         Args:
             rollout: B responses with N sampled tokens.
-            model: another than the one in training.
+            model: the model to run; None for the one in training.
         """
         model = model or self.model
 
@@ -217,14 +232,33 @@ class Learner:
 
         return as_forward(model, forward)
 
+    def churn(self, rollout: Rollout, update: Callable[[], T]) -> tuple[T, float]:
+        """Run an update; return its result and the fraction of the experts that it replaces.
+
+        Args:
+            rollout: the responses whose experts are compared.
+            update: the update to run.
+        """
+
+        def routing() -> RoutingReplay:
+            with (found := RoutingReplay()).record(self.model):
+                self.log_probs(rollout)
+            return found
+
+        before, given = routing(), update()
+        return given, expert_churn(before, routing(), real_tokens(rollout, self.layout))
+
     def update(self, *parts: Batch) -> dict[str, Tensor] | None:
-        """One optimizer step on a mini-batch, in its parts, of equally many prompts each.
+        """Take one optimizer step on a mini-batch.
+
+        Args:
+            parts: the mini-batch in parts of equally many prompts.
 
         Returns:
-            The loss's stats, or None if it was skipped.
+            The statistics of the loss, or None if the step was skipped.
 
         Raises:
-            Diverged: `update.max_bad_updates` in a row were skipped.
+            Diverged: `update.max_bad_updates` steps in a row were skipped.
         """
         denominator = self.ranks.denominator(self.objective, [part.all_lengths() for part in parts])
         found = [self._backward(part, denominator) for part in parts]
@@ -249,10 +283,10 @@ class Learner:
 
     @contextmanager
     def _checkpointing(self) -> Iterator[None]:
-        """transformers checkpoints layers that are in training, and these have no cache then."""
+        """Put checkpointed layers into training mode: transformers checkpoints no others."""
         layers = [m for m in self.model.modules() if getattr(m, "gradient_checkpointing", False)]
         for layer in layers:
-            layer.training = True  # its dropouts are not
+            layer.training = True  # the layer alone, not the dropouts inside
         try:
             yield
         finally:
@@ -260,15 +294,17 @@ class Learner:
                 layer.training = False
 
     def loss(self, batch: Batch, denominator: Tensor | None = None) -> PolicyLoss:
-        """Of a part of a mini-batch, its share of the whole's mean, and the statistics.
+        """Compute the loss of a part of a mini-batch.
 
         Args:
             batch: the part.
-            denominator: of the whole; None if the part is all that this process has of it.
+            denominator: denominator of the whole mini-batch's mean; None if the part is all that
+                this process has of it.
 
         Returns:
-            The loss; and its statistics, of which fractions are of all responses, and the rest of
-            those whose fraction `left_out_frac` is not left out.
+            The part's share of the mean loss, and its statistics. Fractions describe all responses;
+            the other statistics describe those that are not left out (`left_out_frac` is the
+            fraction that is).
         """
         cu_seqlens = batch.rollout.cu_seqlens()
         if denominator is None:
@@ -291,7 +327,7 @@ class Learner:
         return PolicyLoss(loss, stats | {"left_out_frac": loss.new_tensor(batch.left_out)})
 
     def rollout_weights(self, rollout: Rollout, difference: Tensor) -> Tensor | None:
-        """min(exp(sum of the differences), cap): of a sequence, or of each token for GRPO."""
+        """min(exp(sum of the differences), cap) per sequence, or min(exp, cap) per token."""
         cap = self.config.update.rollout_weight_cap
         if cap == 0:
             return None
@@ -301,42 +337,46 @@ class Learner:
         return difference.clamp(max=math.log(cap)).exp()
 
     def state_dict(self) -> dict[str, Any]:
-        """What is not a tensor."""
+        """The state that is not in the tensors of model and optimizer."""
         return {
             "updates": self.scheduler.last_epoch, "bad_updates": self.bad_updates,
             "layout": self.layout, "compared": self.compared,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there, with the learning rate that the settings have now."""
+        """Restore the state, but with the learning rate of the present settings."""
         self.scheduler = self._schedule(state["updates"])
         self.bad_updates = state["bad_updates"]
         self.layout, self.compared = state["layout"], state["compared"]
 
     def _choose_layout(self, rollout: Rollout) -> None:
-        """One that gives the model's own log-probs, in fp32, for two groups of these responses.
+        """Choose the layout that reproduces the model's own log-probs, in fp32, on two groups.
 
-        Asked for the first rollout, and again where rows are longer than any before: a window may
-        be shorter than they are.
+        The check is done on the first rollout, and again when rows are longer than before, since
+        they may exceed an attention window. Attention in a shared row grows with the square of its
+        length, so responses much longer than their prompt get rows of their own.
         """
-        width = max(self.ranks.gather(rollout.prompts.shape[1] + rollout.responses.shape[1]))
-        if width <= self.compared:
+        sizes = self.ranks.gather((rollout.prompts.shape[1], rollout.responses.shape[1]))
+        prompt, response = (max(of) for of in zip(*sizes, strict=True))
+        if prompt + response <= self.compared:
             return
-        self.compared = width
-        lengths = rollout.prompt_mask.sum(1)  # of those with the most padding, and with the least
+        self.compared = prompt + response
+        if response >= _MUCH_LONGER * prompt:
+            self.layout = "separate"
+        lengths = rollout.prompt_mask.sum(1)  # the groups with the most and the least padding
         groups = rollout.select(torch.stack([lengths.argmin(), lengths.argmax()]))
         own = own_log_probs(self.model, groups, 1.0)
         while self.ranks.any(not (distance := self._distance(groups, own)) <= LARGEST_DISTANCE):
             if self.layout == "separate":
                 raise ValueError(
                     f"model.name: the log-probs of {type(self.model).__name__} in padded rows are "
-                    f"{distance:.2g} nats from those of the model itself"
+                    f"{distance:.2g} nats away from those in unpadded rows"
                 )
             self.layout = "separate"
 
     @torch.no_grad()
     def _distance(self, group: Rollout, own: Tensor) -> float:
-        """From the model's own log-probs; infinite where the model refuses the layout's masks."""
+        """Mean distance from the model's own log-probs; inf if it refuses the layout's masks."""
 
         def forward() -> Tensor:
             hidden = response_hidden(self.model, group, nullcontext, self.layout)
@@ -347,7 +387,7 @@ class Learner:
 
         try:
             return (as_forward(self.model, forward) - own).abs().mean().item()
-        except Exception as error:  # of the model's own code
+        except Exception as error:  # the model's code may raise anything
             if self.layout == "separate":
                 raise ValueError(
                     f"model.name: {type(self.model).__name__} fails in padded rows: {error}"
@@ -355,7 +395,7 @@ class Learner:
             return math.inf
 
     def _schedule(self, updates: int) -> LambdaLR:
-        """As it is after that many."""
+        """Learning-rate schedule after a number of updates."""
         update = self.config.update
         last = self.config.steps * update.mini_batches * update.epochs
 
@@ -401,14 +441,16 @@ class Learner:
             raise Diverged(
                 f"{self.bad_updates} updates in a row had a loss or a gradient that is not finite "
                 f"(the last: loss {loss.item():g}, gradient norm {norm.item():g}); they were "
-                "skipped, so the weights are those before the first of them. --resume goes on "
-                "from the last checkpoint, and takes a lower update.learning_rate"
+                "skipped, so the weights are those before the first of them. --resume continues "
+                "from the last checkpoint and accepts a lower update.learning_rate"
             )
 
     def _distributions(
         self, model: PreTrainedModel, rollout: Rollout
     ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        """What the ops make log-probs from: hidden states and head, or logits; and options."""
+        """The inputs from which the ops compute log-probs, hidden states and head or logits, and
+        their options.
+        """
         temperature = self.config.rollout.temperature
         hidden = response_hidden(
             model, rollout, autocast(model.device, self.config.dtype), self.layout
@@ -420,7 +462,7 @@ class Learner:
 
 
 def _together(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Statistics of a mini-batch from those of its parts."""
+    """Combine the statistics of a mini-batch's parts."""
     if len(parts) == 1:
         return parts[0]
     numbers = [{k: x for k, x in part.items() if x.ndim == 0} for part in parts]

@@ -3,7 +3,7 @@
     prompts -> G sampled responses each -> verifiable rewards -> group advantages
             -> old log-probs -> K mini-batch updates through the fused loss -> metrics
 
-`docs/trainer.md` lists where it deviates from the paper (arXiv 2507.18071).
+`docs/trainer.md` lists the deviations from the paper (arXiv 2507.18071).
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from . import checkpoint
 from .config import TrainConfig, from_tables, to_tables
 from .files import Lock, writing
-from .learner import Learner
+from .learner import Batch, Learner
 from .metrics import Row, combine, in_words
 from .model import fingerprint, load_model
 from .progress import Interrupted, Progress, stop_signals
 from .ranks import Ranks
 from .report import RunFiles, Summary, pass_at_k, plot
-from .rollout import check_sampling
+from .rollout import Rollout, check_sampling
 from .sampling import Sampler
 from .tasks import Task, make_task, reward_fingerprint
 
-# What a resumed run may change.
+# Keys, or their beginnings, that a resumed run may change.
 _CHANGEABLE = (
     "out", "steps", "time_limit", "device", "evaluation.", "checkpoint.", "logging.",
     "update.learning_rate", "task.reward_", "task.failed_reward",
@@ -45,10 +45,11 @@ _CHANGEABLE = (
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> Summary:
-    """Train a model, measuring held-out accuracy before and after.
+    """Train a model, and measure held-out accuracy before and after.
 
-    Writes `metrics.jsonl` (one line per step), `samples.jsonl`, `summary.json`, `training.png`,
-    checkpoints and the model into `config.out`; what another run left there is moved aside.
+    `metrics.jsonl` (one line per step), `samples.jsonl`, `summary.json`, `training.png`,
+    checkpoints and the model are written to `config.out`; files that another run left there are
+    moved aside.
 
     Args:
         config: the settings.
@@ -58,30 +59,31 @@ def train(config: TrainConfig, *, resume: bool = False) -> Summary:
         Held-out accuracies, their standard errors, and the time taken.
 
     Raises:
-        ValueError: the settings do not fit the model, the task, or the run that is resumed; another
+        ValueError: the settings do not fit the model, the task or the run that is resumed; another
             run is going on in `config.out`; or a reward failed.
-        CannotWrite: the disk is full, or the like; the last checkpoint is whole.
-        Interrupted: SIGINT or SIGTERM came; the step was finished and a checkpoint written.
-        Diverged: loss or gradient was not finite too often, or the model's logits were not.
+        CannotWrite: the disk is full, for example; the last checkpoint is intact.
+        Interrupted: SIGINT or SIGTERM arrived; the step was finished and a checkpoint was written.
+        Diverged: the loss or gradient was not finite too many times in a row, or the model's logits
+            were not finite.
     """
     return Trainer.of(config).run(resume=resume)
 
 
 def trained(out: Path) -> Sampler:
-    """What a run has left: its model, to be asked its problems or others.
+    """Load the model of a finished run, to be asked the run's problems or others.
 
     Args:
         out: directory of the run.
 
     Raises:
-        ValueError: there is no run, or it has not left its model yet.
+        ValueError: there is no run, or it has not saved its model.
     """
     config_file, model = out / "config.json", out / "model"
     if not config_file.is_file():
-        raise ValueError(f"no run in {out}: {config_file.name} is not there")
+        raise ValueError(f"no run in {out}: {config_file.name} is missing")
     if not model.is_dir():
-        raise ValueError(f"{model} is not there: the run is not over, or has not kept its model")
-    # what JSON can't say, an infinite time limit, is the default
+        raise ValueError(f"{model} is missing: the run is not over, or did not save its model")
+    # JSON can't represent an infinite time limit, which is the default
     text = config_file.read_text(encoding="utf-8")
     config = from_tables(json.loads(text, object_hook=_without_nulls))
     is_adapter = (model / "adapter_config.json").is_file()
@@ -105,22 +107,22 @@ class Trainer:
         tokenizer: PreTrainedTokenizerBase,
         task: Task,
     ) -> None:
-        """Put the model on the device, or spread it over those of torchrun's processes.
+        """Move the model to the device, or shard it over those of torchrun's processes.
 
         Args:
             config: the settings.
-            model: fp32 weights; trained in place.
-            tokenizer: the model's.
-            task: problems to train on and to hold out.
+            model: the model, with fp32 weights; trained in place.
+            tokenizer: the model's tokenizer.
+            task: problems to train on and held-out problems.
         """
         device = config.torch_device()
         self.ranks = Ranks(device)
         _check_parts(config, self.ranks.size)
-        # what runs, so that a run resumed on another machine is not silently another one
+        # record the dtype in use, so that a run resumed on another machine does not change it
         self.config = config = replace(config, dtype=config.training_dtype)
         self.model, self.tokenizer = model.to(device), tokenizer
         check_sampling(self.model)
-        self.fingerprints = {  # of what the settings name, which may change under its name
+        self.fingerprints = {  # what these settings name may change under the same name
             "model.name": fingerprint(model), "task.name": task.fingerprint(),
             "task.reward": reward_fingerprint(task.reward),
         }  # fmt: skip
@@ -134,8 +136,8 @@ class Trainer:
         """Make the task and load the model that `config` names.
 
         Raises:
-            ValueError: the model, the task or the device is unknown, or the task too small.
-            ImportError: the package that the model comes in is not installed.
+            ValueError: the model, the task or the device is unknown, or the task is too small.
+            ImportError: the package that contains the model is not installed.
         """
         task = make_task(config.task, config.seed)
         return cls(config, *load_model(config.model.name), task)
@@ -192,7 +194,7 @@ class Trainer:
                     self._save(files)
                 if is_asked:
                     raise Interrupted(
-                        f"stopped after step {progress.step} of {config.steps}: --resume goes on"
+                        f"stopped after step {progress.step} of {config.steps}: --resume continues"
                     )
 
     def _is_over(self) -> bool:
@@ -210,7 +212,7 @@ class Trainer:
         """Sample responses to the next problems and update the model on them.
 
         Returns:
-            The step's metrics, by the names in `metrics.jsonl`, of all processes.
+            The step's metrics over all processes, by their names in `metrics.jsonl`.
         """
         config, start = self.config, time.monotonic()
         groups = self.sampler.groups(self.random_numbers("training"))
@@ -223,15 +225,17 @@ class Trainer:
         batches = [batch for batch, _ in prepared]
         size = count // config.update.mini_batches
         order = [batches[i : i + size] for i in range(0, count, size)] * config.update.epochs
+        churn: Row = {}
         with self._bar(order, desc="updates", leave=False) as bar:
-            found = [self.learner.update(*parts) for parts in bar]
+            found = [self._update(batch, parts[0], churn) for batch in bar]
         stats = [of_update for of_update in found if of_update is not None]
         self.progress.step += 1
         self.samples = self.sampler.show(groups, advantages)
 
         tokens, end = int(rollout.mask.sum()), time.monotonic()
         row = (
-            combine([{k: v for k, v in s.items() if k != "log_ratio"} for s in stats])
+            combine([_numbers(s) for s in stats])
+            | churn
             | ({"first_ratio_error": _ratio_error(stats[0])} if stats else {})
             | combine([mismatch for _, mismatch in prepared])
             | {
@@ -250,15 +254,24 @@ class Trainer:
         )
         return combine(self.ranks.gather(row))
 
+    def _update(self, batch: list[Batch], watched: Rollout, churn: Row) -> dict[str, Tensor] | None:
+        """Take one optimizer step; `logging.expert_churn` measures the first, on `watched`."""
+        if churn or not self.config.logging.expert_churn:
+            return self.learner.update(*batch)
+        found, churn["expert_churn"] = self.learner.churn(
+            watched, lambda: self.learner.update(*batch)
+        )
+        return found
+
     def evaluate(self) -> Tensor:
         """(eval_size, samples) rewards of the responses sampled to each held-out problem.
 
-        The random numbers are the evaluation's own: how often it is done changes no training.
+        Evaluation has its own random numbers: how often it runs does not change training.
         """
         return self.sampler.evaluate(self.random_numbers("evaluation"))
 
     def _evaluated(self) -> dict[str, float]:
-        """Metrics of an evaluation on the way."""
+        """Metrics of an evaluation during training."""
         rewards, k = self.evaluate(), self.config.evaluation.pass_at
         self.progress.accuracy = rewards.mean().item()
         return {"accuracy": self.progress.accuracy} | (
@@ -266,7 +279,7 @@ class Trainer:
         )
 
     def random_numbers(self, use: Literal["training", "evaluation"]) -> torch.Generator:
-        """Those of a use in the present step; each process has its own."""
+        """Random numbers for one use in the present step; each process has its own."""
         numbers = self.config.seed, self.progress.step, self.ranks.rank, use == "evaluation"
         (seed,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
         return torch.Generator(self.model.device).manual_seed(int(seed))
@@ -277,14 +290,14 @@ class Trainer:
     # Checkpoints
 
     def _start(self) -> RunFiles:
-        """The run's files, which the first process writes."""
+        """Create the run's files, which the first process writes."""
         assert self.lock is not None
         if aside := self.lock.move_aside():
-            print(f"what was in {self.config.out} is now in {aside}")
+            print(f"earlier files of {self.config.out} are now in {aside}")
         return RunFiles.create(self.config)
 
     def _resume(self) -> RunFiles | None:
-        """From the last whole checkpoint; from the beginning if there is none."""
+        """Resume from the last complete checkpoint; start from the beginning if there is none."""
         folder, ranks = self.config.out / "checkpoints", self.ranks
         path = ranks.share(checkpoint.last_whole(folder) if ranks.is_first else None)
         if path is None:
@@ -293,9 +306,7 @@ class Trainer:
             return ranks.on_first(self._start)
         step, state = checkpoint.load_state(path)
         if "fingerprints" not in state:
-            raise ValueError(
-                f"out: {path} was written by an earlier version, which can't be resumed"
-            )
+            raise ValueError(f"out: {path} was written by an earlier version and can't be resumed")
         self._check_same(state["config"], state["fingerprints"])
         checkpoint.load_weights(path, self.model, self.learner.optimizer, ranks)
         self.learner.load_state_dict(state["learner"])
@@ -307,7 +318,7 @@ class Trainer:
         return ranks.on_first(lambda: RunFiles.reopen(self.config, state["files"], step))
 
     def _check_same(self, saved: dict[str, Any], fingerprints: dict[str, str]) -> None:
-        """Refuse to go on with another run's settings, or with other problems under their name."""
+        """Refuse to resume with another run's settings, or if what they name has changed."""
         now, before = _flat(to_tables(self.config)), _flat(to_tables(from_tables(saved)))
         for key in now | before:
             was, asked = before.get(key), now.get(key)
@@ -319,8 +330,8 @@ class Trainer:
         for key, found in self.fingerprints.items():
             if fingerprints[key] != found:
                 raise ValueError(
-                    f"{key}: what {now[key]!r} names is not what it was when the run in "
-                    f"{self.config.out} began: --resume needs it as it was"
+                    f"{key}: what {now[key]!r} names has changed since the run in "
+                    f"{self.config.out} began: --resume needs the original"
                 )
 
     def _save(self, files: RunFiles | None) -> None:
@@ -340,7 +351,7 @@ class Trainer:
         )  # fmt: skip
 
     def _save_model(self) -> None:
-        """As transformers or peft loads it, whole or not there."""
+        """Save the model in the format of transformers or peft, all or nothing."""
         model = self.learner.adapter or self.model
         weights = None
         if self.ranks.size > 1:
@@ -351,7 +362,7 @@ class Trainer:
     def _write_model(self, model: Any, weights: dict[str, Any] | None) -> None:
         final = self.config.out / "model"
         partial = final.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # from a run that was killed
         try:
             with writing(final):
                 model.save_pretrained(partial, state_dict=weights)
@@ -368,7 +379,7 @@ def _without_nulls(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_parts(config: TrainConfig, ranks: int) -> None:
-    """Mini-batches and their parts are of equally many prompts, on each process."""
+    """Check that mini-batches and their parts have equally many prompts on each process."""
     prompts, parts = config.rollout.prompts, config.update.mini_batches
     if prompts % (parts * ranks):
         raise ValueError(
@@ -378,19 +389,19 @@ def _check_parts(config: TrainConfig, ranks: int) -> None:
     of_each, micro = prompts // (parts * ranks), config.update.micro_batch
     if micro and of_each % micro:
         raise ValueError(
-            f"update.micro_batch: expected a divisor of the {of_each} prompts that a process has "
-            f"of a mini-batch, got {micro}"
+            f"update.micro_batch: expected a divisor of the {of_each} prompts of a mini-batch on "
+            f"each process, got {micro}"
         )
 
 
 def _micro_batches(config: TrainConfig, ranks: int) -> int:
-    """Parts of a mini-batch."""
+    """Number of parts of a mini-batch on each process."""
     of_each = config.rollout.prompts // (config.update.mini_batches * ranks)
     return of_each // (config.update.micro_batch or of_each)
 
 
 def _flat(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """By dotted keys."""
+    """Flatten nested tables to dotted keys."""
     flat: dict[str, Any] = {}
     for name, value in tables.items():
         inner = isinstance(value, dict)
@@ -398,6 +409,12 @@ def _flat(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _numbers(stats: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Scalar statistics of an update, with the root mean square of its responses' log-ratios."""
+    numbers = {name: x for name, x in stats.items() if name != "log_ratio"}
+    return numbers | {"log_ratio_rms": stats["log_ratio"].square().mean().sqrt()}
+
+
 def _ratio_error(stats: dict[str, Tensor]) -> float:
-    """How far the ratios of a mini-batch are from 1."""
+    """Largest distance of a mini-batch's ratios from 1."""
     return stats["log_ratio"].expm1().abs().max().item()

@@ -1,4 +1,4 @@
-"""The numbers of a step: from its mini-batches, and from all processes."""
+"""Metrics of a step, combined from its mini-batches and from all processes."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ from torch import Tensor
 
 Row = dict[str, float]
 
-# of responses that are not left out
+# Statistics of the responses that are not left out.
 _OF_COMPUTED = {
     "ratio_mean", "approx_kl", "approx_kl_k3", "effective_sample_size", "ref_kl",
-    "mismatch_token_mean", "mismatch_sequence_mean",
+    "mismatch_token_mean", "mismatch_sequence_mean", "log_ratio_rms",
 }  # fmt: skip
 _SUMS = {"refilled_groups", "failed_rewards", "tokens_per_s"}
-# Of a clock, the slowest process's: the others wait for it.
+# Times are those of the slowest process: the others wait for it.
 _LARGEST = {
     "first_ratio_error", "rollout_s", "old_log_probs_s", "update_s", "step_s",
 }  # fmt: skip
 
 
 def combine(parts: Sequence[Mapping[str, Tensor | float]]) -> Row:
-    """One row of several: sums of counts, extremes of extremes, means of the rest.
+    """Combine several rows into one: sums of counts, extremes of extremes, means of the rest.
 
-    What is of the responses for which something was computed counts as many of them as there are;
-    a part without any does not count, unless none has any.
+    Statistics of the computed responses are weighted by their number. A part without any computed
+    response does not count, unless no part has one.
 
     Args:
-        parts: of equally many responses each, with the same names; numbers or 0-dim tensors.
+        parts: rows with the same names, of equally many responses each; the values are numbers or
+            0-dim tensors.
 
     Returns:
-        Numbers by these names.
+        A row with these names.
     """
     row = {}
     weights = torch.stack([_number(1 - part.get("left_out_frac", 0.0)) for part in parts or [{}]])
@@ -61,7 +62,7 @@ def _number(x: Tensor | float) -> Tensor:
 
 
 def in_words(row: Row) -> str:
-    """A step in a line."""
+    """Summarize a step in one line."""
     if "ratio_min" not in row:
         return f"reward {row['reward']:.2f}, all updates skipped"
     return (

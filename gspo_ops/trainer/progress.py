@@ -1,4 +1,4 @@
-"""How far a run is, what asks it to stop, and how it ends before its time."""
+"""The progress of a run, requests to stop it, and the errors that end it early."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from torch import Tensor
 
 
 class Interrupted(Exception):
-    """The run was asked to stop; it has saved where it is."""
+    """The run was asked to stop and has saved a checkpoint."""
 
 
 class Diverged(Exception):
-    """Too many updates in a row, or the model itself, have gone beyond all numbers."""
+    """Too many updates in a row, or the model's own logits, were not finite."""
 
 
 class CannotWrite(Exception):
-    """A file of the run could not be written; what was there before is as it was."""
+    """A file of the run could not be written; earlier files are unchanged."""
 
 
 class Progress:
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
-        step: rollout batches trained on.
+        step: number of rollout batches trained on.
         before: (problems, samples) held-out rewards before training.
-        accuracy: mean reward of the last evaluation on the way.
-        train_seconds: spent in steps, by this start of the run and those before it.
-        seconds: spent in all by the starts before this one.
-        started: when this one began.
+        accuracy: mean reward of the last evaluation during training.
+        train_seconds: time spent in steps since the run first started.
+        seconds: total time spent before the run was last resumed.
+        started: when the run was started or last resumed.
     """
 
     def __init__(
@@ -51,24 +51,24 @@ class Progress:
 
 @contextmanager
 def stop_signals(*, twice: bool) -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM has come.
+    """Yield a function that returns whether SIGINT or SIGTERM has arrived.
 
     Args:
-        twice: whether a second one ends the process as ever. Under torchrun it does not: a Ctrl-C
-            comes once from the terminal and again from there.
+        twice: whether a second signal ends the process as usual. Under torchrun it must not: a
+            Ctrl-C arrives from the terminal and once more from torchrun.
     """
     came = False
 
     def stop(number: int, frame: object) -> None:
         nonlocal came
         if not came:
-            print("\nstopping after this step" + ("; once more to stop at once" if twice else ""))
+            print("\nstopping after this step" + ("; repeat to stop at once" if twice else ""))
         came = True
         if twice:
             signal.signal(number, before[number])
 
     before: dict[int, Any] = {}
-    with suppress(ValueError):  # of another than the main thread, which is told instead
+    with suppress(ValueError):  # only the main thread may handle signals
         for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, stop)
     try:

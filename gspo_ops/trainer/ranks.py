@@ -1,6 +1,6 @@
 """The processes of one run, as torchrun starts them, and the model that they share.
 
-One process is the case of size 1, in which nothing is exchanged.
+A single process is the case of size 1, in which nothing is exchanged.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """What the processes of a run agree on.
+    """Communication between the processes of a run.
 
-    All of them must call each method, in the same order.
+    All processes must call each method, in the same order.
 
     Attributes:
-        size: how many processes there are.
-        rank: which one this is, from 0.
+        size: number of processes.
+        rank: number of this process, from 0.
     """
 
     def __init__(self, device: torch.device) -> None:
-        """Join those that torchrun started, or those of the default group where there is one.
+        """Join the processes that torchrun started, or those of an existing default group.
 
         Args:
-            device: what this process computes on.
+            device: the device that this process computes on.
         """
         self.size, self.rank, self._device = 1, 0, device
         if dist.is_torchelastic_launched() and not dist.is_initialized():
@@ -54,7 +54,7 @@ class Ranks:
         return self.rank == 0
 
     def gather(self, x: T) -> list[T]:
-        """What each has, in their order: anything that can be pickled."""
+        """Return the values of all processes, in their order; any picklable value will do."""
         if self.size == 1:
             return [x]
         found: list[Any] = [None] * self.size
@@ -62,23 +62,23 @@ class Ranks:
         return found
 
     def share(self, x: T) -> T:
-        """What the first has."""
+        """Return the first process's value."""
         return self.gather(x)[0]
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes are here."""
         self.gather(None)
 
     def any(self, flag: bool) -> bool:
-        """Whether it holds for one at least."""
+        """Whether the flag is set on at least one process."""
         return any(self.gather(flag))
 
     def together(self, function: Callable[[], T]) -> T:
-        """function(), which each calls, once it has succeeded on all.
+        """Call a function on each process; return its value once it has succeeded on all.
 
         Raises:
-            ValueError, OSError, Diverged, CannotWrite: it did on one process; all raise it, so that
-                none waits for one that has ended.
+            ValueError, OSError, Diverged, CannotWrite: the function raised it on one process; all
+                processes raise it, so that none waits for one that has ended.
         """
         error: Exception | None = None
         try:
@@ -94,18 +94,23 @@ class Ranks:
         return value
 
     def on_first(self, function: Callable[[], T]) -> T | None:
-        """function() on the first process, while the others wait; None on these."""
+        """Call a function on the first process while the others wait; they return None."""
         return self.together(lambda: function() if self.is_first else None)
 
     def part(self, items: Sequence[T], counts: Sequence[int] | None = None) -> list[T]:
-        """This process's of some items that all have: equally many, or `counts` of them."""
+        """This process's part of items that all processes have: an equal share, or by `counts`."""
         if counts is None:
             counts = [len(items) // self.size] * self.size
         start = sum(counts[: self.rank])
         return list(items[start : start + counts[self.rank]])
 
     def denominator(self, objective: Objective, parts: Sequence[Tensor]) -> Tensor:
-        """What makes the losses of all parts, with (B,) lengths, that of the whole batch."""
+        """Denominator with which the losses of all parts add up to that of the whole batch.
+
+        Args:
+            objective: the objective.
+            parts: (B,) lengths of the responses of each part on this process.
+        """
         batches: list[Mapping[str, Tensor | None]] = [
             {"cu_seqlens": pad(n.cumsum(0), (1, 0))} for n in parts
         ]
@@ -115,7 +120,7 @@ class Ranks:
     # The model
 
     def shard(self, model: nn.Module) -> None:
-        """Spread the weights of a model over the processes, layer by layer (FSDP2)."""
+        """Shard the weights of a model over the processes, layer by layer (FSDP2)."""
         if self.size == 1:
             return
         mesh = init_device_mesh(self._device.type, (self.size,))
@@ -126,7 +131,7 @@ class Ranks:
         fully_shard(model, mesh=mesh)
 
     def with_whole_weights(self, model: nn.Module, function: Callable[[], T]) -> T:
-        """function() with all weights at hand, so that each process may run the model at will."""
+        """Call a function with all weights gathered: each process can run the model on its own."""
         parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
         layers = [part for part in parts if part is not model]
         for layer in layers:
@@ -145,10 +150,10 @@ _SHARED = (ValueError, OSError, Diverged, CannotWrite)
 
 
 def _plain(error: Exception) -> Exception:
-    """One that can be pickled."""
+    """Return a copy of the error that can be pickled."""
     return next(kind for kind in _SHARED if isinstance(error, kind))(str(error))
 
 
 def whole(x: Tensor) -> Tensor:
-    """What a DTensor stands for, and any other tensor as it is."""
+    """Return the full tensor of a DTensor, and any other tensor unchanged."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x

@@ -1,4 +1,4 @@
-"""What a run leaves behind: a metrics file, a summary and a picture."""
+"""The output of a run: metrics, samples, a summary and a plot."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .config import TrainConfig, to_tables
 from .files import numbers_of, to_json, write, writing
 from .metrics import Row
 
-_SMOOTHING = 5  # steps in the running mean drawn over noisy points
+_SMOOTHING = 5  # steps in the running mean that is drawn over the noisy points
 
 
 class Board(NamedTuple):
-    """Where metrics are shown while a run goes on."""
+    """A service that shows metrics while a run goes on."""
 
     log: Callable[[Row, int], object]
     close: Callable[[], object]
@@ -58,12 +58,12 @@ def _wandb(config: TrainConfig, done: int) -> Board:
     return Board(lambda row, step: run.log(row, step=step), run.finish)
 
 
-# By the setting under `logging` that asks for one.
+# By the key under `logging` that enables it.
 _BOARDS = {"tensorboard": _tensorboard, "wandb": _wandb}
 
 
 class RunFiles:
-    """What a run writes on the way: complete up to the last step, whenever it ends.
+    """The files that grow with a run: complete up to the last step, whenever it ends.
 
     Attributes:
         rows: metrics of each step so far.
@@ -85,21 +85,21 @@ class RunFiles:
 
     @classmethod
     def create(cls, config: TrainConfig) -> RunFiles:
-        """Empty files in `config.out`."""
+        """Create empty files in `config.out`."""
         config.out.mkdir(parents=True, exist_ok=True)
         return cls(config, [], "w")
 
     @classmethod
     def reopen(cls, config: TrainConfig, state: dict[str, Any], step: int) -> RunFiles:
-        """As they were when `state_dict` was called: what came later is done again.
+        """Reopen the files as they were when `state_dict` was called; later steps are repeated.
 
         Args:
             config: the settings.
-            state: what `state_dict` gave.
-            step: after which.
+            state: what `state_dict` returned.
+            step: the step after which it was called.
 
         Raises:
-            ValueError: the metrics of a step before are lost.
+            ValueError: the metrics of an earlier step are lost.
         """
         with writing(config.out):
             rows = _cut_metrics(config.out / "metrics.jsonl", step)
@@ -107,7 +107,7 @@ class RunFiles:
         return cls(config, rows, "a")
 
     def state_dict(self) -> dict[str, Any]:
-        """How long they are."""
+        """Flush the files and return their sizes."""
         with writing(self._out):
             for file in (self._metrics, self._samples):
                 os.fsync(file.fileno())
@@ -118,7 +118,7 @@ class RunFiles:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with writing(self._out), ExitStack() as all_of_them:  # though one may fail
+        with writing(self._out), ExitStack() as all_of_them:  # even if one fails
             all_of_them.callback(self._metrics.close)
             all_of_them.callback(self._samples.close)
             for board in self._boards:
@@ -142,16 +142,16 @@ class RunFiles:
 
 
 def read_metrics(run: Path) -> list[Row]:
-    """Metrics of each step of the run in a directory.
+    """Read the metrics of each step of the run in a directory.
 
-    A last line that was not written to its end is left out.
+    An incomplete last line is left out.
 
     Raises:
         ValueError: there is no run, or its metrics are damaged.
     """
     path = run / "metrics.jsonl"
     if not path.is_file():
-        raise ValueError(f"no run in {run}: {path.name} is not there")
+        raise ValueError(f"no run in {run}: {path.name} is missing")
     lines = path.read_bytes().splitlines(keepends=True)
     rows = _whole(lines)
     if len(rows) < len(lines) - 1 or (len(rows) < len(lines) and lines[-1].endswith(b"\n")):
@@ -162,7 +162,7 @@ def read_metrics(run: Path) -> list[Row]:
 
 
 def _whole(lines: Iterable[bytes]) -> list[Row]:
-    """Those before the first that is damaged, or was not written to its end."""
+    """Return the rows before the first line that is damaged or incomplete."""
     rows: list[Row] = []
     for line in lines:
         try:
@@ -173,43 +173,43 @@ def _whole(lines: Iterable[bytes]) -> list[Row]:
 
 
 def _cut_metrics(path: Path, step: int) -> list[Row]:
-    """To those of the first steps, which are returned."""
+    """Cut the metrics to those of the first steps, and return these."""
     lines = path.read_bytes().splitlines()[:step] if path.exists() else []
     rows = _whole(lines)
     if len(rows) < step:
         raise ValueError(
-            f"{path}: the metrics of step {len(rows) + 1} are damaged or lost, and the checkpoint "
-            f"is of step {step}. Put the file back; or remove the checkpoints after step "
-            f"{len(rows)}, and --resume does the steps since then again"
+            f"{path}: the metrics of step {len(rows) + 1} are damaged or lost, but the checkpoint "
+            f"is from step {step}. Restore the file; or remove the checkpoints after step "
+            f"{len(rows)}, and --resume repeats the steps since then"
         )
     write(path, b"".join(line + b"\n" for line in lines).decode())
     return rows
 
 
 def _cut_samples(path: Path, size: int) -> None:
-    """To this size. They are only looked at, so that it is no error if some are lost."""
+    """Cut the samples to this size; as nothing depends on them, losing some is no error."""
     path.touch()
     if path.stat().st_size < size:
         size = path.read_bytes().rfind(b"\n") + 1
-        warnings.warn(f"{path} is shorter than it was: some samples are lost", stacklevel=2)
+        warnings.warn(f"{path} is shorter than before: some samples are lost", stacklevel=2)
     os.truncate(path, size)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Held-out accuracy before and after: of sampled responses to the same problems.
+    """Held-out accuracy before and after training, from sampled responses to the same problems.
 
     Attributes:
-        problems: held-out problems, n; each has an accuracy, over the responses sampled to it.
+        problems: number of held-out problems, n; each has an accuracy over its sampled responses.
         before: mean accuracy before training.
         before_se: its standard error, that of a mean over n problems.
         after: mean accuracy after training.
         after_se: its standard error.
         gain: after - before.
-        gain_se: standard error of the gain: of the mean of the n differences, one per problem.
-        seconds: the whole run, both evaluations included.
-        pass_at: k of the next two, 0 without them.
-        pass_before: chance that one of k responses is right, before training.
+        gain_se: standard error of the gain, the mean of n differences, one per problem.
+        seconds: duration of the whole run, including both evaluations.
+        pass_at: k of the next two attributes; 0 without them.
+        pass_before: probability that at least one of k responses is right, before training.
         pass_after: the same after training.
     """
 
@@ -227,7 +227,7 @@ class Summary:
 
     @classmethod
     def of(cls, before: Tensor, after: Tensor, *, seconds: float, pass_at: int = 0) -> Summary:
-        """Summarise (n, samples) rewards before and after, problem by problem."""
+        """Summarize (n, samples) rewards before and after training, problem by problem."""
         passed = [pass_at_k(x, pass_at) if pass_at else 0.0 for x in (before, after)]
         before, after = before.mean(1), after.mean(1)
         gain = after - before
@@ -253,7 +253,7 @@ class Summary:
             f"{self.after:.3f} ± {self.after_se:.3f} after, "
             f"gain {self.gain:+.3f} ± {self.gain_se:.3f}{sigmas}"
             + (
-                f"; one of {self.pass_at} right: {self.pass_before:.3f} before, "
+                f"; at least one of {self.pass_at} right: {self.pass_before:.3f} before, "
                 f"{self.pass_after:.3f} after"
                 if self.pass_at
                 else ""
@@ -262,13 +262,13 @@ class Summary:
 
 
 def pass_at_k(rewards: Tensor, k: int) -> float:
-    """Mean chance that one of k responses is right, with reward 1 or more.
+    """Mean probability that at least one of k responses is right, with a reward of 1 or more.
 
         1 - C(wrong, k) / C(n, k)
 
     Args:
-        rewards: (problems, n) of n responses to each problem.
-        k: from 1 to n.
+        rewards: (problems, n) rewards of n responses to each problem.
+        k: number of responses, from 1 to n.
 
     Source: arXiv 2107.03374, equation 1.
     """
@@ -282,12 +282,12 @@ def _standard_error(values: Tensor) -> float:
 
 
 def plot(runs: Mapping[str, Sequence[Row]], path: Path, *, title: str = "") -> None:
-    """Draw reward, clip fraction, spread of the ratio and live fraction over the steps.
+    """Plot reward, clip fraction, spread of the ratio and live fraction over the steps.
 
     Args:
-        runs: metrics of each step, by name; one or several.
-        path: of the PNG.
-        title: above all.
+        runs: metrics of each step of one or several runs, by the run's name.
+        path: path of the PNG file.
+        title: title of the figure.
     """
     figure = Figure(figsize=(10, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True)
@@ -296,7 +296,7 @@ def plot(runs: Mapping[str, Sequence[Row]], path: Path, *, title: str = "") -> N
     panels = {
         reward: ("reward", "Reward of the sampled responses", "mean reward"),
         clip: ("clip_frac_tokens", "Clip fraction", "fraction of tokens"),
-        live: ("active_token_frac", "Live fraction", "fraction of tokens with gradient"),
+        live: ("active_token_frac", "Live fraction", "fraction of tokens with a gradient"),
     }
     for place, (name, rows) in enumerate(runs.items()):
         # a step whose updates were all skipped has no statistics
@@ -304,7 +304,7 @@ def plot(runs: Mapping[str, Sequence[Row]], path: Path, *, title: str = "") -> N
         steps = [row["step"] for row in rows]
         for number, (axis, (key, *_)) in enumerate(panels.items()):
             color = f"C{place}" if several else f"C{number}"
-            values = [row.get(key, math.nan) for row in rows]  # eager has fewer statistics
+            values = [row.get(key, math.nan) for row in rows]  # the eager loss has fewer statistics
             _points_and_mean(axis, steps, values, color, name if several else None)
         low, high, mean = ([r[f"ratio_{k}"] for r in rows] for k in ("min", "max", "mean"))
         color = f"C{place}" if several else "C3"
@@ -317,9 +317,9 @@ def plot(runs: Mapping[str, Sequence[Row]], path: Path, *, title: str = "") -> N
         axis.set(title=heading, ylabel=label)
         low, high = axis.get_ylim()
         axis.set_ylim(min(low, -0.02), max(high, 1.02))
-    ratio.set(title="Ratio, least and largest", ylabel="ratio (log scale)", yscale="log")
+    ratio.set(title="Smallest and largest ratio", ylabel="ratio (log scale)", yscale="log")
     low, high = ratio.get_ylim()
-    # within a decade those of a logarithmic axis would be one or two
+    # within a decade, a logarithmic axis would have only one or two ticks
     ratio.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low else MaxNLocator(6))
     ratio.yaxis.set_major_formatter("{x:g}")
     ratio.yaxis.set_minor_formatter("")
@@ -345,7 +345,7 @@ def plot(runs: Mapping[str, Sequence[Row]], path: Path, *, title: str = "") -> N
 def _points_and_mean(
     axis: Axes, steps: Sequence[float], values: Sequence[float], color: str, name: str | None
 ) -> None:
-    """Each step as a faint point, and a running mean over the last few as a line."""
+    """Draw each step as a faint point, and a running mean over the last few as a line."""
     axis.plot(steps, values, ".", color=color, alpha=0.4, label=None if name else "step")
     smooth = []
     for end in range(1, len(values) + 1):

@@ -1,4 +1,4 @@
-"""Rewards of responses: side by side if asked, each within its time, and finite numbers all."""
+"""Compute rewards: in threads if asked, each within its time limit, and all finite numbers."""
 
 from __future__ import annotations
 
@@ -38,21 +38,22 @@ def rewards_of(
     *,
     bar: bool = False,
 ) -> tuple[list[float], int]:
-    """The reward of each response to its problem.
+    """Return the reward of each response to its problem.
 
     Args:
-        config: how many to compute at once, how long one may take, and what a failed one counts.
-        reward: called with a response and its problem.
-        responses: B of them.
-        problems: of each.
-        bar: show one when it takes longer than a second.
+        config: says how many rewards to compute at once, how long one may take, and what a failed
+            one counts.
+        reward: the reward function, called with a response and its problem.
+        responses: B responses.
+        problems: the problem of each response.
+        bar: show a progress bar if the rewards take longer than a second.
 
     Returns:
         B finite numbers, and how many of them are `task.failed_reward`.
 
     Raises:
-        ValueError: a reward is no finite number, raised, or took too long, and there is no
-            `task.failed_reward`.
+        ValueError: a reward is not a finite number, raised an exception or took too long, and there
+            is no `task.failed_reward`.
     """
 
     def call(i: int) -> float | _Failure:
@@ -88,23 +89,23 @@ def _call(reward: Reward, response: str, problem: Problem) -> float | _Failure:
     number = given.item() if scalar else given
     if isinstance(number, Real) and abs(cast(float, number)) <= _LARGEST:
         return float(number)
-    return _Failure(f"gave {_SHORT.repr(given)}, which is no finite number (of float32),")
+    return _Failure(f"returned {_SHORT.repr(given)}, not a finite float32 number,")
 
 
 def _error(config: TaskConfig, failure: _Failure, response: str, problem: Problem) -> ValueError:
     return ValueError(
         f"task.reward: {config.reward!r} {failure.why} for the question "
         f"{_SHORT.repr(problem.question)} of the task {config.name!r} and the response "
-        f"{_SHORT.repr(response)}. With task.failed_reward such a response gets that reward"
+        f"{_SHORT.repr(response)}. Set task.failed_reward to give such responses that reward"
     )
 
 
 def _in_threads(
     call: Callable[[int], float | _Failure], count: int, workers: int, seconds: float
 ) -> Iterator[tuple[int, float | _Failure]]:
-    """call(0) to call(count - 1), as they end; those that take too long are left behind.
+    """Yield call(0) to call(count - 1) as they end; calls that take too long are abandoned.
 
-    Threads are daemons: one that hangs doesn't keep the process from ending.
+    The threads are daemons: one that hangs doesn't keep the process from ending.
     """
     done: SimpleQueue[tuple[int, float | _Failure]] = SimpleQueue()
     waiting, running = iter(range(count)), dict[int, float]()
@@ -128,5 +129,5 @@ def _in_threads(
                 del running[i]
                 yield i, _Failure(f"took longer than task.reward_seconds={seconds:g}")
         else:
-            if running.pop(i, None) is not None:  # not one that was left behind
+            if running.pop(i, None) is not None:  # not an abandoned call
                 yield i, outcome

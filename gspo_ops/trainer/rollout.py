@@ -1,17 +1,17 @@
 """Sample responses in batches, and compute the hidden states that predict them.
 
-For sampling, prompts are padded on the left, so that all responses start at one column:
+For sampling, prompts are padded on the left, so that all responses start at the same column:
 
     tokens  [PAD PAD p p p | r r r PAD]      prompts (Q, P), responses (B, T), B = Q * G
 
-For training, a prompt and its G responses share one row, so that the prompt, most of the tokens, is
-run once and not G times. Each response sees the prompt and itself, at the positions it was
-sampled at:
+For training, a prompt and its G responses share one row, so that the prompt, which has most of the
+tokens, is run once instead of G times. Each response sees the prompt and itself, at the positions
+at which it was sampled:
 
     tokens  [PAD PAD p p p | r r r PAD | r r PAD PAD | ...]      (Q, P + G * T)
 
-Models that see less than that, through windows, states or distances between columns, are given one
-row for each response. Which models these are is found by comparing with the model's own log-probs.
+This fails for models with attention windows, recurrent states or distances between columns; they
+get one row per response. A comparison with the model's own log-probs finds out which layout to use.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from ..integrations.transformers import log_probs_from_model
 
 Autocast = Callable[[], AbstractContextManager]
 RowLayout = Literal["shared", "separate"]
-# Mean over tokens, in nats, from the model's own log-probs in fp32: a wrong mask is off by more,
-# rounding by less, and so is an expert that rounding has changed for a token.
+# Mean distance over tokens, in nats, from the model's own log-probs in fp32. A wrong mask causes
+# more; rounding causes less, even where it changes a token's expert.
 LARGEST_DISTANCE = 1e-3
 
 
@@ -46,13 +46,13 @@ def stop_ids(
     """(S,) tokens that end a response.
 
     Args:
-        tokenizer: the model's; its EOS is one of them.
-        model: those of its generation config are, too.
-        newline: whether all tokens with a newline in them are.
-        chat: whether what ends a message of the chat template is.
+        tokenizer: the model's tokenizer, whose EOS token is included.
+        model: the model; the EOS tokens of its generation config are included.
+        newline: whether to include all tokens that contain a newline.
+        chat: whether to include the token that ends a message in the chat template.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are none.
     """
     found = {tokenizer.eos_token_id}
     configured = getattr(model, "generation_config", None)
@@ -70,7 +70,7 @@ def stop_ids(
 
 
 def _end_of_message(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The special token behind an answer in the chat template, if there is one."""
+    """The special token after an answer in the chat template, if there is one."""
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     behind = tokenizer(text.rpartition("!")[2], add_special_tokens=False)["input_ids"]
@@ -78,16 +78,16 @@ def _end_of_message(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 class Rollout(NamedTuple):
-    """Q prompts with G sampled responses each, B = Q * G in all.
+    """Q prompts with G sampled responses each, B = Q * G in total.
 
     Attributes:
         prompts: (Q, P) token ids, padded on the left.
         prompt_mask: (Q, P) bool, True at prompt tokens.
         responses: (B, T) token ids, padded on the right; a prompt's responses are consecutive.
         real: (B, T) bool, True where there is no padding.
-        turn: (B, T) the turn in which a token was sampled, from 0; -1 at the tokens of later
-            questions, and at padding.
-        log_probs: (B, T) fp32 of the sampled tokens, as sampling had them; 0 elsewhere.
+        turn: (B, T) turn in which a token was sampled, from 0; -1 at the tokens of later questions
+            and at padding.
+        log_probs: (B, T) fp32 log-probs of the sampled tokens, from sampling; 0 elsewhere.
     """
 
     prompts: Tensor
@@ -107,18 +107,18 @@ class Rollout(NamedTuple):
         return len(self.responses) // len(self.prompts)
 
     def split(self, parts: int) -> list[Rollout]:
-        """Consecutive equal parts, whole groups each, with padding as it is: all of one shape."""
+        """Split into consecutive parts of equally many whole groups; all keep the padded shape."""
         chunks = [tensor.chunk(parts) for tensor in self]
         return [Rollout(*part) for part in zip(*chunks, strict=True)]
 
     def select(self, groups: Tensor) -> Rollout:
-        """Those (n,) groups."""
+        """Select the groups with these (n,) numbers."""
         members = torch.arange(self.group_size, device=groups.device)
         rows = (groups[:, None] * self.group_size + members).view(-1)
         return Rollout(*(x[groups if x.shape[0] == len(self.prompts) else rows] for x in self))
 
     def stand_in(self) -> Rollout:
-        """One token after one, where no group has a gradient but a forward is due."""
+        """A one-token prompt and response, for a forward when no group has a gradient."""
         first = Rollout(*(x[:1] for x in self))
         prompts, mask = first.prompts[:, -1:], first.prompt_mask[:, -1:]
         return Rollout(prompts, mask, *(x[:, :1] for x in first[2:]))
@@ -133,7 +133,7 @@ class Rollout(NamedTuple):
 
 
 def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
-    """One rollout of several, padded to a common shape."""
+    """Concatenate rollouts, padded to a common shape."""
     columns = {}
     for name, parts in zip(Rollout._fields, zip(*rollouts, strict=True), strict=True):
         widest = max(part.shape[1] for part in parts)
@@ -146,15 +146,15 @@ def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
 
 
 def append_turn(rollout: Rollout, questions: Sequence[Sequence[int]], answers: Rollout) -> Rollout:
-    """The next turn behind each response.
+    """Append the next turn to each response.
 
     Args:
         rollout: B responses so far.
-        questions: tokens of the next question to each.
-        answers: a response to each, one per prompt.
+        questions: tokens of the next question for each response.
+        answers: one response to each of these questions.
 
     Returns:
-        The longer rollout; the tokens of the questions are real, but were not sampled.
+        The longer rollout; the tokens of the questions are real but were not sampled.
     """
     longer = {}
     for name in ("responses", "real", "turn", "log_probs"):
@@ -173,12 +173,12 @@ def append_turn(rollout: Rollout, questions: Sequence[Sequence[int]], answers: R
 
 
 def _fill(name: str) -> int:
-    """What stands in a rollout's padding. Token 0: masks say what is padding, not an id."""
+    """The padding value of a rollout's field; padding is marked by masks, not by a token id."""
     return -1 if name == "turn" else 0
 
 
 def autocast(device: torch.device, dtype: str) -> Autocast:
-    """What makes the context in which a body runs, for `"bfloat16"` or `"float32"`."""
+    """Return a function that makes the context for the body: `"bfloat16"` or `"float32"`."""
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
@@ -195,21 +195,21 @@ def generate(
     generator: torch.Generator | None = None,
     bar: bool = False,
 ) -> Rollout:
-    """Sample responses with a KV cache, each of at least one token, from all of the vocabulary.
+    """Sample responses of at least one token with a KV cache, from the whole vocabulary.
 
     Args:
         model: a causal language model.
         prompts: token ids of Q prompts.
         stops: (S,) tokens that end a response.
-        group_size: responses per prompt, G.
-        max_new_tokens: longest response, in tokens, the stop token included.
-        temperature: logits are divided by it; 0 takes the likeliest token.
+        group_size: number of responses per prompt, G.
+        max_new_tokens: maximum length of a response, in tokens, including the stop token.
+        temperature: divisor of the logits; 0 takes the likeliest token.
         autocast: makes the context in which the model's body runs.
-        generator: of the random numbers.
-        bar: show the progress, in tokens of the longest response so far.
+        generator: generator of the random numbers.
+        bar: show progress, in tokens of the longest response so far.
 
     Returns:
-        The rollout, T being the longest response sampled.
+        The rollout; T is the length of the longest sampled response.
 
     Raises:
         FloatingPointError: logits are NaN or infinite.
@@ -218,12 +218,12 @@ def generate(
     cache = DynamicCache(config=model.config)
     cached: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
     hidden = _hidden(model, autocast, prompt_tokens, prompt_mask, _positions(prompt_mask), **cached)
-    # The prompt is run once for its whole group.
+    # Each prompt is run once for its whole group.
     cache.batch_repeat_interleave(group_size)
     last = hidden[:, -1].repeat_interleave(group_size, 0)
     attention = prompt_mask.repeat_interleave(group_size, 0)
 
-    rows = torch.arange(len(last), device=model.device)  # the responses not yet ended
+    rows = torch.arange(len(last), device=model.device)  # the responses that have not ended
     responses = rows.new_zeros(len(rows), max_new_tokens)
     turn = torch.full_like(responses, -1)
     log_probs = responses.new_zeros(responses.shape, dtype=torch.float32)
@@ -260,37 +260,43 @@ def response_hidden(
         rollout: prompts and responses.
         autocast: makes the context in which the model's body runs.
         layout: `"shared"`, one row for a prompt and its responses, for models whose layers all see
-            all that stands before a token; or `"separate"`, one for each response.
+            everything before a token; or `"separate"`, one row per response.
 
     Returns:
-        (N, H) in the body's dtype, row t predicts `rollout.targets()[t]`. No other rows are
-        there: prompts and padding would be most of them.
+        (N, H) hidden states in the body's dtype; row t predicts `rollout.targets()[t]`. Rows of
+        prompts and padding, which would be the majority, are left out.
     """
     return (_shared if layout == "shared" else _separate)(model, rollout, autocast)
+
+
+def real_tokens(rollout: Rollout, layout: RowLayout) -> Tensor:
+    """(rows, columns) bool: where the rows of `response_hidden` have no padding."""
+    prompts, rows = rollout.prompt_mask, len(rollout.prompts)
+    if layout == "separate":
+        prompts, rows = prompts.repeat_interleave(rollout.group_size, 0), len(rollout.responses)
+    return torch.cat([prompts, rollout.real.reshape(rows, -1)], 1)
 
 
 def _shared(model: PreTrainedModel, rollout: Rollout, autocast: Autocast) -> Tensor:
     (prompts, width), (count, length) = rollout.prompts.shape, rollout.responses.shape
     tokens = torch.cat([rollout.prompts, rollout.responses.reshape(prompts, -1)], 1)
-    real = torch.cat([rollout.prompt_mask, rollout.real.reshape(prompts, -1)], 1)
+    real = real_tokens(rollout, "shared")
     column = torch.arange(tokens.shape[1], device=tokens.device)
-    # Which response each column holds (-1: the prompt), and its place in it.
+    # The response that each column belongs to (-1: the prompt), and its place in the response.
     response = (column - width).div(length, rounding_mode="floor").clamp(min=-1)
     place = column - width - response.clamp(min=0) * length
     positions = _positions(rollout.prompt_mask)
     positions = torch.cat([positions, positions[:, -1:] + 1 + place[width:]], 1)
     hidden = _hidden(model, autocast, tokens, _tree_mask(real, response), positions)
-    # A token's state predicts the next; a response's first token is predicted by the prompt's last.
+    # A token's state predicts the next token; the prompt's last predicts each response's first.
     before = torch.where(place == 0, width - 1, column - 1)[width:]
     return hidden[:, before].view(count, length, -1)[rollout.mask]
 
 
 def _separate(model: PreTrainedModel, rollout: Rollout, autocast: Autocast) -> Tensor:
-    prompts, prompt_mask = (
-        x.repeat_interleave(rollout.group_size, 0) for x in (rollout.prompts, rollout.prompt_mask)
-    )
+    prompts = rollout.prompts.repeat_interleave(rollout.group_size, 0)
     tokens = torch.cat([prompts, rollout.responses], 1)
-    real = torch.cat([prompt_mask, rollout.real], 1)
+    real = real_tokens(rollout, "separate")
     hidden = _hidden(model, autocast, tokens, real, _positions(real))
     return hidden[:, prompts.shape[1] - 1 : -1][rollout.mask]
 
@@ -299,8 +305,8 @@ def _hidden(
     model: PreTrainedModel, autocast: Autocast, tokens: Tensor, mask: Tensor, positions: Tensor,
     **options: Any,
 ) -> Tensor:  # fmt: skip
-    """(B, S, H) that the head is given; models without positions, as with alibi, are given none."""
-    own = partial(type(model).forward, model)  # this is called within a forward already
+    """(B, S, H) input of the head; models without positions, such as alibi's, get none."""
+    own = partial(type(model).forward, model)  # because this already runs within a forward
     batch = {"input_ids": tokens, "attention_mask": mask, **options}
     if "position_ids" in inspect.signature(own).parameters:
         batch["position_ids"] = positions
@@ -310,7 +316,7 @@ def _hidden(
 
 @torch.no_grad()
 def own_log_probs(model: Any, rollout: Rollout, temperature: float) -> Tensor:
-    """(N,) the model's own log-probs, one response at a time, without padding or cache."""
+    """(N,) log-probs of the model itself: one response at a time, without padding or cache."""
 
     def of(b: int) -> Tensor:
         q = b // rollout.group_size
@@ -328,7 +334,7 @@ def check_sampling(model: PreTrainedModel) -> None:
     """Refuse a model that can't be sampled in padded batches with a cache.
 
     Raises:
-        ValueError: log-probs of sampled tokens are not the model's own, or the model fails.
+        ValueError: the log-probs of sampled tokens are not the model's own, or the model fails.
     """
     vocabulary = model.config.get_text_config().vocab_size
     ids = [[(7 * i + 5) % vocabulary for i in range(n)] for n in (4, 9)]
@@ -341,7 +347,7 @@ def check_sampling(model: PreTrainedModel) -> None:
         )  # fmt: skip
         sampled = rollout.log_probs[rollout.mask]
         distance = (sampled - own_log_probs(model, rollout, 1.0)).abs().mean().item()
-    except FloatingPointError:  # of the weights: sampling says so itself
+    except FloatingPointError:  # due to the weights: sampling reports it later
         return
     except Exception as error:
         raise ValueError(
@@ -350,8 +356,8 @@ def check_sampling(model: PreTrainedModel) -> None:
         ) from error
     if not distance <= LARGEST_DISTANCE:
         raise ValueError(
-            f"model.name: log-probs that {type(model).__name__} has in padded batches with a cache "
-            f"differ by {distance:.2g} nats from its own"
+            f"model.name: the log-probs of {type(model).__name__} in padded batches with a cache "
+            f"differ by {distance:.2g} nats from those without padding and cache"
         )
 
 
@@ -360,19 +366,19 @@ def _tree_mask(real: Tensor, response: Tensor) -> Tensor:
 
     Args:
         real: (Q, S) bool, False at padding.
-        response: (S,) the response a column belongs to, -1 for the prompt.
+        response: (S,) response that a column belongs to, -1 for the prompt.
     """
     causal = torch.ones(len(response), len(response), device=real.device).tril().bool()
     lineage = (response == -1) | (response == response[:, None])
-    # Padding attends to itself: attending to nothing is NaN in some attention kernels.
+    # Padding attends to itself: attending to nothing gives NaN in some attention kernels.
     itself = torch.eye(len(response), dtype=torch.bool, device=real.device)
     return ((causal & lineage & real[:, None, :]) | itself)[:, None]
 
 
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """One token per row of (B, V) logits: (B,)."""
+    """(B,) tokens, one per row of (B, V) logits."""
     if not bool(logits.amax(-1).isfinite().all()):
-        raise FloatingPointError("logits are not finite in sampling")
+        raise FloatingPointError("logits are not finite during sampling")
     if temperature == 0:
         return logits.argmax(-1)
     probs = (logits / temperature).softmax(-1)
@@ -388,5 +394,5 @@ def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[T
 
 
 def _positions(mask: Tensor) -> Tensor:
-    """Positions that count from each row's first real token, whatever padding precedes it."""
+    """Positions counted from each row's first real token, whatever padding precedes it."""
     return (mask.long().cumsum(1) - 1).clamp(min=0)

@@ -1,19 +1,20 @@
-"""Routing Replay: the experts that were chosen in one forward, again in another.
+"""Routing Replay: reuse the experts chosen in one forward in another.
 
     routing = RoutingReplay()
     with torch.no_grad(), routing.record(model):
         old_log_probs = ...            # one forward
     with routing.replay(model):
-        loss(...).backward()           # the same tokens; the backward inside, for checkpointing
+        loss(...).backward()           # the same tokens; backward inside, for checkpointing
 
-Only the indices are replayed. A router of transformers computes scores, takes the top k of them,
-and makes weights of their values. Here its own code runs with `topk` giving the recorded indices
-and the live values at them: weights are those of the live router, its gradients too, and replaying
-the native routing changes nothing. Any model whose routers choose with one `topk` can be used:
-Qwen3-MoE, Qwen2-MoE, Mixtral, OLMoE, gpt-oss, Granite-MoE, MiniMax and others of that form.
+Only the indices are replayed. A router of transformers computes scores, takes the top k of them
+and turns their values into weights. Its own code runs here too, but `topk` returns the recorded
+indices and the live values at them. The weights and their gradients are therefore those of the live
+router, and replaying the native routing changes nothing. This works for any model whose routers
+choose by one `topk`: Qwen3-MoE, Qwen2-MoE, Mixtral, OLMoE, gpt-oss, Granite-MoE, MiniMax and others
+of that form.
 
-The GSPO paper (arXiv 2507.18071, section 5.3) has it as what GRPO needs on MoE models, and GSPO
-not.
+According to the GSPO paper (arXiv 2507.18071, section 5.3), GRPO needs Routing Replay on MoE models
+and GSPO does not.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class RoutingReplay:
     """Records the experts of one forward, and replays them.
 
     Attributes:
-        indices: (tokens, k) of each router, in the model's order; -1 where a token is routed
-            natively.
+        indices: (tokens, k) experts chosen by each router, in the model's order; -1 where a token
+            is routed natively.
     """
 
     def __init__(self) -> None:
@@ -48,11 +49,11 @@ class RoutingReplay:
             model: a model with routers.
 
         Raises:
-            ValueError: the model has no routers, or something is recorded already.
+            ValueError: the model has no routers, or routing has already been recorded.
             RuntimeError: not exactly one forward ran.
         """
         if self.indices:
-            raise ValueError("routing is recorded already: make a RoutingReplay for each forward")
+            raise ValueError("already recorded: make one RoutingReplay per forward")
         routers = find_routers(model)
         found: list[Tensor | None] = [None] * len(routers)
 
@@ -73,13 +74,13 @@ class RoutingReplay:
     def replay(self, model: nn.Module) -> Iterator[None]:
         """Choose the recorded experts in the forward that runs inside, and in its recomputations.
 
-        With gradient checkpointing the backward has to run inside as well.
+        With gradient checkpointing, the backward must run inside as well.
 
         Args:
             model: the model that was recorded, or one of the same form.
 
         Raises:
-            ValueError: nothing is recorded, or it does not fit the model or its input.
+            ValueError: nothing is recorded, or the recording does not fit the model or its input.
             RuntimeError: a router did not run.
         """
         if not self.indices:
@@ -87,7 +88,7 @@ class RoutingReplay:
         routers = find_routers(model)
         if len(routers) != len(self.indices):
             raise ValueError(
-                f"{len(self.indices)} routers were recorded, the model has {len(routers)}"
+                f"{len(self.indices)} routers were recorded, but the model has {len(routers)}"
             )
         largest = [int(x.max()) if x.numel() else -1 for x in self.indices]
         ran = [False] * len(routers)
@@ -101,8 +102,8 @@ class RoutingReplay:
                 )
             if largest[layer] >= scores.shape[-1]:
                 raise ValueError(
-                    f"router {layer} has {scores.shape[-1]} experts, expert {largest[layer]} was "
-                    "recorded"
+                    f"router {layer} has {scores.shape[-1]} experts, but expert {largest[layer]} "
+                    "was recorded"
                 )
             ran[layer] = True
             return torch.where(recorded < 0, native, recorded)
@@ -114,31 +115,31 @@ class RoutingReplay:
             raise RuntimeError(f"routers {missing} of {len(routers)} did not run while replaying")
 
     def route_natively(self, where: Tensor) -> None:
-        """Forget the experts of some tokens, as of padding or of tool output.
+        """Forget the experts of some tokens, such as padding or tool output.
 
         Args:
             where: bool, one per token of the recorded forward, in any shape.
 
         Raises:
-            ValueError: another number of tokens was recorded.
+            ValueError: a different number of tokens was recorded.
         """
         flat = where.reshape(-1)
         for indices in self.indices:
             if len(flat) != len(indices):
-                raise ValueError(f"where has {len(flat)} tokens, {len(indices)} were recorded")
+                raise ValueError(f"where has {len(flat)} tokens, but {len(indices)} were recorded")
             indices[flat] = -1
 
 
 def expert_churn(before: RoutingReplay, after: RoutingReplay, mask: Tensor | None = None) -> float:
-    """Fraction of the (token, router, choice) in which an expert chosen before no longer is.
+    """Fraction of the experts chosen before, over tokens and routers, that are no longer chosen.
 
     Args:
         before: routing of some tokens.
         after: routing of the same tokens.
-        mask: bool, one per token: which count; None for all.
+        mask: bool, one per token, True for the tokens that count; None for all.
 
     Returns:
-        A fraction of 1.
+        A number from 0 to 1.
 
     Raises:
         ValueError: the two do not have the same shape.
@@ -153,7 +154,7 @@ def expert_churn(before: RoutingReplay, after: RoutingReplay, mask: Tensor | Non
 
 
 def find_routers(model: nn.Module) -> list[nn.Module]:
-    """Modules of transformers that choose experts by a top k.
+    """Return the modules that choose experts by a top k, in the model's order.
 
     Raises:
         ValueError: there are none.
@@ -161,19 +162,19 @@ def find_routers(model: nn.Module) -> list[nn.Module]:
     routers = [m for m in model.modules() if type(m).__name__.endswith("TopKRouter")]
     if not routers:
         raise ValueError(
-            f"{type(model).__name__} has no router that routing replay knows: it is for "
-            "mixture-of-experts models of transformers with a ...TopKRouter"
+            f"{type(model).__name__} has no router that Routing Replay supports: it needs a "
+            "mixture-of-experts model of transformers with a ...TopKRouter"
         )
     return routers
 
 
 class _Choose(Protocol):
     def __call__(self, layer: int, scores: Tensor, native: Tensor) -> Tensor:
-        """(tokens, k) experts, from the scores and the router's own choice."""
+        """Return (tokens, k) experts, given the scores and the router's own choice."""
 
 
 class _TopK(TorchFunctionMode):
-    """`topk` with indices from elsewhere, and its input's values at them."""
+    """Makes `topk` return indices from elsewhere, and its input's values at them."""
 
     def __init__(self, layer: int, choose: _Choose) -> None:
         super().__init__()
@@ -194,9 +195,9 @@ class _TopK(TorchFunctionMode):
 
 @contextmanager
 def _wrapped(routers: list[nn.Module], choose: _Choose) -> Iterator[None]:
-    """The routers' forwards with `choose` in them; as they were afterwards, come what may."""
+    """Wrap the routers' forwards to use `choose`; restore them afterwards in any case."""
     if any(_OURS in vars(router) for router in routers):
-        raise RuntimeError("the model's routing is being recorded or replayed already")
+        raise RuntimeError("the model's routing is already being recorded or replayed")
     try:
         for layer, router in enumerate(routers):
             _wrap(router, layer, choose)
@@ -215,8 +216,8 @@ def _wrap(router: nn.Module, layer: int, choose: _Choose) -> None:
             out = native(*args, **kwargs)
         if mode.calls != 1:
             raise ValueError(
-                f"{type(router).__name__} chose by {mode.calls} topk, not by one: routing replay "
-                "does not know it"
+                f"{type(router).__name__} called topk {mode.calls} times, not once: Routing Replay "
+                "does not support it"
             )
         return out
 

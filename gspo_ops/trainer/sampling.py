@@ -1,4 +1,4 @@
-"""Problems to scored responses: in turns, in groups, with dead groups replaced."""
+"""From problems to scored responses: in turns, in groups, with dead groups replaced."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .rewards import rewards_of
 from .rollout import Rollout, append_turn, autocast, concatenate, generate, stop_ids
 from .tasks import Deck, Problem, Task
 
-# Held-out problems answered at once.
+# Number of held-out problems answered at once.
 _EVAL_BATCH = 64
 
 
@@ -26,11 +26,12 @@ class Groups(NamedTuple):
     """G responses to each of Q problems, B = Q * G in all.
 
     Attributes:
-        problems: Q of them.
+        problems: the Q problems.
         rollout: the responses.
         rewards: (B, turns) fp32.
-        refilled: how many groups took the place of one without a gradient.
-        failed: how many rewards are `task.failed_reward`, those of replaced groups too.
+        refilled: number of groups that replaced one without a gradient.
+        failed: number of rewards that are `task.failed_reward`, including those of replaced groups.
+        grades: (B, T) fp32 grades of the tokens, with `task.graded`.
     """
 
     problems: list[Problem]
@@ -38,22 +39,24 @@ class Groups(NamedTuple):
     rewards: Tensor
     refilled: int = 0
     failed: int = 0
+    grades: Tensor | None = None
 
     @property
     def are_mixed(self) -> Tensor:
-        """(Q,) bool: which groups have different rewards in some turn, and so a gradient."""
+        """(Q,) bool: which groups have different rewards in some turn, and thus a gradient."""
         turns = self.rewards.shape[1]
         groups = self.rewards.view(-1, self.rollout.group_size, turns)
         return (groups.amin(1) != groups.amax(1)).any(1)
 
     def advantages(self) -> Tensor:
-        """(B, turns), each turn's rewards compared within the group."""
-        size = self.rollout.group_size
-        of_turns = [group_advantages(r, group_size=size) for r in self.rewards.unbind(1)]
-        return torch.stack(of_turns, 1)
+        """Advantages within each group: (B, turns) from the rewards of a turn, or (B, T) from the
+        grades at a place.
+        """
+        size, scored = self.rollout.group_size, self.rewards if self.grades is None else self.grades
+        return torch.stack([group_advantages(x, group_size=size) for x in scored.unbind(1)], 1)
 
     def replace_dead(self, others: Groups) -> Groups:
-        """With a mixed one of the others in the place of each that is not, while they last."""
+        """Replace groups without a gradient by mixed groups of the others, as far as they go."""
         dead = (~self.are_mixed).nonzero().squeeze(1)
         live = others.are_mixed.nonzero().squeeze(1)[: len(dead)]
         places = torch.arange(len(self.problems), device=live.device)
@@ -80,14 +83,14 @@ class Sampler:
         task: Task,
         ranks: Ranks,
     ) -> None:
-        """Nothing is drawn yet.
+        """Set up the sampler without drawing problems yet.
 
         Args:
             config: the settings.
-            model: on its device.
-            tokenizer: the model's.
-            task: problems to train on and to hold out.
-            ranks: the processes that the problems are divided among.
+            model: the model, on its device.
+            tokenizer: the model's tokenizer.
+            task: problems to train on and held-out problems.
+            ranks: the processes among which the problems are divided.
         """
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.task, self.ranks = task, ranks
@@ -97,10 +100,10 @@ class Sampler:
         self.deck = Deck(len(task.train), config.seed)
 
     def groups(self, generator: torch.Generator) -> Groups:
-        """Those of a step; all processes draw the same problems, and each takes its part.
+        """Sample the groups of a step; all processes draw the same problems, and each takes a part.
 
-        A group whose rewards are all equal has no gradient; `rollout.refill` rounds replace such
-        groups by others that have one, as far as they turn up.
+        A group whose rewards are all equal has no gradient; up to `rollout.refill` rounds replace
+        such groups by others that have one, as far as any turn up.
         """
         drawn = self.deck.draw(self.task.train, self.config.rollout.prompts)
         problems = self.ranks.part(drawn)
@@ -144,14 +147,14 @@ class Sampler:
         *,
         bar: bool = False,
     ) -> Groups:
-        """Responses to these problems, in as many turns as the task has, and their rewards.
+        """Sample responses in as many turns as the task has, and compute their rewards.
 
         Args:
-            problems: Q of them.
-            group_size: responses to each.
-            generator: of the random numbers.
-            temperature: of sampling; None for that of training.
-            bar: show the progress.
+            problems: Q problems.
+            group_size: number of responses to each.
+            generator: generator of the random numbers.
+            temperature: sampling temperature; None for that of training.
+            bar: show a progress bar.
 
         Raises:
             Diverged: the model's logits are not finite.
@@ -182,7 +185,8 @@ class Sampler:
             failed += failed_now
             rollout = append_turn(rollout, questions, turn)
         scored = torch.tensor(rewards, dtype=torch.float32, device=self.model.device).mT
-        return Groups(problems, rollout, scored, failed=failed)
+        grades = self._grades(rollout, asked) if self.task.grades else None
+        return Groups(problems, rollout, scored, failed=failed, grades=grades)
 
     def answers(
         self,
@@ -191,13 +195,13 @@ class Sampler:
         generator: torch.Generator,
         temperature: float | None = None,
     ) -> list[list[str]]:
-        """`count` responses to each problem, as texts, without rewards."""
+        """Sample `count` responses to each problem, as texts, without rewards."""
         prompts = [self.prompt_tokens(problem) for problem in problems]
         texts = self.texts(self._generate(prompts, count, generator, temperature, bar=False))
         return [texts[i : i + count] for i in range(0, len(texts), count)]
 
     def prompt_tokens(self, problem: Problem) -> list[int]:
-        """Of a problem as the model is asked it."""
+        """Tokens of a problem's prompt."""
         if not self.config.task.chat:
             return self.tokenizer(self.task.prompt(problem))["input_ids"]
         return self.tokenizer.apply_chat_template(
@@ -205,14 +209,14 @@ class Sampler:
         )["input_ids"]
 
     def texts(self, rollout: Rollout) -> list[str]:
-        """Of the responses, with the questions of later turns."""
+        """Texts of the responses, including the questions of later turns."""
         return self.tokenizer.batch_decode(
             [r[m] for r, m in zip(rollout.responses.cpu(), rollout.real.cpu(), strict=True)],
             skip_special_tokens=True,
         )
 
     def show(self, groups: Groups, advantages: Tensor) -> list[dict[str, Any]]:
-        """Some responses to look at, spread over the batch."""
+        """Return some responses for `samples.jsonl`, spread over the batch."""
         count, texts = self.config.logging.samples, self.texts(groups.rollout)
         places = [i * len(texts) // count for i in range(count)]
         return [
@@ -260,9 +264,18 @@ class Sampler:
         except FloatingPointError as error:
             raise Diverged(
                 f"{error}: the model was broken when it was loaded, or the last updates were too "
-                "large. Lower update.learning_rate; --resume goes on from before these updates "
-                "once the checkpoints written since are removed"
+                "large. Remove the checkpoints written since then and lower update.learning_rate; "
+                "--resume then continues from before these updates"
             ) from None
+
+    def _grades(self, rollout: Rollout, asked: list[Problem]) -> Tensor:
+        """(B, T) grades of the tokens, 0 after the end of a response."""
+        assert self.task.grades is not None
+        found = torch.zeros(rollout.responses.shape, device=self.model.device)
+        for row, (response, real) in enumerate(zip(rollout.responses, rollout.real, strict=True)):
+            texts = self.tokenizer.batch_decode(response[real, None].tolist())
+            found[row, : len(texts)] = torch.tensor(self.task.grades(texts, asked[row]))
+        return found
 
     def _rewards(self, answers: list[str], asked: list[Problem]) -> tuple[list[float], int]:
         config, reward = self.config.task, self.task.reward

@@ -8,7 +8,7 @@ import inspect
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
@@ -22,12 +22,14 @@ from .config import TaskConfig, _nearest
 
 @dataclass(frozen=True)
 class Problem:
-    """One question as the prompt shows it, and its right answer.
+    """A question as the prompt shows it, and its right answer.
 
     Attributes:
+        question: the question.
+        answer: the right answer.
         also: further answers that are accepted.
-        messages: the question as a chat, `{"role": ..., "content": ...}` each; none for a text.
-        entry: what the data set says besides.
+        messages: the question as a chat of `{"role": ..., "content": ...}`; empty for a text.
+        entry: further data, such as the dataset's entry.
     """
 
     question: str
@@ -42,26 +44,29 @@ class Problem:
 
 
 Reward = Callable[[str, Problem], float]
-# The problem of the next turn, from this one and the response to it; None after the last.
+# Grades of a response's tokens, given as texts: 1 for a token that is right after those before it,
+# else 0.
+Grades = Callable[[Sequence[str], Problem], list[float]]
+# The problem of the next turn, from the present one and the response to it; None after the last.
 FollowUp = Callable[[Problem, str], Problem | None]
 
 
 def parse_answer(response: str) -> str:
-    """The answer a response gives: its first line, without surrounding white space."""
+    """The answer in a response: its first line, without surrounding white space."""
     return response.split("\n", 1)[0].strip()
 
 
 def is_correct(response: str, problem: Problem) -> bool:
-    """Whether the answer given is a right one, character for character."""
+    """Whether the answer in a response is a right one, character by character."""
     return parse_answer(response) in problem.answers
 
 
 def reward_fingerprint(reward: Reward) -> str:
-    """Of the file that a reward is written in."""
+    """Hash the source file of a reward function."""
     function = inspect.unwrap(getattr(reward, "__func__", reward))
     try:
         code = Path(inspect.getsourcefile(function) or "").read_bytes()
-    except (TypeError, OSError):  # made by other means than a file
+    except (TypeError, OSError):  # not defined in a file
         code = repr(getattr(function, "__qualname__", function)).encode()
     return hashlib.sha256(code).hexdigest()
 
@@ -72,15 +77,16 @@ def _no_follow_up(problem: Problem, response: str) -> Problem | None:
 
 @dataclass(frozen=True)
 class Task:
-    """Problems of one kind; none is in two of the three sets, not even mirrored.
+    """Problems of one kind; no problem is in two of the three sets, not even mirrored.
 
     Attributes:
-        examples: the solved problems shown in every prompt.
+        examples: solved problems shown in every prompt.
         train: problems to train on.
         held_out: problems to measure accuracy on.
-        reward: of a response to a problem.
-        follow_up: the problem of the next turn. The number of turns is the same for all.
-        turns: how many there are; each has a reward.
+        reward: returns the reward of a response to a problem.
+        follow_up: returns the problem of the next turn.
+        turns: number of turns, the same for all problems; each turn has a reward.
+        grades: returns the grades of a response's tokens, for `task.graded`.
     """
 
     examples: tuple[Problem, ...]
@@ -89,13 +95,14 @@ class Task:
     reward: Reward = is_correct
     follow_up: FollowUp = _no_follow_up
     turns: int = 1
+    grades: Grades | None = None
 
     def prompt(self, problem: Problem) -> str:
         """The solved examples, one per line, then `problem`'s question without its answer."""
         return "".join(map(self._solved, self.examples)) + problem.question
 
     def chat(self, problem: Problem) -> list[Mapping[str, str]]:
-        """The same as a chat: one message, or those that the problems have."""
+        """The same as a chat: one message, or the problems' own messages."""
         if not problem.messages:
             return [{"role": "user", "content": self.prompt(problem)}]
         solved = [
@@ -106,7 +113,7 @@ class Task:
         return [*solved, *problem.messages]
 
     def fingerprint(self) -> str:
-        """Of all problems, with what they are asked and answered by, in their order."""
+        """Hash the questions and answers of all problems, in their order."""
         sets = [[(p.question, p.answers) for p in of] for of in
                 (self.examples, self.train, self.held_out)]  # fmt: skip
         return hashlib.sha256(repr(sets).encode()).hexdigest()
@@ -120,11 +127,11 @@ class Task:
 
 
 def make_task(config: TaskConfig, seed: int) -> Task:
-    """Draw distinct problems and divide them.
+    """Draw distinct problems and divide them into three sets.
 
     Args:
         config: which problems, how many, and their reward.
-        seed: of the draw and the division.
+        seed: seed of the draw and the division.
 
     Returns:
         The task.
@@ -141,7 +148,7 @@ def make_task(config: TaskConfig, seed: int) -> Task:
             f"task.name: {config.name!r} gave {len(problems)} distinct problems, expected "
             f"examples + train_size + eval_size = {needed}"
         )
-    # The draw exhausts the rare short questions first; shuffle, so that all sets are alike.
+    # The draw exhausts the rare short questions first; shuffle to make all sets alike.
     random.Random(seed).shuffle(problems)
     first_held_out = config.examples + config.train_size
     if any(problem.messages for problem in problems) and not config.chat:
@@ -153,6 +160,7 @@ def make_task(config: TaskConfig, seed: int) -> Task:
         reward=_reward(config.reward, source),
         follow_up=source.follow_up,
         turns=source.turns,
+        grades=_grades(config, source),
     )
 
 
@@ -164,7 +172,7 @@ class Deck:
         self._left: list[int] = []
 
     def draw(self, problems: tuple[Problem, ...], count: int) -> list[Problem]:
-        """`count` of them; a new epoch begins when too few are left of the old one."""
+        """Draw `count` problems; a new epoch begins when too few are left in the old one."""
         if len(self._left) < count:
             self._left = list(range(self._size))
             self._random.shuffle(self._left)
@@ -194,20 +202,58 @@ class Dataset:
     turns: int = 1
 
     def problems(self, seed: int, needed: int) -> Iterator[Problem]:
-        # Many draws repeat a question; a source that hasn't given enough by then is too small.
+        # Many draws repeat a question; a dataset that has too few among these is too small.
         try:
             draws = reasoning_gym.create_dataset(
                 self.name, seed=seed, size=20 * needed, **self.options
             )
         except (TypeError, AssertionError) as error:
-            raise ValueError(f"task.options: {self.name} refuses them: {error}") from None
+            raise ValueError(f"task.options: {self.name} rejects them: {error}") from None
         for entry in draws:
             yield Problem(self.ask(entry), str(entry["answer"]), entry=entry)
 
     def score(self, response: str, problem: Problem) -> float:
-        """What the dataset's own check gives, partial credit included."""
+        """Return the score of the dataset's own check, which may give partial credit."""
         dataset = reasoning_gym.create_dataset(self.name, seed=0, size=1, **self.options)
         return float(dataset.score_answer(answer=response.strip(), entry=problem.entry))
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """Digits to continue with x(t) = x(t-1) + x(t-4) mod 10: the answer to `3941` is `4378...`.
+
+    An answer has one token per digit and no stop token, so `rollout.max_new_tokens` must be the
+    number of digits.
+    """
+
+    digits: int = 32
+    follow_up: FollowUp = _no_follow_up
+    turns: int = 1
+
+    def problems(self, seed: int, needed: int) -> Iterator[Problem]:
+        draw = random.Random(seed)
+        for _ in range(20 * needed):
+            start = "".join(draw.choices("0123456789", k=_LAG))
+            answer = start
+            for _ in range(self.digits):
+                answer += next_digit(answer)
+            yield Problem(start, answer[_LAG:])
+
+    def grades(self, tokens: Sequence[str], problem: Problem) -> list[float]:
+        """Return 1 for each digit that is right given the digits written before it, else 0."""
+        so_far, found = problem.question, []
+        for token in tokens:
+            found.append(float(token == next_digit(so_far)))
+            so_far += token if len(token) == 1 and token.isdecimal() else ""
+        return found
+
+
+_LAG = 4
+
+
+def next_digit(digits: str) -> str:
+    """The next digit of a `Recurrence`."""
+    return str((int(digits[-1]) + int(digits[-_LAG])) % 10)
 
 
 @dataclass(frozen=True)
@@ -220,10 +266,10 @@ class JsonLines:
 
     def problems(self, seed: int, needed: int) -> Iterator[Problem]:
         try:
-            text = self.path.read_text(encoding="utf-8-sig")  # with a byte-order mark or without
+            text = self.path.read_text(encoding="utf-8-sig")  # with or without a byte-order mark
         except UnicodeDecodeError as error:
             raise ValueError(f"task.name: {self.path} is not UTF-8: {error}") from None
-        # all of it: an answer more to a question may stand on the last line
+        # read it all: even the last line may have a further answer to an earlier question
         for number, line in enumerate(text.split("\n"), 1):
             if not line.strip():
                 continue
@@ -241,7 +287,7 @@ class JsonLines:
 
 
 def _messages(prompt: Any) -> tuple[Mapping[str, str], ...]:
-    """Those of a chat; none of a text."""
+    """The messages of a chat; none for a text."""
     if isinstance(prompt, str) and prompt.strip():
         return ()
     keys = {"role", "content"}
@@ -250,7 +296,7 @@ def _messages(prompt: Any) -> tuple[Mapping[str, str], ...]:
         for m in prompt
     ):  # fmt: skip
         return tuple(prompt)
-    raise ValueError("a prompt must be a text that is not empty, or a list of chat messages")
+    raise ValueError("a prompt must be a non-empty text or a list of chat messages")
 
 
 def _as_text(messages: tuple[Mapping[str, str], ...]) -> str:
@@ -258,12 +304,12 @@ def _as_text(messages: tuple[Mapping[str, str], ...]) -> str:
 
 
 def _answers(given: Any) -> list[str]:
-    """One or several; numbers as they are written."""
+    """Return the accepted answers as texts; numbers keep their notation."""
     several = given if isinstance(given, list) and given else [given]
     for answer in several:
         is_number = isinstance(answer, int | float) and not isinstance(answer, bool)
         if not isinstance(answer, str) and not (is_number and math.isfinite(answer)):
-            raise ValueError(f"an answer must be a text or a number, or a list of such: {answer!r}")
+            raise ValueError(f"an answer must be a text, a number or a list of these: {answer!r}")
     return [str(answer) for answer in several]
 
 
@@ -280,7 +326,7 @@ def _first_step(entry: Mapping[str, Any]) -> str:
 
 
 def _second_step(problem: Problem, response: str) -> Problem | None:
-    """a + b + c in two steps: the second goes on from what the first one gave, right or wrong."""
+    """a + b + c in two steps: the second starts from the first one's result, right or wrong."""
     if "second" in problem.entry:
         return None
     operator, operand = problem.entry["metadata"]["expression"].split()[-2:]
@@ -308,7 +354,7 @@ class TwoStep(Dataset):
 
 TASKS: Mapping[str, Dataset] = MappingProxyType(
     {
-        # 155 problems in all
+        # 155 distinct problems
         "digit_sums": Dataset("chain_sum", _expression, {"max_terms": 2, "max_digits": 1}),
         "sums": Dataset("chain_sum", _expression, {"max_terms": 2, "max_digits": 2}),
         "products": Dataset("products", _expression, {"max_digits": 2}),
@@ -322,12 +368,24 @@ TASKS: Mapping[str, Dataset] = MappingProxyType(
 )
 
 
-def _source(config: TaskConfig) -> Dataset | JsonLines:
+Source = Dataset | Recurrence | JsonLines
+_RECURRENCE = "recurrence"
+
+
+def _source(config: TaskConfig) -> Source:
+    if config.name == _RECURRENCE:
+        digits = config.options.get("digits", Recurrence.digits)
+        if config.options.keys() - {"digits"} or type(digits) is not int or digits < 1:
+            raise ValueError(
+                f"task.options: expected only digits, an integer of at least 1, for "
+                f"{_RECURRENCE!r}, got {dict(config.options)}"
+            )
+        return Recurrence(digits)
     if config.name in TASKS:
         if config.options:
             raise ValueError(
-                f"task.options: {config.name!r} has its own; they are for the datasets of "
-                "reasoning-gym"
+                f"task.options: {config.name!r} has fixed options; only datasets of reasoning-gym "
+                "take others"
             )
         return TASKS[config.name]
     if config.name.endswith(".jsonl"):
@@ -335,10 +393,12 @@ def _source(config: TaskConfig) -> Dataset | JsonLines:
         if not path.is_file():
             raise ValueError(f"task.name: no such file: {path}")
         return JsonLines(path)
-    known = [*TASKS, *reasoning_gym.factory.DATASETS]
+    known = [*TASKS, _RECURRENCE, *reasoning_gym.factory.DATASETS]
     if config.name not in known:
         close = _nearest(config.name, known)
-        hint = close if "did you mean" in close else f"; there are {', '.join(TASKS)}"
+        hint = (
+            close if "did you mean" in close else f"; tasks are {', '.join([*TASKS, _RECURRENCE])}"
+        )
         raise ValueError(
             f"task.name: expected a task, a dataset of reasoning-gym or a .jsonl file, got "
             f"{config.name!r}{hint}"
@@ -347,14 +407,22 @@ def _source(config: TaskConfig) -> Dataset | JsonLines:
     return Dataset(config.name, ask, config.options)
 
 
-def _reward(name: str, source: Dataset | JsonLines) -> Reward:
+def _grades(config: TaskConfig, source: Source) -> Grades | None:
+    if not config.graded:
+        return None
+    if not isinstance(source, Recurrence):
+        raise ValueError(f"task.graded: expected false for {config.name!r}, which has no grades")
+    return source.grades
+
+
+def _reward(name: str, source: Source) -> Reward:
     if name == "exact":
-        # reasoning-gym's own gives partial credit for a wrong answer and full credit for odd
-        # spellings (`+07`)
+        # reasoning-gym's own check gives partial credit for wrong answers and full credit for odd
+        # notations (`+07`)
         return is_correct
     if name == "score":
-        if isinstance(source, JsonLines) or source.turns > 1:
-            raise ValueError("task.reward: 'score' is the check of a reasoning-gym dataset")
+        if not isinstance(source, Dataset) or source.turns > 1:
+            raise ValueError("task.reward: 'score' needs a task that is one reasoning-gym dataset")
         return source.score
     module, _, function = name.partition(":")
     try:
@@ -362,30 +430,35 @@ def _reward(name: str, source: Dataset | JsonLines) -> Reward:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"task.reward: can't import {name!r}: {error}") from None
     if not callable(found):
-        raise ValueError(f"task.reward: {name!r} is no function of (response, problem)")
+        raise ValueError(f"task.reward: {name!r} is not a function of (response, problem)")
     return cast(Reward, found)
 
 
 def _distinct(problems: Iterator[Problem], needed: int, *, to_the_end: bool) -> list[Problem]:
-    """Up to `needed` different ones, in the order drawn.
+    """Return up to `needed` distinct problems, in the order drawn.
 
     A question is one problem, whatever its white space, and all its answers are accepted. Questions
-    made of the same words, with an answer in common, are one problem, too: who was trained on
-    `3 + 4` has not been tested by `4 + 3`. Answers may come up to the end of a file.
+    of the same words with an answer in common are one problem, too: for a model trained on `3 + 4`,
+    `4 + 3` is not a held-out problem. A file may have further answers up to its end.
     """
     found: dict[str, Problem] = {}
+    left_out: set[str] = set()  # for good: a later line would not bring their first answers back
     by_words: dict[tuple[str, ...], list[str]] = {}
     for problem in problems:
         words = problem.question.split()
         key, mirrored = " ".join(words), by_words.setdefault(tuple(sorted(words)), [])
+        if key in left_out:
+            continue
         known = found.get(key)
         if known is not None:
             more = [answer for answer in problem.answers if answer not in known.answers]
             problem = replace(known, also=(*known.also, *more))
         twins = [k for k in mirrored if k != key and {*found[k].answers} & {*problem.answers}]
         if known is None and (twins or len(found) == needed):
+            left_out.add(key)
             continue
-        for twin in twins:  # by an answer that came later
+        left_out.update(twins)
+        for twin in twins:  # through an answer that came later
             mirrored.remove(twin)
             del found[twin]
         if known is None:
