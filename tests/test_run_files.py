@@ -142,8 +142,8 @@ def test_lost_metrics_are_an_error_that_says_what_to_do(run, damage):
     after = {"cut": 2, "zeros": 2, "middle": 1}.get(damage, 0)
     before = metrics.read_bytes() if metrics.exists() else None
     message = (
-        rf"metrics\.jsonl: the metrics of step {after + 1} are damaged or lost, and the checkpoint "
-        rf"is of step 3\. Put the file back; or remove the checkpoints after step {after}, "
+        rf"metrics\.jsonl: the metrics of step {after + 1} are damaged or lost, but the checkpoint "
+        rf"is from step 3\. Restore the file; or remove the checkpoints after step {after}, "
     )
     with pytest.raises(ValueError, match=message):
         reopen()
