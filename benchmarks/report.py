@@ -14,7 +14,7 @@ from statistics import mean, median, stdev
 
 from gspo_ops import GSPO
 from gspo_ops.integrations import trl_settings
-from gspo_ops.trainer import compare
+from gspo_ops.trainer import compare_plot, compare_report
 
 from . import left_out, plots, updates
 
@@ -413,7 +413,7 @@ def gpu_table(report: dict) -> list[str]:
 TABLES: dict[str, Callable[[dict], list[str]]] = {
     "bench": bench_table,
     "clip_error": clip_error_table,
-    "compare": compare.report,
+    "compare": compare_report.report,
     "gpu": gpu_table,
     "left_out": left_out_table,
     "memory": memory_table,
@@ -434,7 +434,7 @@ def pictures() -> dict[Path, tuple[Path, Callable[[dict, Path], None]]]:
         "bench.png": ("cpu-bench.json", plots.bench),
         "memory.png": ("cpu-memory.json", plots.memory),
         "clip_error.png": ("cpu-clip-error.json", plots.clip_error),
-        "compare.png": ("cpu-compare.json", compare.draw),
+        "compare.png": ("cpu-compare.json", compare_plot.draw),
         "mismatch.png": ("cpu-mismatch.json", plots.mismatch),
         "updates.png": ("cpu-updates.json", updates.draw),
         "left_out.png": ("cpu-left-out.json", left_out.draw),

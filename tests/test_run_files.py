@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-from gspo_ops.trainer import checkpoint, compare
+from gspo_ops.trainer import checkpoint
 from gspo_ops.trainer.config import load_config
 from gspo_ops.trainer.files import Lock, numbers_of, to_json, write, writing
 from gspo_ops.trainer.progress import CannotWrite
@@ -61,18 +61,6 @@ def test_such_metrics_can_be_drawn(tmp_path, value):
     plot({"a": rows}, tmp_path / "one.png")
     plot({"a": rows, "b": [rows[1]]}, tmp_path / "two.png")
     assert (tmp_path / "two.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_compare_reads_them(tmp_path):
-    run = compare.Run("tiny-moe", "GSPO", 1e-4, 0)
-    folder = run.folder(tmp_path)
-    with RunFiles.create(load_config(None, [f"out={folder}"])) as files:
-        files.append({"step": 1, "reward": NAN, "response_tokens": 2.0}, [])
-        files.finish(Summary.of(torch.full((4, 1), NAN), torch.zeros(4, 1), seconds=1.0))
-    found = compare._read(run, tmp_path)
-    assert math.isnan(found["summary"]["gain"])
-    assert math.isnan(found["reward"][0])
-    assert strict(to_json(found))["reward"] == [None]
 
 
 def test_numbers_of():

@@ -1,183 +1,349 @@
-"""`gspo-ops compare`: what it runs, and what its report says of given results."""
+"""`gspo-ops compare`: what it runs and resumes, and what its report says of given results."""
 
-import io
+import contextlib
+import itertools
 import json
+import math
+import os
 import re
-from contextlib import redirect_stdout
-from types import SimpleNamespace
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("reasoning_gym")
+pytest.importorskip("scipy")
 
-from gspo_ops import cli
-from gspo_ops.trainer import compare, tiny
-from gspo_ops.trainer.compare import MODELS, Run, best_rate, draw, report
+from gspo_ops.trainer import compare
+from gspo_ops.trainer.compare import best_rate
+from gspo_ops.trainer.compare_cells import MAP, SUBSET, TUNING_SEEDS, Cell, Run
+from gspo_ops.trainer.compare_plot import draw
+from gspo_ops.trainer.compare_report import Results, common_rate, holm, predicted_spread, report
 
-RATES = [1e-5, 1e-4]
-
-
-def results(gain, reward=lambda arm, rate: 0.5, seeds=(0, 1, 2, 3)):
-    """As `compare` writes them, with gain(arm, rate, seed) and reward(arm, rate)."""
-    runs = []
-    for model, arms in MODELS.items():
-        for arm in arms:
-            for rate in RATES:
-                for seed in seeds:
-                    # the first half of the steps does not count
-                    rewards = [0.99] * 10 + [reward(arm, rate)] * 10
-                    summary = {"before": 0.5, "gain": gain(arm, rate, seed)}
-                    runs.append(
-                        {"model": model, "arm": arm, "rate": rate, "seed": seed,
-                         "summary": summary,
-                         "reward": rewards, "clip_frac_tokens": [0.25] * 20,
-                         "response_tokens": [3.0] * 20}
-                    )  # fmt: skip
-    return {
-        "config": {
-            "steps": 20, "dtype": "float32", "rollout": {"prompts": 4, "group_size": 8},
-            "update": {"mini_batches": 2}, "task": {"name": "digit_sums"},
-        },
-        "seeds": list(seeds), "rates": RATES, "runs": runs,
-        "weights": {"GRPO": [0.9, 1.1, 1.0, 1.2], "GSPO": [0.0, 1.01, 0.99, 0.0]},
-        "churn": [{"learning_rate": 1e-3, "churn": 0.0512}],
-    }  # fmt: skip
+RATES = [1e-4, 1e-3]
+SEEDS = [0, 1, 2, 3, 4]
+CELLS = [Cell("dense", 8, 4), Cell("dense", 8, 16), Cell("moe", 32, 16),
+         Cell("moe", 32, 16, engine=True)]  # fmt: skip
 
 
 def noise(seed):
-    return (seed - 1.5) / 100
+    """Of mean 0 over the final seeds."""
+    return (seed % 100 - 2) / 100
 
 
-def test_each_arm_is_shown_at_the_rate_of_its_highest_reward():
-    def best(arm):
-        return RATES[arm == "GSPO"]
+def results(gain=lambda cell, arm, rate, seed: 0.2 + noise(seed), cells=CELLS, **metrics):
+    """As `compare` writes them; a metric is a number or a function like `gain`."""
+    metrics = {"reward": lambda *_: 0.5, "clip_frac_tokens": 0.1, "approx_kl_k3": 2e-6,
+               "log_ratio_rms": 1e-3, "expert_churn": 0.07} | metrics  # fmt: skip
+    runs = []
 
-    found = results(
-        # a higher gain at the other rate does not decide
-        gain=lambda arm, rate, seed: 0.2 + noise(seed) if rate == best(arm) else 0.4,
-        reward=lambda arm, rate: 0.9 if rate == best(arm) else 0.8,
+    def add(run):
+        place = run.cell, run.arm, run.rate, run.seed
+        values = {k: f(*place) if callable(f) else f for k, f in metrics.items()}
+        # the first steps do not decide between rates
+        values["reward"] = [0.99] * 8 + [values["reward"]] * 4
+        runs.append(
+            {"cell": run.cell.name, "arm": run.arm, "rate": run.rate, "seed": run.seed,
+             "before": 0.6, "gain": gain(*place), "seconds": 36.0, **values}
+        )  # fmt: skip
+
+    for cell in cells:
+        for arm in cell.arms:
+            tuning = [Run(cell, arm, *x) for x in itertools.product(RATES, TUNING_SEEDS)]
+            for run in tuning:
+                add(run)
+            best = best_rate(runs[-len(tuning) :])
+            for seed in SEEDS:
+                add(Run(cell, arm, best, seed))
+    rollout = {"prompts": 16, "group_size": 8}
+    return {
+        "config": {"steps": 12, "dtype": "float32", "rollout": rollout},
+        "cells": [vars(cell) | {"name": cell.name, "arms": cell.arms} for cell in cells],
+        "rates": RATES, "tuning_seeds": list(TUNING_SEEDS), "seeds": SEEDS, "runs": runs,
+        "jobs": 2,
+    }  # fmt: skip
+
+
+def line_of(found, start):
+    (line,) = [line for line in report(found) if line.startswith(start)]
+    return line
+
+
+class TestCells:
+    def test_the_map_has_what_the_claims_are_about(self):
+        assert len({cell.name for cell in MAP}) == len(MAP)
+        for kind in ("dense", "moe"):
+            grid = {(c.tokens, c.mini_batches) for c in MAP if c.kind == kind and c.epochs == 1}
+            assert grid >= set(itertools.product((8, 32, 128), (4, 16)))
+        assert any(c.epochs == 3 for c in MAP)
+        assert any(c.engine for c in MAP)
+        assert set(SUBSET) < set(MAP)
+
+    def test_every_run_has_valid_settings_of_its_own(self):
+        settings = set()
+        for cell in MAP:
+            for arm in cell.arms:
+                overrides = Run(cell, arm, 1e-4, 0).overrides([])
+                compare.load_config(None, overrides, preset="compare")
+                settings.add(tuple(overrides))
+        assert len(settings) == sum(len(cell.arms) for cell in MAP)
+        assert Cell("dense", 8, 4).arms == ["GSPO", "GSPO-token", "GRPO"]
+        assert len(Cell("moe", 8, 4).arms) == 4
+
+    def test_files_of_runs_differ(self, tmp_path):
+        runs = [Run(cell, arm, rate, seed) for cell in MAP for arm in cell.arms
+                for rate in RATES for seed in SEEDS]  # fmt: skip
+        assert len({run.file(tmp_path) for run in runs}) == len(runs)
+
+
+class TestReport:
+    def test_each_arm_is_shown_at_the_rate_of_its_highest_last_rewards(self):
+        def best(arm):
+            return RATES[arm == "GSPO"]
+
+        found = Results(
+            results(
+                # a higher gain at the other rate does not decide
+                gain=lambda cell, arm, rate, seed: 0.1 if rate == best(arm) else 0.4,
+                reward=lambda cell, arm, rate, seed: 0.9 if rate == best(arm) else 0.8,
+            )
+        )
+        assert found.best(CELLS[0].name, "GSPO") == 1e-3
+        assert found.best(CELLS[0].name, "GRPO") == 1e-4
+        assert found.gains(CELLS[0].name, "GRPO") == [0.1] * 5
+
+    @pytest.mark.parametrize(("better", "where"), [(0.1, 0), (-0.1, 1), (0.01, 2)])
+    def test_a_difference_is_one_where_the_seeds_show_it(self, better, where):
+        def gain(cell, arm, rate, seed):
+            # of the differences, a standard error of 0.007
+            return 0.2 + (better + noise(seed) if (arm, cell.tokens) == ("GSPO", 8) else 0.0)
+
+        line = line_of(results(gain), "- *More is learnt")
+        says = ("GSPO gains more in", "GRPO gains more in", "these seeds cannot tell in")
+        counts = [int(re.search(rf"{text} (\d)", line)[1]) for text in says]
+        expected = [0, 0, 2]  # the cells that are alike
+        expected[where] += 2
+        assert counts == expected
+        assert f"dense, 8 tokens, 4 updates: {better:+.2f} ± 0.01" in line
+
+    def test_correction_for_the_number_of_comparisons(self):
+        assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+        assert holm([0.9, 0.5]) == [1.0, 1.0]
+        # 0.02 for one is nothing for many
+        assert min(holm([0.02] + [0.5] * 9)) == pytest.approx(0.2)
+
+    def test_rates_at_which_it_learns(self):
+        def gain(cell, arm, rate, seed):
+            collapses = arm == "GRPO" and rate == 1e-3 and seed == TUNING_SEEDS[1]
+            return -0.6 if collapses else 0.2
+
+        found = results(gain)
+        assert Results(found).learns(CELLS[0].name, "GRPO") == [1e-4]
+        assert Results(found).learns(CELLS[0].name, "GSPO") == RATES
+        line = line_of(found, "- *Stable")
+        assert f"GSPO learns at more in {len(CELLS)} cells ({CELLS[0].name}: 2 and 1;" in line
+        assert "(0.0001; 0.0001)" in line_of(found, f"| {CELLS[0].name} | 0.60")
+
+    def test_clipped_tokens_are_compared_at_one_rate(self):
+        def clipped(cell, arm, rate, seed):
+            return (0.2 if arm.startswith("GSPO") else 0.001) * rate / RATES[0] / cell.mini_batches
+
+        line = line_of(results(clip_frac_tokens=clipped), "- *Two orders")
+        assert "or more, in 4 cells (dense, 8 tokens, 4 updates, at 0.001: 200;" in line
+        assert "and fewer in 0 cells." in line
+
+    def test_a_step_that_clips_nothing(self):
+        found = results(clip_frac_tokens=lambda cell, arm, *_: 0.1 * (arm == "GSPO"))
+        assert "at 0.001: none with GRPO" in line_of(found, "- *Two orders")
+
+    def test_the_engine_is_compared_with_the_same_cell_without(self):
+        found = results(lambda cell, arm, rate, seed: 0.2 - 0.1 * cell.engine * (arm == "GRPO"))
+        line = line_of(found, "- *Tolerance")
+        assert "GSPO gains +0.00 ± 0.00 more and GRPO gains -0.10 ± 0.00 more" in line
+
+    def test_predicted_spread_is_that_of_means_of_independent_tokens(self):
+        x = 1e-2 * torch.randn(20000, 64, generator=torch.Generator().manual_seed(0)).double()
+        k3 = (x.exp() - 1 - x).mean().item()
+        assert predicted_spread(k3, 64) == pytest.approx(x.mean(1).std().item(), rel=0.02)
+        rows = [line for line in report(results()) if line.startswith(f"| {CELLS[2].name} | 10%")]
+        assert rows[0].count(f"| {math.sqrt(4e-6 / 32):.1e} | 1.0e-03 ") == 2
+
+    def test_one_rate_for_all_is_where_most_learn(self):
+        found = results(lambda cell, arm, rate, seed: 0.2 if rate == 1e-4 or cell.tokens < 9 else 0)
+        assert common_rate(Results(found)) == 1e-4
+
+    def test_churn_is_that_of_experts(self):
+        lines = {cell.name: line_of(results(), f"| {cell.name} | 0.60") for cell in CELLS}
+        assert "| 7%, 7% |" in lines["moe, 32 tokens, 16 updates"]
+        assert "7%" not in lines["dense, 8 tokens, 4 updates"]
+
+    def test_time(self):
+        found = results()
+        count = len(found["runs"])
+        assert report(found)[-1] == (
+            f"{count} runs of one thread took {count / 100:.1f} hours, {0.3 * count:.0f} minutes "
+            "with 2 at a time."
+        )
+
+    def test_metrics_that_a_run_without_an_update_does_not_have(self, tmp_path):
+        found = results()
+        for run in found["runs"]:
+            if run["arm"] == "GRPO":
+                run["expert_churn"] = None
+                del run["clip_frac_tokens"]
+        assert "nan" in line_of(found, f"| {CELLS[2].name} | 0.60")
+        draw(found, tmp_path / "compare.png")
+
+    @pytest.mark.parametrize("cells", [CELLS, CELLS[:1], CELLS[2:3]])
+    def test_picture(self, tmp_path, cells):
+        found = results(cells=cells)
+        report(found)
+        draw(found, tmp_path / "compare.png")
+        assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def untaught(tmp_path, monkeypatch):
+    """A cache with a model that has had no warm-up, and a reward that its answers differ in."""
+    from gspo_ops.trainer import tiny
+
+    (tmp_path / "parity.py").write_text(
+        "def score(text, problem):\n    return float(sum(map(ord, text)) % 2)\n"
     )
-    assert best_rate(found, "tiny-moe", "GSPO") == 1e-4
-    assert best_rate(found, "tiny-moe", "GRPO") == 1e-5
-    text = "\n".join(report(found))
-    gspo, grpo = (
-        re.search(rf"^\| tiny-moe \| {arm} \|.*$", text, re.M) for arm in ("GSPO", "GRPO")
-    )
-    assert "| 0.500 | +0.400 ± 0.000 | **+0.200 ± 0.006** | 0.900 ± 0.000 | 25% |" in gspo[0]
-    assert "| 0.500 | **+0.200 ± 0.006** | +0.400 ± 0.000 | 0.900 ± 0.000 | 25% |" in grpo[0]
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
 
-
-@pytest.mark.parametrize(
-    ("better", "says"), [(0.05, "more for GSPO"), (-0.05, "less for GSPO"), (0.01, "no difference")]
-)
-def test_a_difference_is_one_where_the_seeds_show_it(better, says):
-    # the difference varies over the seeds with a standard error of 0.0065: 3.18 of it are 0.02
-    found = results(lambda arm, rate, seed: 0.2 + (better + noise(seed) if arm == "GSPO" else 0.0))
-    (line,) = [x for x in report(found) if x.startswith("- tiny-dense, gain of GSPO less")]
-    assert f"{better:+.3f} ± 0.006: {says}" in line
-
-
-def test_stability_is_judged_at_the_largest_rate():
-    found = results(
-        lambda arm, rate, seed: noise(seed) - (0.3 if arm != "GSPO" and rate == 1e-4 else 0.0)
-    )
-    lines = [x for x in report(found) if "at 0.0001, the largest rate, gain of GSPO less" in x]
-    assert len(lines) == len(MODELS)
-    assert all("+0.300 ± 0.000: more for GSPO" in line for line in lines)
-    assert "the largest rate" not in "\n".join(report(found | {"rates": [1e-5]}))
-
-
-def test_weights_and_churn_are_told():
-    text = "\n".join(report(results(lambda *_: 0.1)))
-    assert "GRPO's reach from 0.9 to 1.2 " in text
-    assert "clipped to 0: 0.0% and 50.0%." in text
-    assert "| 0.001 | 5.12% |" in text
-
-
-@pytest.mark.parametrize("weights", [[0.9, 0.0, 1.1], [0.0], []])
-def test_picture(tmp_path, weights):
-    found = results(lambda arm, rate, seed: noise(seed))
-    found["weights"]["GSPO"] = found["weights"]["GRPO"] = weights
-    report(found)
-    draw(found, tmp_path / "compare.png")
-    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_what_a_finished_run_was_made_with_decides_whether_it_is_done_again(tmp_path, monkeypatch):
-    run, calls = Run("tiny-moe", "GRPO, Routing Replay", 1e-4, 3), []
-    folder = run.folder(tmp_path)
-    assert folder == tmp_path / "tiny-moe/grpo-routing-replay/rate-0.0001/seed-3"
-
-    def train(command, **_):
-        calls.append(command)
-        settings = compare.load_config(None, command[6:], preset="compare")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "summary.json").write_text("{}")
-        (folder / "config.json").write_text(json.dumps(compare.to_tables(settings)))
-        return SimpleNamespace(returncode=0, stdout="the summary\nthe files\n")
-
-    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=train))
-    for overrides, commit, count in [
-        ([], "a", 1), ([], "a", 1), ([], "b", 2), (["steps=9"], "b", 3), (["steps=9"], "b", 3),
-    ]:  # fmt: skip
-        compare._train(run, tmp_path, overrides, 1, commit)
-        assert len(calls) == count
-    config = json.loads((folder / "config.json").read_text())
-    assert (config["steps"], config["update"]["learning_rate"]) == (9, 1e-4)
-    assert config["update"]["routing_replay"]
-
-
-def in_process(command, **_):
-    assert command[1:3] == ["-m", "gspo_ops.cli"]
-    with redirect_stdout(io.StringIO()) as out:
-        code = cli.main(command[3:])
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr="it failed")
-
-
-def test_all_of_it_with_untaught_models(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(tiny, "teach", lambda *_, **__: None)
-    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=in_process))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "parity.py").write_text(
-        "def score(text, _):\n    return float(sum(map(ord, text)) % 2)"
-    )
+    tiny.tiny_directory("recurrence-moe-32", tmp_path / "cache" / "gspo-ops")
+
+
+OVERRIDES = [
+    "device=cpu", "steps=2", "rollout.group_size=2", "task.train_size=16", "task.eval_size=2",
+    "evaluation.samples=1", "task.reward=parity:score",
+]  # fmt: skip
+SMALL = ["--rates", "1e-2", "--seeds", "0", "1", "--jobs", "2", *OVERRIDES]
+
+
+def is_running(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_comparison_that_is_killed_goes_on(tmp_path, untaught, one_thread):
+    """What was done before is not done again, and the numbers are those of one that was not."""
     out = tmp_path / "compare"
-    arguments = [
-        "--out", str(out), "--seeds", "0", "1", "--rates", "1e-3", "--jobs", "1", "device=cpu",
-        "steps=2", "rollout.prompts=4", "task.train_size=20", "task.eval_size=8",
-        "task.reward=parity:score",
-    ]  # fmt: skip
-    assert compare.main(arguments) == 0
-    printed = capsys.readouterr().out
-    assert (out / "report.md").read_text() in printed
-    assert printed.count("held-out accuracy, 8 problems") == 10
+    command = [sys.executable, "-m", "gspo_ops.cli", "compare", "--out", str(out), *SMALL]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    killed = subprocess.Popen(
+        command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    try:
+        end = time.monotonic() + 300
+        while len(done := sorted(out.rglob("rate*.json"))) < 3:
+            assert killed.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        killed.kill()
+        killed.wait()
+        while is_running(killed.pid):  # its processes end with it
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(killed.pid, signal.SIGKILL)
+    count = len(SUBSET[0].arms) * (len(TUNING_SEEDS) + 2)
+    done = sorted(out.rglob("rate*.json"))  # all are whole
+    assert 3 <= len(done) < count
+    before = {path: (path.stat().st_mtime_ns, json.loads(path.read_text())) for path in done}
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert (out / "report.md").read_text() in shown.stdout
+    assert all(path.stat().st_mtime_ns == time for path, (time, _) in before.items())
     assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads((out / "compare.json").read_text())
-    assert len(found["runs"]) == 10
+    assert len(found["runs"]) == count
     assert all(len(run["reward"]) == 2 for run in found["runs"])
-    churn = [row["churn"] for row in found["churn"]]
-    assert churn == sorted(churn)
-    assert 0 <= churn[0] < churn[-1] < 1
-    gspo, grpo = found["weights"]["GSPO"], found["weights"]["GRPO"]
-    assert len(gspo) == len(grpo) > 20
-    assert all(0.5 < weight < 2 for weight in gspo + grpo if weight)
-    assert compare.main(arguments) == 0
-    assert capsys.readouterr().out.count("done before") == 10
+    assert 0 < max(run["expert_churn"] for run in found["runs"]) < 1
+
+    # a run that was going on when it was killed, made anew in one process
+    late = next(path for path in out.rglob("rate*.json") if path not in before)
+    run = json.loads(late.read_text())["run"]
+    again = compare.train(Run(SUBSET[0], run["arm"], run["rate"], run["seed"]), OVERRIDES)
+    assert again | {"seconds": 0} == run | {"seconds": 0}
+
+    # other code or settings make it anew
+    made = (OVERRIDES, "a"), (OVERRIDES, "b"), ([*OVERRIDES, "steps=3"], "a")
+    keys = {compare._key(Run(SUBSET[0], "GSPO", 1e-3, 0), *x) for x in made}
+    assert len(keys) == 3
+    file = done[0]
+    assert compare._done(file, before[file][1]["key"]) == before[file][1]["run"]
+    assert compare._done(file, keys.pop()) is None
+    assert compare._done(file.with_name("no"), keys[0]) is None
+
+
+def test_a_run_that_diverges_has_lost_everything(untaught, monkeypatch):
+    from gspo_ops.trainer.loop import Trainer
+    from gspo_ops.trainer.progress import Diverged
+
+    steps = iter([{"reward": 0.5, "clip_frac_tokens": 0.25}])
+
+    def step(self):
+        try:
+            return next(steps)
+        except StopIteration:
+            raise Diverged("as large rates do") from None
+
+    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: torch.full((2, 1), 0.75))
+    found = compare.train(Run(SUBSET[0], "GRPO", 1.0, 0), [*OVERRIDES, "steps=3"])
+    assert found["diverged"]
+    assert (found["before"], found["after"], found["gain"]) == (0.75, 0.0, -0.75)
+    assert found["reward"] == [0.5, 0.0, 0.0]
+    assert found["clip_frac_tokens"] == 0.25
+    assert "expert_churn" not in found
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["--seeds", "1", "1"], "--seeds: at least two different ones"),
+        (["--seeds", "1", "100"], "--seeds: (100, 101) are those that choose"),
         (["--jobs", "0"], "--jobs: at least 1"),
-        (["update.learning_rate=1e-4"], "update.learning_rate: --rates has those"),
+        (["update.learning_rate=1e-4"], "update.learning_rate: is what the runs differ in"),
+        (["objective.name=grpo"], "objective.name: is what the runs differ in"),
+        (["task.graded=true"], "task.graded: is what the runs differ in"),
         (["rollout.promts=4"], "did you mean rollout.prompts"),
+        (["rollout.prompts=4"], "update.mini_batches: expected a divisor"),
         (["--rates", "-1"], "--rates: expected positive numbers, got [-1.0]"),
+        (["--only", "64 tokens"], "--only: '64 tokens' is in none of: dense, 8 tokens, 4 updates"),
     ],
 )
 def test_bad_arguments(arguments, says, capsys, monkeypatch):
     monkeypatch.setattr(compare, "compare", lambda *_: pytest.fail("it began"))
     assert compare.main(arguments) == 2
     assert says in capsys.readouterr().err
+
+
+def test_only_some_cells(monkeypatch, tmp_path, capsys):
+    chosen = []
+    monkeypatch.setattr(compare, "compare", lambda cells, *_: chosen.append(cells))
+    (tmp_path / "report.md").write_text("it")
+    some = ["--only", "dense, 128", "--only", "bf16"]
+    for arguments in ([], ["--map"], ["--only", "bf16"], ["--map", *some]):
+        assert compare.main(["--out", str(tmp_path), *arguments]) == 0
+    assert [len(cells) for cells in chosen] == [1, len(MAP), 1, 3]

@@ -67,7 +67,20 @@ BAD = {
     ),
     "turns without their advantages": (
         "task.name=two_step",
-        "objective.name: expected 'gspo-token' or 'grpo' for task.name='two_step'",
+        "objective.name: expected one that takes an advantage per token, such as 'gspo-token' or "
+        "'grpo', for task.name='two_step', which gives each turn its own, got 'gspo'",
+    ),
+    "turns with a mean of logarithms": (
+        ["task.name=two_step", "objective.name=gmpo"],
+        "for task.name='two_step', which gives each turn its own, got 'gmpo'",
+    ),
+    "grades without their advantages": (
+        "task.graded=true",
+        "for task.graded, which gives each token its own, got 'gspo'",
+    ),
+    "grades of other groups": (
+        ["task.graded=true", "objective.name=grpo", "rollout.refill=1"],
+        "rollout.refill: expected 0 with task.graded, got 1",
     ),
     "turns in a chat": (
         ["task.name=two_step", "objective.name=gspo-token", "task.chat=true"],

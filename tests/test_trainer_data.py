@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 pytest.importorskip("transformers")
 pytest.importorskip("reasoning_gym")
 from gspo_ops.trainer.config import TaskConfig
-from gspo_ops.trainer.tasks import is_correct, make_task, reward_fingerprint
+from gspo_ops.trainer.tasks import Problem, is_correct, make_task, reward_fingerprint
 
 
 def write(path, entries):
@@ -143,3 +143,44 @@ def test_a_fingerprint_is_of_all_that_matters(tmp_path):
     more = [*plain(), {"prompt": "say 1", "answer": "one"}]
     assert task_of(write(path, more)).fingerprint() != first
     assert reward_fingerprint(is_correct) != reward_fingerprint(test_chat_messages)
+
+
+# Recurrences
+
+
+def recurrence(**options):
+    return task_of("recurrence", train=20, held_out=20, **options)
+
+
+def test_recurrences_go_on_with_the_sum_of_the_last_and_the_fourth_last():
+    for problem in recurrence(options={"digits": 12}).train:
+        digits = [int(digit) for digit in problem.question + problem.answer]
+        assert len(problem.question) == 4
+        assert len(digits) == 16
+        assert all(digits[t] == (digits[t - 1] + digits[t - 4]) % 10 for t in range(4, 16))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "grades"),
+    [
+        ("437", [1, 1, 1]),
+        ("483", [1, 0, 0]),  # after 48, 8 + 4 = 12, whatever was right before
+        ("482", [1, 0, 1]),
+        (["4", "7x", "3", "\n", "7"], [1, 0, 1, 0, 1]),
+        ("", []),
+    ],
+)
+def test_a_digit_is_graded_by_those_before_it(tokens, grades):
+    task = recurrence(graded=True)
+    assert task.grades(tokens, Problem("3941", "437")) == grades
+
+
+@pytest.mark.parametrize("options", [{"digits": 0}, {"digits": 2.0}, {"digit": 3}])
+def test_bad_options_of_recurrences(options):
+    with pytest.raises(ValueError, match=r"task.options: 'recurrence' has digits, at least 1"):
+        recurrence(options=options)
+
+
+def test_other_tasks_have_no_grades():
+    with pytest.raises(ValueError, match=r"task.graded: expected false for 'sums'"):
+        task_of("sums", graded=True)

@@ -54,16 +54,17 @@ def make():
     return made
 
 
-def make_rollout():
-    """Two prompts of 12 and 9 tokens, with three responses each."""
+def make_rollout(width=12, length=6):
+    """Two prompts, one with padding, with three responses each."""
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(2, 80, (2, 12), generator=generator)
-    prompt_mask = torch.ones(2, 12, dtype=torch.bool)
-    prompt_mask[1, :3] = False
-    responses = torch.randint(2, 80, (6, 6), generator=generator)
-    real = torch.arange(6) < torch.tensor([6, 3, 5, 1, 6, 4])[:, None]
+    prompts = torch.randint(2, 80, (2, width), generator=generator)
+    prompt_mask = torch.ones(2, width, dtype=torch.bool)
+    prompt_mask[1, : width // 4] = False
+    responses = torch.randint(2, 80, (6, length), generator=generator)
+    lengths = torch.tensor([6, 3, 5, 1, 6, 4]) * length // 6
+    real = torch.arange(length) < lengths[:, None]
     turn = torch.where(real, 0, -1)
-    return Rollout(prompts, prompt_mask, responses, real, turn, torch.zeros(6, 6))
+    return Rollout(prompts, prompt_mask, responses, real, turn, torch.zeros(6, length))
 
 
 def make_learner(model):
@@ -89,6 +90,16 @@ def test_log_probs_are_the_model_s_own(make, name, layout):
 def test_refused(make, name):
     with pytest.raises(ValueError, match=rf"model\.name: .*{name}"):
         check_sampling(make(name))
+
+
+@pytest.mark.parametrize(("length", "layout"), [(31, "shared"), (32, "separate")])
+def test_responses_much_longer_than_prompts_have_their_own_rows(make, length, layout):
+    model, rollout = make("Llama"), make_rollout(4, length)
+    learner = make_learner(model)
+    learner._choose_layout(rollout)
+    assert learner.layout == layout
+    own = own_log_probs(model, rollout, 1.0)
+    torch.testing.assert_close(learner.log_probs(rollout), own, atol=1e-5, rtol=0)
 
 
 def test_a_window_is_noticed_when_rows_grow_longer_than_it(make):

@@ -22,8 +22,10 @@ from gspo_ops.trainer.model import load_model
 from gspo_ops.trainer.progress import Diverged
 from gspo_ops.trainer.ranks import Ranks
 from gspo_ops.trainer.report import read_metrics
-from gspo_ops.trainer.rollout import append_turn, concatenate
+from gspo_ops.trainer.rollout import append_turn, concatenate, real_tokens
+from gspo_ops.trainer.routing_replay import find_routers
 from gspo_ops.trainer.tasks import TASKS, make_task
+from gspo_ops.trainer.tiny import TINY, character_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -402,6 +404,79 @@ def test_refill_replaces_groups_without_a_gradient(make, monkeypatch):
         [x[m] for x, m in zip(rollout.prompts, rollout.prompt_mask, strict=True)]
     )
     assert prompts == [task.prompt(p) for p in problems]
+
+
+class TestGrades:
+    def test_each_token_has_its_own_advantage(self, make):
+        trainer = make(
+            "task.name=recurrence", "task.graded=true", "objective.name=gspo-token",
+            "rollout.stop=eos", "rollout.group_size=3",
+        )  # fmt: skip
+        groups = respond(trainer, 3)
+        rollout, advantages = groups.rollout, groups.advantages()
+        assert groups.grades.shape == advantages.shape == rollout.responses.shape
+        texts = trainer.sampler.texts(rollout)
+        for i, text in enumerate(texts):
+            expected = trainer.sampler.task.grades(text, groups.problems[i // 3])
+            assert groups.grades[i, : len(text)].tolist() == expected
+        # each place is a problem of its own: advantages of a group have the mean 0
+        of_groups = advantages.view(2, 3, -1)
+        torch.testing.assert_close(of_groups.sum(1), torch.zeros(2, rollout.responses.shape[1]))
+        given = torch.arange(float(advantages.numel())).view(advantages.shape) + 1
+        batch, _ = trainer.learner.prepare(rollout, given)
+        assert batch.advantages.tolist() == given[rollout.mask].tolist()
+        assert trainer.step()["grad_norm"] >= 0
+
+    def test_a_batch_without_any_gradient(self, make):
+        trainer = make(
+            "task.name=recurrence", "task.graded=true", "objective.name=grpo", "rollout.stop=eos"
+        )
+        groups = respond(trainer, 2)
+        batch, _ = trainer.learner.prepare(groups.rollout, torch.zeros(groups.grades.shape))
+        assert (batch.left_out, batch.advantages.tolist()) == (1, [0.0])
+        assert trainer.learner.update(batch)["grad_norm"] == 0
+
+
+class TestChurn:
+    @pytest.fixture
+    def trainer(self, directory, reward_module, tmp_path, monkeypatch):
+        monkeypatch.syspath_prepend(str(reward_module))
+        options = arguments(directory, tmp_path / "run", "logging.expert_churn=true")
+        config = load_config(None, options)
+        task = make_task(config.task, config.seed)
+        return Trainer(config, TINY["tiny-moe"].build(0), character_tokenizer(), task)
+
+    def test_of_an_update(self, trainer):
+        rollout = respond(trainer, 2).rollout
+
+        def turn_around():
+            for router in find_routers(trainer.model):
+                router.weight.data.neg_()
+            return "what it gives"
+
+        assert trainer.learner.churn(rollout, lambda: None) == (None, 0.0)
+        given, churn = trainer.learner.churn(rollout, turn_around)
+        assert given == "what it gives"
+        assert churn > 0.6
+
+    def test_of_the_first_update_of_a_step(self, trainer):
+        calls, churn = [], trainer.learner.churn
+        trainer.learner.churn = lambda *args: calls.append(1) or churn(*args)
+        row = trainer.step()
+        assert len(calls) == 1
+        assert 0 < row["expert_churn"] < 0.5
+
+    @pytest.mark.parametrize(("layout", "prompts"), [("shared", 1), ("separate", 3)])
+    def test_padding_is_not_real(self, make, layout, prompts):
+        rollout = respond(make(), 3).rollout
+        rollout.prompt_mask[0, 0] = False
+        found = real_tokens(rollout, layout)
+        assert found.sum() == prompts * rollout.prompt_mask.sum() + rollout.real.sum()
+        assert not found[0, 0]
+
+    def test_models_without_experts_have_none(self, make):
+        with pytest.raises(ValueError, match=r"logging.expert_churn: .* has no router"):
+            make("logging.expert_churn=true")
 
 
 class TestTurns:

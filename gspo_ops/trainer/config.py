@@ -29,6 +29,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "gspo": GSPO, "gspo-token": GSPOToken, "grpo": GRPO, "gmpo": GMPO, "cispo": CISPO, "sapo": SAPO,
 }  # fmt: skip
 
+_ADVANTAGE_PER_SEQUENCE = ("gspo", "gmpo")
+
 
 class _Section:
     """A table of the file; `_require` names the offending key."""
@@ -51,8 +53,8 @@ class ModelConfig(_Section):
     """The model to train.
 
     Attributes:
-        name: `"smollm2"`; `"tiny-moe"` or `"tiny-dense"`, built from their configs and taught by a
-            short supervised warm-up; or the path of a directory or GGUF file that
+        name: `"smollm2"`; one of `gspo_ops.trainer.tiny.TINY`, built from their configs and taught
+            by a short supervised warm-up; or the path of a directory or GGUF file that
             `AutoModelForCausalLM` loads.
         lora_rank: train low-rank adapters of the linear layers of the body, not the weights; 0 for
             the weights. The adapters are saved as peft loads them.
@@ -73,13 +75,15 @@ class TaskConfig(_Section):
         name: one of `gspo_ops.trainer.tasks.TASKS`, any dataset of reasoning-gym, or the path of a
             `.jsonl` file of `{"prompt": ..., "answer": ...}`: a text, or chat messages; a text or
             a number, or a list of all that are accepted.
-        options: of the reasoning-gym dataset.
+        options: of the reasoning-gym dataset; `digits` of `recurrence`.
         reward: `"exact"`, the answer character for character; `"score"`, what reasoning-gym's own
             check gives; or `"package.module:function"`, called with (response, problem) and
             returning a finite number.
         reward_seconds: longest time that one reward may take; 0 for no limit. Code that holds
             Python's interpreter lock all the while can't be interrupted.
         reward_workers: rewards computed at once, in threads.
+        graded: give each token an advantage of its own, from the grades of the steps of an answer
+            (`recurrence` has them); for objectives that take advantages per token.
         failed_reward: what a response gets whose reward raises, takes too long or is no finite
             number; without it, that ends the run. The metric `failed_rewards` counts them.
         examples: solved problems shown in each prompt.
@@ -94,6 +98,7 @@ class TaskConfig(_Section):
     reward_seconds: float = 0.0
     reward_workers: int = 1
     failed_reward: float | None = None
+    graded: bool = False
     examples: int = 2
     chat: bool = False
     train_size: int = 76
@@ -192,7 +197,7 @@ class UpdateConfig(_Section):
             mini-batch's at once.
         learning_rate: of AdamW.
         warmup_steps: updates over which it rises linearly.
-        schedule: what it does afterwards: `"constant"`; or `"linear"` or `"cosine"`, down to 0 at
+        schedule: how it changes afterwards: `"constant"`; or `"linear"` or `"cosine"`, down to 0 at
             the last update of `steps`.
         weight_decay: of AdamW.
         beta1, beta2: of AdamW.
@@ -213,8 +218,8 @@ class UpdateConfig(_Section):
             backward.
         routing_replay: route the tokens of each update to the experts that they had when the old
             log-probs were computed.
-        max_bad_updates: so many updates in a row with a loss or a gradient that is not finite end
-            the run; fewer are skipped and counted.
+        max_bad_updates: the number of consecutive updates with a non-finite loss or gradient
+            that ends the run; fewer are skipped and counted.
     """
 
     mini_batches: int = 4
@@ -293,7 +298,7 @@ class CheckpointConfig(_Section):
 
     Attributes:
         every: steps between checkpoints; 0 for one only if the run is interrupted.
-        keep: so many of the last ones stay.
+        keep: how many of the last ones stay.
         save_model: leave the trained model (or adapter) in `out/model`.
     """
 
@@ -315,11 +320,14 @@ class LoggingConfig(_Section):
         tensorboard: write event files into `out/tensorboard`.
         wandb: send metrics to this project of Weights & Biases; a run that is resumed is one more
             there.
+        expert_churn: measure the metric of this name, for mixture-of-experts models: the fraction
+            of a mini-batch's chosen experts that the first update of a step replaces.
     """
 
     samples: int = 4
     tensorboard: bool = False
     wandb: str = ""
+    expert_churn: bool = False
 
     def __post_init__(self) -> None:
         self._at_least(0, "samples")
@@ -373,10 +381,19 @@ class TrainConfig(_Section):
                 f"task.train_size: expected at least rollout.prompts={prompts}, got "
                 f"{self.task.train_size}"
             )
-        if self.task.name == "two_step" and self.objective.name == "gspo":
+        for key, is_asked, gives in (
+            ("task.name='two_step'", self.task.name == "two_step", "turn"),
+            ("task.graded", self.task.graded, "token"),
+        ):
+            if is_asked and self.objective.name in _ADVANTAGE_PER_SEQUENCE:
+                raise ValueError(
+                    f"objective.name: expected one that takes an advantage per token, such as "
+                    f"'gspo-token' or 'grpo', for {key}, which gives each {gives} its own, got "
+                    f"{self.objective.name!r}"
+                )
+        if self.task.graded and self.rollout.refill:
             raise ValueError(
-                "objective.name: expected 'gspo-token' or 'grpo' for task.name='two_step', which "
-                "gives each turn its own advantage, got 'gspo'"
+                f"rollout.refill: expected 0 with task.graded, got {self.rollout.refill}"
             )
         if self.task.name == "two_step" and self.task.chat:
             raise ValueError("task.chat: expected false for task.name='two_step', got True")

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,10 +37,15 @@ from .rollout import (
     RowLayout,
     autocast,
     own_log_probs,
+    real_tokens,
     response_hidden,
 )
-from .routing_replay import RoutingReplay, find_routers
+from .routing_replay import RoutingReplay, expert_churn, find_routers
 
+T = TypeVar("T")
+# Responses this many times as long as their prompt have rows of their own. Running the prompt once
+# for each of them then adds an eighth of the tokens, or less.
+_MUCH_LONGER = 8
 # The ops by `update.loss_from`.
 _LOG_PROBS: dict[str, Callable[..., Tensor]] = {
     "hidden": log_probs_from_hidden,
@@ -110,14 +115,18 @@ class Learner:
             ranks: the processes of the run.
 
         Raises:
-            ValueError: `update.routing_replay` with a model that has no routers.
+            ValueError: `update.routing_replay` or `logging.expert_churn` with a model that has no
+                routers.
             ImportError: peft is needed and not installed.
         """
-        if config.update.routing_replay:
+        for key, is_asked in (
+            ("update.routing_replay", config.update.routing_replay),
+            ("logging.expert_churn", config.logging.expert_churn),
+        ):
             try:
-                find_routers(model)
+                find_routers(model) if is_asked else None
             except ValueError as error:
-                raise ValueError(f"update.routing_replay: {error}") from None
+                raise ValueError(f"{key}: {error}") from None
         self.config, self.model, self.ranks = config, model, ranks
         output_head(model)  # is learnt from the whole model
         if config.update.gradient_checkpointing:
@@ -149,7 +158,7 @@ class Learner:
 
         Args:
             rollout: B responses.
-            advantages: (B, turns).
+            advantages: (B, turns), or (B, T) with `task.graded`.
 
         Raises:
             ValueError: training's log-probs can't be made those of the model itself.
@@ -163,7 +172,9 @@ class Learner:
         else:
             rollout, advantages = rollout.stand_in(), advantages[:1]
         left_out = 1 - len(groups) * rollout.group_size / len(lengths)
-        if advantages.shape[1] == 1:
+        if self.config.task.graded:
+            advantages = advantages[:, : rollout.mask.shape[1]][rollout.mask]
+        elif advantages.shape[1] == 1:
             advantages = advantages[:, 0]
         else:
             ids = torch.arange(len(advantages), device=advantages.device)
@@ -216,6 +227,17 @@ class Learner:
             return _LOG_PROBS[self.config.update.loss_from](*inputs, rollout.targets(), **options)
 
         return as_forward(model, forward)
+
+    def churn(self, rollout: Rollout, update: Callable[[], T]) -> tuple[T, float]:
+        """What an update gives, and the fraction of these responses' experts that it replaces."""
+
+        def routing() -> RoutingReplay:
+            with (found := RoutingReplay()).record(self.model):
+                self.log_probs(rollout)
+            return found
+
+        before, given = routing(), update()
+        return given, expert_churn(before, routing(), real_tokens(rollout, self.layout))
 
     def update(self, *parts: Batch) -> dict[str, Tensor] | None:
         """One optimizer step on a mini-batch, in its parts, of equally many prompts each.
@@ -317,12 +339,16 @@ class Learner:
         """One that gives the model's own log-probs, in fp32, for two groups of these responses.
 
         Asked for the first rollout, and again where rows are longer than any before: a window may
-        be shorter than they are.
+        be shorter than they are, and attention in a shared row grows with the square of all that
+        is in it.
         """
-        width = max(self.ranks.gather(rollout.prompts.shape[1] + rollout.responses.shape[1]))
-        if width <= self.compared:
+        sizes = self.ranks.gather((rollout.prompts.shape[1], rollout.responses.shape[1]))
+        prompt, response = (max(of) for of in zip(*sizes, strict=True))
+        if prompt + response <= self.compared:
             return
-        self.compared = width
+        self.compared = prompt + response
+        if response >= _MUCH_LONGER * prompt:
+            self.layout = "separate"
         lengths = rollout.prompt_mask.sum(1)  # of those with the most padding, and with the least
         groups = rollout.select(torch.stack([lengths.argmin(), lengths.argmax()]))
         own = own_log_probs(self.model, groups, 1.0)

@@ -27,13 +27,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from . import checkpoint
 from .config import TrainConfig, from_tables, to_tables
 from .files import Lock, writing
-from .learner import Learner
+from .learner import Batch, Learner
 from .metrics import Row, combine, in_words
 from .model import fingerprint, load_model
 from .progress import Interrupted, Progress, stop_signals
 from .ranks import Ranks
 from .report import RunFiles, Summary, pass_at_k, plot
-from .rollout import check_sampling
+from .rollout import Rollout, check_sampling
 from .sampling import Sampler
 from .tasks import Task, make_task, reward_fingerprint
 
@@ -223,15 +223,17 @@ class Trainer:
         batches = [batch for batch, _ in prepared]
         size = count // config.update.mini_batches
         order = [batches[i : i + size] for i in range(0, count, size)] * config.update.epochs
+        churn: Row = {}
         with self._bar(order, desc="updates", leave=False) as bar:
-            found = [self.learner.update(*parts) for parts in bar]
+            found = [self._update(batch, parts[0], churn) for batch in bar]
         stats = [of_update for of_update in found if of_update is not None]
         self.progress.step += 1
         self.samples = self.sampler.show(groups, advantages)
 
         tokens, end = int(rollout.mask.sum()), time.monotonic()
         row = (
-            combine([{k: v for k, v in s.items() if k != "log_ratio"} for s in stats])
+            combine([_numbers(s) for s in stats])
+            | churn
             | ({"first_ratio_error": _ratio_error(stats[0])} if stats else {})
             | combine([mismatch for _, mismatch in prepared])
             | {
@@ -249,6 +251,15 @@ class Trainer:
             }
         )
         return combine(self.ranks.gather(row))
+
+    def _update(self, batch: list[Batch], watched: Rollout, churn: Row) -> dict[str, Tensor] | None:
+        """One optimizer step; `logging.expert_churn` measures the first, on watched responses."""
+        if churn or not self.config.logging.expert_churn:
+            return self.learner.update(*batch)
+        found, churn["expert_churn"] = self.learner.churn(
+            watched, lambda: self.learner.update(*batch)
+        )
+        return found
 
     def evaluate(self) -> Tensor:
         """(eval_size, samples) rewards of the responses sampled to each held-out problem.
@@ -396,6 +407,12 @@ def _flat(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         inner = isinstance(value, dict)
         flat |= _flat(value, f"{prefix}{name}.") if inner else {prefix + name: value}
     return flat
+
+
+def _numbers(stats: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of an update; of the log-ratios of its responses, the root of the mean square."""
+    numbers = {name: x for name, x in stats.items() if name != "log_ratio"}
+    return numbers | {"log_ratio_rms": stats["log_ratio"].square().mean().sqrt()}
 
 
 def _ratio_error(stats: dict[str, Tensor]) -> float:

@@ -12,7 +12,7 @@ Row = dict[str, float]
 # of responses that are not left out
 _OF_COMPUTED = {
     "ratio_mean", "approx_kl", "approx_kl_k3", "effective_sample_size", "ref_kl",
-    "mismatch_token_mean", "mismatch_sequence_mean",
+    "mismatch_token_mean", "mismatch_sequence_mean", "log_ratio_rms",
 }  # fmt: skip
 _SUMS = {"refilled_groups", "failed_rewards", "tokens_per_s"}
 # Of a clock, the slowest process's: the others wait for it.

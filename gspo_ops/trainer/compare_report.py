@@ -1,0 +1,335 @@
+"""What the runs of `gspo-ops compare` show, cell by cell and claim by claim, as Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+from .compare import best_rate
+
+LEARNS = 0.05  # the least gain, from each tuning seed, at a rate at which an arm learns
+LEVEL = 0.05  # of the family of all tests
+_HUNDRED = 100.0
+_PAIRS = (("GSPO", "GRPO"), ("GSPO", "GRPO, Routing Replay"), ("GRPO, Routing Replay", "GRPO"),
+          ("GSPO-token", "GSPO"))  # fmt: skip
+
+
+class Comparison(NamedTuple):
+    """Gain of arm a less that of arm b in a cell, each at its best rate, seed by seed.
+
+    Attributes:
+        p: of a paired t-test, corrected for the number of all comparisons.
+    """
+
+    cell: str
+    a: str
+    b: str
+    difference: float
+    error: float
+    p: float
+
+    @property
+    def verdict(self) -> int:
+        """1 if a gains more, -1 if b does, 0 if the seeds cannot tell."""
+        return 0 if self.p >= LEVEL else int(math.copysign(1, self.difference))
+
+
+class Results:
+    """A `compare.json`, and what follows from it."""
+
+    def __init__(self, found: dict[str, Any]) -> None:
+        self.found = found
+        self.cells: list[dict[str, Any]] = found["cells"]
+        self.rates: list[float] = found["rates"]
+        self._runs = {(r["cell"], r["arm"], r["rate"], r["seed"]): r for r in found["runs"]}
+
+    def final(self, cell: str, arm: str) -> list[dict[str, Any]]:
+        """Runs at the best rate, one for each final seed."""
+        rate = self.best(cell, arm)
+        return [self._runs[cell, arm, rate, seed] for seed in self.found["seeds"]]
+
+    def tuning(self, cell: str, arm: str, rate: float) -> list[dict[str, Any]]:
+        return [self._runs[cell, arm, rate, seed] for seed in self.found["tuning_seeds"]]
+
+    def best(self, cell: str, arm: str) -> float:
+        return best_rate(run for rate in self.rates for run in self.tuning(cell, arm, rate))
+
+    def learns(self, cell: str, arm: str) -> list[float]:
+        """The rates at which each tuning seed gains something."""
+        return [
+            rate for rate in self.rates
+            if all(run["gain"] >= LEARNS for run in self.tuning(cell, arm, rate))
+        ]  # fmt: skip
+
+    def gains(self, cell: str, arm: str) -> list[float]:
+        return [run["gain"] for run in self.final(cell, arm)]
+
+    def mean_of(self, key: str, cell: str, arm: str, rate: float | None = None) -> float:
+        """Of a metric, over the final runs, or over the tuning runs at a rate."""
+        runs = self.final(cell, arm) if rate is None else self.tuning(cell, arm, rate)
+        values = [run[key] for run in runs if run.get(key) is not None]
+        return mean(values) if values else math.nan
+
+    @cached_property
+    def comparisons(self) -> list[Comparison]:
+        """All of them, with Holm's correction for their number."""
+        from scipy.stats import ttest_rel
+
+        found = []
+        for cell in self.cells:
+            for a, b in _PAIRS:
+                if {a, b} <= {*cell["arms"]}:
+                    of_a, of_b = self.gains(cell["name"], a), self.gains(cell["name"], b)
+                    differences = [x - y for x, y in zip(of_a, of_b, strict=True)]
+                    p = float(ttest_rel(of_a, of_b).pvalue)
+                    if math.isnan(p):  # all differences are the same
+                        p = float(differences[0] == 0)
+                    found.append(Comparison(cell["name"], a, b, *mean_and_error(differences), p))
+        corrected = holm([one.p for one in found])
+        return [one._replace(p=p) for one, p in zip(found, corrected, strict=True)]
+
+    def compared(self, a: str, b: str) -> list[Comparison]:
+        return [one for one in self.comparisons if (one.a, one.b) == (a, b)]
+
+    def telling(self) -> str:
+        """The cell in which GSPO and GRPO differ most, in standard errors."""
+        most = max(
+            self.compared("GSPO", "GRPO"), key=lambda one: abs(one.difference) / (one.error or 1e-9)
+        )
+        return most.cell
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values corrected for their number by Holm's method, in their order."""
+    found, largest = [0.0] * len(p), 0.0
+    for rank, place in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[place]))
+        found[place] = largest
+    return found
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """And the standard error of the mean."""
+    return mean(values), stdev(values) / math.sqrt(len(values))
+
+
+def predicted_spread(k3: float, tokens: int) -> float:
+    """Standard deviation of a response's log-ratio if its tokens' were independent.
+
+    k3 is half the mean square of a token's log-ratio, as long as that is small.
+    """
+    return math.sqrt(2 * max(k3, 0.0) / tokens)
+
+
+def report(found: dict[str, Any]) -> list[str]:
+    """The tables, and what they say of the paper's claims."""
+    results = Results(found)
+    return [
+        *_settings(results), "", *_cells(results), "", *_claims(results), "",
+        *_lengths(results), "", _time(found),
+    ]  # fmt: skip
+
+
+def _settings(results: Results) -> list[str]:
+    found, config = results.found, results.found["config"]
+    rollout = config["rollout"]
+    rates = ", ".join(f"{rate:g}" for rate in results.rates)
+    return [
+        f"{config['steps']} rollouts of {rollout['prompts']} problems x {rollout['group_size']} "
+        f"responses for everybody, {config['dtype']}. Each arm tries the learning rates {rates} "
+        f"from {len(found['tuning_seeds'])} tuning seeds, and is measured from "
+        f"{len(found['seeds'])} others at the rate with the highest training reward. Gain in "
+        "held-out accuracy, mean and standard error over the final seeds; in brackets that rate, "
+        "and the rates at which every "
+        f"tuning seed gains {LEARNS:g} or more. Churn is the fraction of chosen experts that the "
+        "first update of a rollout replaces, and clipped the fraction of tokens, both at those "
+        "rates.",
+    ]  # fmt: skip
+
+
+def _cells(results: Results) -> list[str]:
+    arms = list(dict.fromkeys(arm for cell in results.cells for arm in cell["arms"]))
+    lines = [
+        f"| cell | before | {' | '.join(arms)} | churn: GSPO, GRPO | clipped: GSPO, GRPO |",
+        f"|{'---|' * (len(arms) + 4)}",
+    ]
+    for cell in results.cells:
+        name = cell["name"]
+        before = mean(run["before"] for run in results.final(name, "GSPO"))
+        columns = [_arm(results, name, arm) if arm in cell["arms"] else "" for arm in arms]
+        pairs = [
+            ", ".join(f"{100 * results.mean_of(key, name, arm):.2g}%" for arm in ("GSPO", "GRPO"))
+            if shown else ""
+            for key, shown in (("expert_churn", cell["kind"] == "moe"), ("clip_frac_tokens", True))
+        ]  # fmt: skip
+        lines.append(f"| {name} | {before:.2f} | {' | '.join([*columns, *pairs])} |")
+    return lines
+
+
+def _arm(results: Results, cell: str, arm: str) -> str:
+    gain, error = mean_and_error(results.gains(cell, arm))
+    learns = results.learns(cell, arm)
+    stable = "none"
+    if learns:
+        stable = f"{learns[0]:g}" + (f" to {learns[-1]:g}" if len(learns) > 1 else "")
+    return f"{gain:+.2f} ± {error:.2f} ({results.best(cell, arm):g}; {stable})"
+
+
+# The claims
+
+
+def _claims(results: Results) -> list[str]:
+    moe = [c for c in results.cells if c["kind"] == "moe" and not c["engine"]]
+    count = len(results.comparisons)
+    lines = [
+        f"What the paper says, and where it holds here. Differences in gain are judged by paired "
+        f"t-tests at {LEVEL:g}, corrected by Holm for all {count} of them.",
+        "",
+        "- *More is learnt from the same compute.* " + _judged(results.compared("GSPO", "GRPO")),
+        "- *Stable where GRPO is not.* " + _stability(results),
+        "- *Two orders of magnitude more tokens are clipped.* " + _clipping(results),
+    ]
+    if moe:
+        needed = results.compared("GRPO, Routing Replay", "GRPO")
+        lines += [
+            "- *GRPO needs Routing Replay on experts.* " + _judged(needed),
+            "- *GSPO does not need it*: GSPO against GRPO with it. "
+            + _judged(results.compared("GSPO", "GRPO, Routing Replay")),
+        ]
+    lines += _engine(results)
+    graded = results.compared("GSPO-token", "GSPO")
+    return [*lines, "- GSPO-token with a grade for each token, against GSPO. " + _judged(graded)]
+
+
+def _judged(comparisons: Sequence[Comparison]) -> str:
+    """In which cells a gains more, b does, or the seeds cannot tell."""
+    a, b = comparisons[0].a, comparisons[0].b
+    parts = []
+    for verdict, says in ((1, f"{a} gains more"), (-1, f"{b} gains more")):
+        cells = [one for one in comparisons if one.verdict == verdict]
+        parts.append(f"{says} in {_places(cells, _difference)}")
+    unknown = [one for one in comparisons if not one.verdict]
+    parts.append(f"these seeds cannot tell in {_places(unknown, _difference)}")
+    return "; ".join(parts) + "."
+
+
+def _difference(one: Comparison) -> str:
+    return f"{one.cell}: {one.difference:+.2f} ± {one.error:.2f}"
+
+
+def _places(found: Sequence[Any], say: Callable[[Any], str]) -> str:
+    cells = "cell" if len(found) == 1 else "cells"
+    inside = f" ({'; '.join(map(say, found))})" if found else ""
+    return f"{len(found)} {cells}{inside}"
+
+
+def _stability(results: Results) -> str:
+    """By the number of rates at which either learns."""
+    cells = [(c["name"], *(len(results.learns(c["name"], arm)) for arm in ("GSPO", "GRPO")))
+             for c in results.cells]  # fmt: skip
+
+    def say(cell: tuple[str, int, int]) -> str:
+        return f"{cell[0]}: {cell[1]} and {cell[2]}"
+
+    wider, narrower = [c for c in cells if c[1] > c[2]], [c for c in cells if c[1] < c[2]]
+    return (
+        f"Among {len(results.rates)} rates, GSPO learns at more in {_places(wider, say)}, at "
+        f"fewer in {_places(narrower, say)}, and at as many in "
+        f"{_places([c for c in cells if c[1] == c[2]], say)}."
+    )
+
+
+def _clipping(results: Results) -> str:
+    """At an equal rate, the largest at which both learn."""
+    factors = []
+    for cell in results.cells:
+        both = {*results.learns(cell["name"], "GSPO")} & {*results.learns(cell["name"], "GRPO")}
+        if both:
+            rate = max(both)
+            gspo, grpo = (results.mean_of("clip_frac_tokens", cell["name"], arm, rate)
+                          for arm in ("GSPO", "GRPO"))  # fmt: skip
+            factors.append((cell["name"], rate, gspo / grpo if grpo else math.inf))
+
+    def say(factor: tuple[str, float, float]) -> str:
+        times = "none with GRPO" if math.isinf(factor[2]) else f"{factor[2]:.0f}"
+        return f"{factor[0]}, at {factor[1]:g}: {times}"
+
+    more = [f for f in factors if f[2] >= _HUNDRED]
+    return (
+        f"At the largest rate at which both learn, GSPO clips a hundred times as many as GRPO, or "
+        f"more, in {_places(more, say)}, and fewer in "
+        f"{_places([f for f in factors if f[2] < _HUNDRED], say)}."
+    )
+
+
+def _engine(results: Results) -> list[str]:
+    """What sampling in bf16 costs either, against the same cell without."""
+    lines = []
+    exact = {(c["kind"], c["tokens"], c["mini_batches"], c["epochs"]): c["name"]
+             for c in results.cells if not c["engine"]}  # fmt: skip
+    for cell in results.cells:
+        place = cell["kind"], cell["tokens"], cell["mini_batches"], cell["epochs"]
+        if not cell["engine"] or place not in exact:
+            continue
+        costs = []
+        for arm in ("GSPO", "GRPO"):
+            pairs = zip(
+                results.gains(cell["name"], arm), results.gains(exact[place], arm), strict=True
+            )
+            cost = mean_and_error([a - b for a, b in pairs])
+            costs.append(f"{arm} gains {cost[0]:+.2f} ± {cost[1]:.2f} more")
+        lines.append(
+            f"- *Tolerance to the engine's log-probs*: {cell['name']}, against {exact[place]}. "
+            f"{' and '.join(costs)} with the engine's (uncorrected)."
+        )
+    return lines
+
+
+# By length
+
+
+def common_rate(results: Results) -> float:
+    """The rate at which most arms learn in most cells; the largest of several."""
+    return max(
+        results.rates,
+        key=lambda rate: (
+            sum(rate in results.learns(c["name"], arm)
+                for c in results.cells for arm in ("GSPO", "GRPO")),
+            rate,
+        ),
+    )  # fmt: skip
+
+
+def _lengths(results: Results) -> list[str]:
+    rate = common_rate(results)
+    lines = [
+        f"At one learning rate, {rate:g}, from the tuning seeds: clipped tokens, and the root mean "
+        "square of the responses' log-ratios, as predicted from that of the tokens if they were "
+        "independent (divided by the square root of the length), and as measured.",
+        "",
+        "| cell | clipped, GSPO | clipped, GRPO | spread, GSPO: predicted | measured "
+        "| spread, GRPO: predicted | measured |",
+        f"|{'---|' * 7}",
+    ]
+    for cell in results.cells:
+        numbers = [
+            f"{100 * results.mean_of('clip_frac_tokens', cell['name'], arm, rate):.2g}%"
+            for arm in ("GSPO", "GRPO")
+        ]
+        for arm in ("GSPO", "GRPO"):
+            k3, measured = (results.mean_of(key, cell["name"], arm, rate)
+                            for key in ("approx_kl_k3", "log_ratio_rms"))  # fmt: skip
+            numbers += [f"{predicted_spread(k3, cell['tokens']):.1e}", f"{measured:.1e}"]
+        lines.append(f"| {cell['name']} | {' | '.join(numbers)} |")
+    return lines
+
+
+def _time(found: dict[str, Any]) -> str:
+    hours = sum(run["seconds"] for run in found["runs"]) / 3600
+    return (
+        f"{len(found['runs'])} runs of one thread took {hours:.1f} hours, "
+        f"{60 * hours / found['jobs']:.0f} minutes with {found['jobs']} at a time."
+    )
