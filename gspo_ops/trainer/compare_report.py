@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 LEARNS = 0.05  # an arm learns at a rate if each of its tuning seeds gains at least this much
 LEVEL = 0.05  # significance level of the family of all tests
 _HUNDRED = 100.0
+_ROUNDING = 1e-12
 _PAIRS = (("GSPO", "GRPO"), ("GSPO", "GRPO, Routing Replay"), ("GRPO, Routing Replay", "GRPO"),
           ("GSPO-token", "GSPO"))  # fmt: skip
 
@@ -86,10 +87,12 @@ class Results:
                 if {a, b} <= {*cell["arms"]}:
                     of_a, of_b = self.gains(cell["name"], a), self.gains(cell["name"], b)
                     differences = [x - y for x, y in zip(of_a, of_b, strict=True)]
-                    p = float(ttest_rel(of_a, of_b).pvalue)
-                    if math.isnan(p):  # all differences are the same
-                        p = float(differences[0] == 0)
-                    found.append(Comparison(cell["name"], a, b, *mean_and_error(differences), p))
+                    difference, error = mean_and_error(differences)
+                    if error > _ROUNDING:
+                        p = float(ttest_rel(of_a, of_b).pvalue)
+                    else:  # all differences are the same
+                        p = float(abs(difference) <= _ROUNDING)
+                    found.append(Comparison(cell["name"], a, b, difference, error, p))
         corrected = holm([one.p for one in found])
         return [one._replace(p=p) for one, p in zip(found, corrected, strict=True)]
 
