@@ -222,17 +222,17 @@ def untaught(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(tiny, "teach", lambda *_, **__: None)
-    tiny.tiny_directory("recurrence-moe-32", tmp_path / "cache" / "gspo-ops")
+    tiny.tiny_directory(SMALL.model, tmp_path / "cache" / "gspo-ops")
 
 
 OVERRIDES = [
     "device=cpu", "steps=2", "rollout.group_size=2", "task.train_size=16", "task.eval_size=2",
     "evaluation.samples=1", "task.reward=parity:score",
 ]  # fmt: skip
-SMALL = ["--rates", "1e-2", "--seeds", "0", "1", "--jobs", "2", *OVERRIDES]
+SMALL = CELLS[0]
+ARGUMENTS = ["--only", SMALL.name, "--rates", "1e-2", "--seeds", "0", "1", "--jobs", "1"]
 
 
 def is_running(group):
@@ -254,7 +254,8 @@ def one_thread():
 def test_a_comparison_that_is_killed_goes_on(tmp_path, untaught, one_thread):
     """What was done before is not done again, and the numbers are those of one that was not."""
     out = tmp_path / "compare"
-    command = [sys.executable, "-m", "gspo_ops.cli", "compare", "--out", str(out), *SMALL]
+    command = [sys.executable, "-m", "gspo_ops.cli", "compare", "--out", str(out)]
+    command += [*ARGUMENTS, *OVERRIDES]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     killed = subprocess.Popen(
         command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL
@@ -273,7 +274,7 @@ def test_a_comparison_that_is_killed_goes_on(tmp_path, untaught, one_thread):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(killed.pid, signal.SIGKILL)
-    count = len(SUBSET[0].arms) * (len(TUNING_SEEDS) + 2)
+    count = len(SMALL.arms) * (len(TUNING_SEEDS) + 2)
     done = sorted(out.rglob("rate*.json"))  # all are whole
     assert 3 <= len(done) < count
     before = {path: (path.stat().st_mtime_ns, json.loads(path.read_text())) for path in done}
@@ -284,17 +285,16 @@ def test_a_comparison_that_is_killed_goes_on(tmp_path, untaught, one_thread):
     found = json.loads((out / "compare.json").read_text())
     assert len(found["runs"]) == count
     assert all(len(run["reward"]) == 2 for run in found["runs"])
-    assert 0 < max(run["expert_churn"] for run in found["runs"]) < 1
 
     # a run that was going on when it was killed, made anew in one process
     late = next(path for path in out.rglob("rate*.json") if path not in before)
     run = json.loads(late.read_text())["run"]
-    again = compare.train(Run(SUBSET[0], run["arm"], run["rate"], run["seed"]), OVERRIDES)
+    again = compare.train(Run(SMALL, run["arm"], run["rate"], run["seed"]), OVERRIDES)
     assert again | {"seconds": 0} == run | {"seconds": 0}
 
     # other code or settings make it anew
     made = (OVERRIDES, "a"), (OVERRIDES, "b"), ([*OVERRIDES, "steps=3"], "a")
-    keys = {compare._key(Run(SUBSET[0], "GSPO", 1e-3, 0), *x) for x in made}
+    keys = {compare._key(Run(SMALL, "GSPO", 1e-3, 0), *x) for x in made}
     assert len(keys) == 3
     file = done[0]
     assert compare._done(file, before[file][1]["key"]) == before[file][1]["run"]
@@ -316,7 +316,7 @@ def test_a_run_that_diverges_has_lost_everything(untaught, monkeypatch):
 
     monkeypatch.setattr(Trainer, "step", step)
     monkeypatch.setattr(Trainer, "evaluate", lambda self: torch.full((2, 1), 0.75))
-    found = compare.train(Run(SUBSET[0], "GRPO", 1.0, 0), [*OVERRIDES, "steps=3"])
+    found = compare.train(Run(SMALL, "GRPO", 1.0, 0), [*OVERRIDES, "steps=3"])
     assert found["diverged"]
     assert (found["before"], found["after"], found["gain"]) == (0.75, 0.0, -0.75)
     assert found["reward"] == [0.5, 0.0, 0.0]

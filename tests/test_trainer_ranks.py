@@ -180,7 +180,7 @@ def on_rank_sampling(folder):
     trainer.sampler.task = task.__class__(
         **vars(task) | {"reward": lambda r, p: 0.0 if p.question in dead else score(r, p)}
     )
-    problems, rollout, rewards, refilled, _ = sample(trainer)
+    problems, rollout, rewards, refilled, *_ = sample(trainer)
     assert refilled == (8 // trainer.ranks.size if trainer.ranks.is_first else 0)
     mixed = rewards.view(-1, 4).amin(1) != rewards.view(-1, 4).amax(1)
     responses = rollout.responses.flatten().tolist()

@@ -389,7 +389,7 @@ def test_refill_replaces_groups_without_a_gradient(make, monkeypatch):
         }
     )
     trainer.sampler.task = task
-    problems, rollout, rewards, refilled, failed = trainer.sampler.groups(
+    problems, rollout, rewards, refilled, failed, _ = trainer.sampler.groups(
         trainer.random_numbers("training")
     )
     assert refilled >= 1
