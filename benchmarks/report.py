@@ -277,7 +277,7 @@ def trainer_table(report: dict) -> list[str]:
     """Of `benchmarks/trainer.py`."""
     seeds = len(report["seeds"])
     lines = [
-        f"Runs from {seeds} seeds, those of a seed one after the other; medians over steps, the "
+        f"Runs from {seeds} seeds, interleaved seed by seed; medians over steps, the "
         f"first left out, and seeds, the ratio to eager seed by seed. Peak memory is that of the "
         f"whole process, model, optimizer and libraries included. Reward by step, mean over seeds.",
         "",
@@ -385,7 +385,7 @@ def updates_table(report: dict) -> list[str]:
     lines = [
         f"Updates of {report['model']} in {report['dtype']}: loss, backward with activation "
         f"checkpointing, clipping of the gradient, AdamW; {report['sequences']} responses of "
-        f"{report['tokens']} tokens that it has sampled after {report['prompt']} of a prompt. A "
+        f"{report['tokens']} tokens, sampled by the model after a prompt of {report['prompt']}. A "
         f"fraction f of them has a gradient; the others have no advantage, or are clipped. Medians "
         f"of {report['rounds']} rounds, in which a contender's updates follow each other: seconds, "
         f"the time relative to f=1 of the same contender and to the first contender at the same f, "

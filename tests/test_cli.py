@@ -12,7 +12,7 @@ from gspo_ops.environment import ISSUES
 from gspo_ops.testing import BOUNDS, Measured
 from gspo_ops.trainer.progress import CannotWrite, Diverged, Interrupted
 
-COMMANDS = ("verify", "bench", "env", "train", "plot", "sample")
+COMMANDS = ("verify", "bench", "env", "train", "plot", "sample", "compare")
 
 
 def help_of(*command):
@@ -33,7 +33,7 @@ def test_help_has_examples(command, capsys):
 def test_help_lists_every_command(capsys):
     help_of()
     text = capsys.readouterr().out
-    assert all(re.search(rf"^    {name} ", text, re.M) for name in [*COMMANDS, "compare"])
+    assert all(re.search(rf"^    {name} ", text, re.M) for name in COMMANDS)
     assert "examples:" in text
 
 

@@ -212,6 +212,12 @@ class TestReport:
         assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_change_of_kernels_or_trainer_repeats_runs_and_one_of_the_report_does_not():
+    files = {"/".join(path.parts[-2:]) for path in compare.code_files()}
+    assert files > {"kernels/policy_loss.py", "trainer/learner.py", "trainer/compare.py"}
+    assert not files & {"trainer/compare_report.py", "benchmarks/bench.py"}
+
+
 @pytest.fixture
 def untaught(tmp_path, monkeypatch):
     """A cache with a model that has had no warm-up, and a reward that its answers differ in."""

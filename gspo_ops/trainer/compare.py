@@ -28,6 +28,11 @@ from typing import Any
 from .compare_cells import MAP, RATES, SEEDS, SUBSET, TUNING_SEEDS, Cell, Run
 from .config import load_config, to_tables
 
+_EXAMPLES = """examples:
+  gspo-ops compare                           one cell, about ten minutes on two cores
+  gspo-ops compare --map                     all cells, hours; a killed command goes on
+  gspo-ops compare --only "moe, 128 tokens"  some cells
+"""
 _MEANS = ("clip_frac_tokens", "approx_kl_k3", "log_ratio_rms", "expert_churn")  # over the steps
 
 
@@ -35,9 +40,11 @@ def main(argv: Sequence[str]) -> int:
     """Run `gspo-ops compare` and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="gspo-ops compare",
-        description="Compare GSPO with GRPO: on an MoE model with answers of 32 tokens, in about "
-        "ten minutes, or on a map over lengths, updates per rollout, and dense and MoE models. "
+        description="Compare GSPO with GRPO on an MoE model with answers of 32 tokens, or on a\n"
+        "map over lengths, updates per rollout, and dense and MoE models.\n"
         "Runs that are already in the output directory are not repeated.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("override", nargs="*", metavar="key=value", help="overrides of the preset 'compare'")
@@ -208,13 +215,19 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def code_fingerprint() -> str:
-    """Hash the code that can change the results of a run with given settings."""
+def code_files() -> set[Path]:
+    """The source files that can change the results of a run with given settings."""
     package = Path(__file__).parent.parent
+    # in a checkout gspo_ops/kernels is a link, which rglob does not follow
+    files = {*package.rglob("*.py"), *(package / "kernels").glob("*.py")}
+    return {p for p in files if "benchmarks" not in p.parts and not p.stem.startswith("compare_")}
+
+
+def code_fingerprint() -> str:
+    """Hash these files and their names."""
     digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        if "benchmarks" not in path.parts and not path.stem.startswith("compare_"):
-            digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    for path in sorted(code_files()):
+        digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
 

@@ -112,7 +112,7 @@ class Tiny:
         return Qwen3MoeForCausalLM(config).eval()
 
     def fixed_routers(self, model: PreTrainedModel) -> list[torch.nn.Parameter]:
-        """Weights of those that are not taught."""
+        """Weights of the routers that the warm-up does not train."""
         if self.router_std is None or not self.experts:
             return []
         return [weight for router in find_routers(model) for weight in router.parameters()]
