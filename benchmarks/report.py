@@ -443,6 +443,12 @@ def left_out_table(report: dict) -> list[str]:
     return lines
 
 
+def compare_repeat_table(report: dict) -> list[str]:
+    """Return the gains of `gspo-ops compare` beside those of an earlier measurement."""
+    earlier = ROOT / "benchmarks/results/cpu-compare-earlier.json"
+    return compare_report.repeated(report, json.loads(earlier.read_text()))
+
+
 _STAGES = ("old_log_probs", "update")
 
 
@@ -461,6 +467,7 @@ TABLES: dict[str, Callable[[dict], list[str]]] = {
     "bench_summary": bench_summary,
     "clip_error": clip_error_table,
     "compare": compare_report.report,
+    "compare_repeat": compare_repeat_table,
     "gpu": gpu_table,
     "left_out": left_out_table,
     "memory": memory_table,

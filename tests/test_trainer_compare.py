@@ -27,6 +27,7 @@ from gspo_ops.trainer.compare_report import (
     common_rate,
     holm,
     predicted_spread,
+    repeated,
     report,
 )
 
@@ -186,6 +187,20 @@ class TestReport:
         lines = {cell.name: line_of(results(), f"| {cell.name} | 0.60") for cell in CELLS}
         assert "| 7%, 7% |" in lines["moe, 32 tokens, 16 updates"]
         assert "7%" not in lines["dense, 8 tokens, 4 updates"]
+
+    def test_two_measurements_of_the_same_cells(self):
+        def better(cell, arm, rate, seed):
+            return 0.2 + noise(seed) + 0.1 * ((cell.kind, arm) == ("moe", "GRPO"))
+
+        first = results(cells=CELLS[:3]) | {"commit": "a", "date": "Monday"}
+        second = results(better, cells=CELLS[1:]) | {"commit": "b", "date": "Tuesday"}
+        lines = repeated(second, first)
+        # the standard error of a difference is 0.01; each measurement has one cell of its own
+        assert lines[0].startswith("6 of 7 gains differ between two measurements (Monday, commit")
+        assert len(lines) == 4 + 7
+        (line,) = [line for line in lines if f"{CELLS[2].name} | GRPO |" in line]
+        assert "| +0.20 ± 0.01 (0.0001; 0.0001 to 0.001) | +0.30 ± 0.01 (" in line
+        assert line.endswith("| +0.10 ± 0.01 |")
 
     def test_time(self):
         found = results()

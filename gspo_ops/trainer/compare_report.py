@@ -147,6 +147,32 @@ def report(found: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
+def repeated(found: dict[str, Any], earlier: dict[str, Any]) -> list[str]:
+    """Compare the gains of two measurements in the cells of both, as lines of Markdown."""
+    first, second = Results(earlier), Results(found)
+    names = {cell["name"] for cell in second.cells}
+    lines, close = [], []
+    for cell in first.cells:
+        for arm in cell["arms"] if cell["name"] in names else []:
+            gains, errors = zip(
+                *(mean_and_error(of.gains(cell["name"], arm)) for of in (first, second)),
+                strict=True,
+            )
+            difference, error = gains[1] - gains[0], math.hypot(*errors)
+            close.append(abs(difference) <= 2 * error)
+            both = " | ".join(_arm(of, cell["name"], arm) for of in (first, second))
+            lines.append(f"| {cell['name']} | {arm} | {both} | {difference:+.2f} ± {error:.2f} |")
+    first_at, second_at = (f"{of['date']}, commit {of['commit']}" for of in (earlier, found))
+    return [
+        f"{sum(close)} of {len(close)} gains differ between two measurements ({first_at}; "
+        f"{second_at}) by at most two standard errors of their difference. Entries are as above.",
+        "",
+        "| cell | | first | second | difference |",
+        f"|{'---|' * 5}",
+        *lines,
+    ]
+
+
 def _settings(results: Results) -> list[str]:
     found, config = results.found, results.found["config"]
     rollout = config["rollout"]
