@@ -43,6 +43,7 @@ BLOCKS = Blocks(
 )
 _LEAST_ROWS = 16  # of products that make logits
 _LEAST_GRAD_ROWS = 4  # of those that make gradients of rows
+_ZERO_EXPONENT = -2048.0  # 2**-2048 is 0 in all dtypes
 _VECTORS = 64  # a number of elements that fills those of every processor
 
 
@@ -253,11 +254,12 @@ def _exponentials(z: Tensor, sums: Sums) -> None:
     sums.shift.copy_(torch.where(top > SHIFT_LIMIT, top, 0.0))
     if sums.shift.any():
         z -= sums.shift[:, None]
-    a = None if sums.log is None else z.clone()
+    # 0 * log(0) must be 0
+    a = None if sums.log is None else z.clamp(min=_ZERO_EXPONENT)
     _exp2(z)
     sums.total.copy_(_row_sum(z))
     if a is not None and sums.log is not None:
-        sums.log.copy_(_row_sum(a.mul_(z).masked_fill_(z == 0, 0.0)))
+        sums.log.copy_(_row_sum(a.mul_(z)))
 
 
 def _exp2(z: Tensor) -> None:
