@@ -21,29 +21,36 @@ def draw(found: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(5.5 * (len(kinds) + 1), 9), layout="constrained")
     axes = figure.subplots(2, len(kinds) + 1, squeeze=False)
     for column, kind in enumerate(kinds):
-        cells = [cell for cell in results.cells if cell["kind"] == kind]
+        cells = sorted((c for c in results.cells if c["kind"] == kind), key=_order)
         _gains(results, cells, axes[0, column])
         _ranges(results, cells, axes[1, column])
         axes[0, column].set_title(f"{kind}: gain at the best rate")
-        axes[1, column].set_title(f"{kind}: learning rates (o where it learns)")
-    axes[0, 0].legend(frameon=False, fontsize=8)
+        axes[1, column].set_title(f"{kind}: rates at which it learns (o) and does not (x)")
+    axes[0, len(kinds) - 1].legend(frameon=False, fontsize=8)  # experts have one arm more
     _curves(results, axes[0, -1])
     _clipped(results, axes[1, -1])
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
 
+def _order(cell: dict[str, Any]) -> tuple[int, bool, int, int]:
+    return cell["tokens"], cell["engine"], cell["epochs"], cell["mini_batches"]
+
+
 def _places(cells: list[dict[str, Any]], axis: Axes) -> None:
     """Label the x axis with the cells."""
     names = [
-        "{} tokens\n{}{}{}".format(
+        "{}\n{}{}{}".format(
             c["tokens"], c["mini_batches"], f" x {c['epochs']}" if c["epochs"] > 1 else "",
-            "\nbf16 engine" if c["engine"] else "",
+            "\nengine" if c["engine"] else "",
         )
         for c in cells
     ]  # fmt: skip
     axis.set_xticks(range(len(cells)), names, fontsize=8)
-    axis.set_xlabel("tokens of an answer, updates per rollout")
+    is_engine = any(cell["engine"] for cell in cells)
+    axis.set_xlabel(
+        "tokens of an answer, updates per rollout" + ", bf16 engine for sampling" * is_engine
+    )
     axis.grid(alpha=0.3)
 
 
@@ -103,7 +110,9 @@ def _clipped(results: Results, axis: Axes) -> None:
     for cell in results.cells:
         if cell["epochs"] == 1 and not cell["engine"]:
             series.setdefault((cell["kind"], cell["mini_batches"]), []).append(cell)
-    for (kind, parts), cells in series.items():
+    for (kind, parts), cells in sorted(series.items()):
+        if len(cells) == 1 < max(map(len, series.values())):
+            continue  # no curve
         for arm in ("GSPO", "GRPO"):
             points = [
                 (c["tokens"], results.mean_of("clip_frac_tokens", c["name"], arm, rate))
