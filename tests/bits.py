@@ -1,10 +1,10 @@
-"""Every output and gradient of some hundred calls, as bits: for changes that must not move one.
+"""Record every output and gradient of some hundred calls, for changes that must not move a bit.
 
     python tests/bits.py record before.json         # on the old code, then on the new code
     python tests/bits.py compare before.json
 
-Run both with TRITON_INTERPRET=1 as well, for the kernels. Only public names are called, and the
-bits are those of one machine: a file of another one says nothing.
+Run both with TRITON_INTERPRET=1 as well, for the kernels. Only public names are called. The bits
+depend on the machine: compare only files from the same one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import gspo_ops
 from gspo_ops import GRPO, GSPO, GSPOToken, LoRA, Objective, testing
 
 B, T, H, V = 4, 5, 24, 150
-MANY = 2600  # tokens of a vocabulary in three parts of 1024
+MANY = 2600  # the size of a vocabulary in three parts of 1024
 LAYOUTS = ("padded", "packed", "packed with mask")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 OBJECTIVES: dict[str, Objective] = {
@@ -39,7 +39,7 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 class Batch(NamedTuple):
-    """One batch of `layout`, its log-probs near those of its logits."""
+    """A batch with log-probs near those of its logits."""
 
     logits: Tensor
     hidden: Tensor
@@ -104,7 +104,7 @@ def bits(x: Tensor | None) -> str:
 
 
 def seen(result: Any, leaves: dict[str, Tensor]) -> dict[str, str]:
-    """Outputs of a call and its gradients, for random numbers from upstream."""
+    """Return the bits of a call's outputs, and of its gradients for random upstream gradients."""
     if isinstance(result, gspo_ops.PolicyLoss):
         outputs = {"loss": result.loss, **result.stats}
     elif isinstance(result, tuple):

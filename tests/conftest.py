@@ -15,7 +15,7 @@ import pytest
 import torch
 
 with contextlib.suppress(ImportError):
-    # Inductor imports it, and it refuses once something else has imported Python's own distutils.
+    # Inductor imports setuptools, which fails once something has imported Python's own distutils.
     import setuptools  # noqa: F401
 
 import doc_code
@@ -23,7 +23,7 @@ import doc_code
 from gspo_ops import testing
 
 ROOT = Path(__file__).parent.parent
-# About the repository: an unpacked sdist has neither its links nor the results of benchmarks.
+# These test the repository: an unpacked sdist has neither its links nor its benchmark results.
 OF_A_CHECKOUT = ("test_packaging.py", "test_readme.py")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
@@ -35,13 +35,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave the tests of other processes to them, where several share the work without a plugin,
-    and those about a checkout where this is none."""
+    """Drop tests that belong to other processes; skip those of a checkout in an unpacked sdist.
+
+    Several processes can split the tests without a plugin: each one runs its part.
+    """
     if part := os.environ.get("GSPO_OPS_TESTS_PART"):
         first, step = map(int, part.split("/"))
         items[:] = items[first::step]
     if (ROOT / "PKG-INFO").is_file():
-        skip = pytest.mark.skip(reason="is about a checkout, and this is an unpacked sdist")
+        skip = pytest.mark.skip(reason="tests a checkout, and this is an unpacked sdist")
         for item in items:
             if item.path.name in OF_A_CHECKOUT:
                 item.add_marker(skip)
@@ -49,13 +51,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def same_numbers_in_every_run() -> None:
-    """A test that draws numbers without a seed of its own draws the same in whatever order."""
+    """Seed torch, so that a test's random numbers do not depend on the order of tests."""
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def device() -> torch.device:
-    """The GPU where there is one, so that the same tests run the compiled kernels."""
+    """Return the GPU if there is one, so that the same tests run the compiled kernels."""
     return torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
 
 
@@ -64,7 +66,7 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session")
 def python_blocks() -> Callable[[str], dict[str, list[str]]]:
-    """`python_blocks(page)` is the Python code of a page, by the heading it stands under."""
+    """Provide `python_blocks(page)`, which maps each heading to the Python code under it."""
 
     def of_page(page: str) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
@@ -79,7 +81,7 @@ def python_blocks() -> Callable[[str], dict[str, list[str]]]:
 
 
 class Forked:
-    """Python code in a process of its own, without the seconds that its imports take."""
+    """Python code that runs in its own process, without the seconds that imports take."""
 
     CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -95,21 +97,21 @@ os.dup2(os.open({str(errors)!r}, os.O_WRONLY), 2)
         self.process.start()
 
     def status(self) -> int | None:
-        """None while it runs; negative after a signal."""
+        """Return the exit status: None while it runs, negative after a signal."""
         return self.process.exitcode
 
     def kill(self, number: int) -> None:
         os.kill(self.process.pid, number)
 
     def wait(self) -> tuple[int | None, str]:
-        """Exit status, and what it wrote to stderr."""
+        """Wait for the end; return the exit status and what was written to stderr."""
         self.process.join(timeout=300)
         return self.status(), self.errors.read_text()
 
 
 @pytest.fixture(scope="session")
 def forked(tmp_path_factory) -> Callable[[str], Forked]:
-    """`forked(code)` runs code in a process that has imported what the trainer needs."""
+    """Provide `forked(code)`, which runs code in a process that has the trainer's imports."""
     Forked.CONTEXT.set_forkserver_preload(
         ["gspo_ops.trainer.loop", "transformers.models.llama.modeling_llama", "matplotlib.pyplot"]
     )
@@ -123,7 +125,7 @@ def forked(tmp_path_factory) -> Callable[[str], Forked]:
 
 @pytest.fixture(scope="session")
 def directory(tmp_path_factory):
-    """A model that answers at random, saved as transformers saves."""
+    """Save a model with random weights as transformers does, and return its directory."""
     transformers = pytest.importorskip("transformers")
     from gspo_ops.trainer.tiny import character_tokenizer
 
@@ -144,7 +146,7 @@ def directory(tmp_path_factory):
 
 
 class Ranks:
-    """Processes of one gloo group, which call functions of test modules: all of them, in turn."""
+    """Processes of one gloo group, which all call the same functions of test modules."""
 
     PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); import conftest; conftest.serve()"
 
@@ -160,7 +162,7 @@ class Ranks:
         ]  # fmt: skip
 
     def __call__(self, function: Callable, *arguments: object) -> list:
-        """What function(*arguments) returns on each rank. Its module is loaded there by path."""
+        """Return what function(*arguments) returns on each rank, which loads its module by path."""
         path = function.__globals__["__file__"]
         for process in self.processes:
             pickle.dump((path, function.__name__, arguments), process.stdin)
@@ -178,7 +180,7 @@ class Ranks:
 
 
 def serve() -> None:
-    """A rank's life: call what comes in, and answer with a value or the text of an error."""
+    """Serve as a rank: call each requested function and answer with its value or traceback."""
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what is printed must not get between the answers
     torch.distributed.init_process_group(
@@ -202,7 +204,7 @@ def serve() -> None:
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory) -> Iterator[Callable[[int], Ranks]]:
-    """`ranks(G)` are G processes that stay for the session."""
+    """Provide `ranks(G)`: G processes that live as long as the session."""
     groups: dict[int, Ranks] = {}
 
     def of_size(size: int) -> Ranks:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-# a fence is taken as a whole: comments in it are not headings
+# a fence is matched as a whole, because comments in it are not headings
 PARTS = re.compile(r"^#+ ([^\n]+)$|^```(\w*)\n(.*?)^```$", re.M | re.S)
 NOT_RUN = re.compile(r"# not run by the tests: needs (a GPU|a cluster)\n")
 
@@ -38,7 +38,7 @@ def pages() -> list[str]:
 
 @cache
 def blocks(page: str) -> list[Block]:
-    """The Python code of a page, with the heading it stands under."""
+    """Return a page's blocks of Python code, each with the heading above it."""
     found, heading = [], ""
     for part in PARTS.finditer((ROOT / page).read_text()):
         title, language, code = part.groups()
@@ -51,7 +51,7 @@ def blocks(page: str) -> list[Block]:
 
 @cache
 def claims() -> dict[tuple[str, str], str]:
-    """The files whose tests are marked as examples, by page and heading."""
+    """Return the test file that claims each example, by page and heading."""
     found = {}
     for path in sorted((ROOT / "tests").glob("test_*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -63,5 +63,5 @@ def claims() -> dict[tuple[str, str], str]:
 
 
 def unclaimed(page: str) -> list[Block]:
-    """The blocks that are executed as they stand."""
+    """Return a page's blocks that are executed as they are, claimed by no test."""
     return [b for b in blocks(page) if b.is_run() and (page, b.heading) not in claims()]

@@ -1,4 +1,4 @@
-"""Hidden states, a head and targets for tests, and what every result from them is held to."""
+"""Hidden states, a head and targets for tests, and the checks that all results must pass."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from gspo_ops.testing import ALLOWED, BOUNDS, relative, synthetic_head, worst
 
 
 class Inputs(NamedTuple):
-    """What has a gradient: (N, H), (V, H), (V,), and (r, H) and (V, r) of a LoRA update."""
+    """The tensors with gradients: (N, H), (V, H), (V,), and (r, H) and (V, r) of a LoRA update."""
 
     hidden: Tensor
     weight: Tensor
@@ -28,7 +28,7 @@ class Inputs(NamedTuple):
         return None if self.a is None else LoRA(self.a, self.b, 0.5)
 
     def call(self, function, *args, **options):
-        """A function of hidden and weight, with the other inputs as its options."""
+        """Call a function of hidden and weight, with the other inputs as its options."""
         return function(
             self.hidden, self.weight, *args, bias=self.bias, lora=self.lora(), **options
         )
@@ -53,7 +53,7 @@ def sample(inputs: Inputs) -> Tensor:
 
 
 def with_budget(plan: str, inputs: Inputs) -> dict:
-    """Options that get this plan; "part": half of the exponentials at most, too few for chunks."""
+    """Return options for a plan; "part" fits at most half of the exponentials, and no chunk."""
     if plan != "part":
         return {"plan": plan}
     leaves = (x.detach().requires_grad_() for x in (inputs.hidden, inputs.weight))
@@ -62,7 +62,7 @@ def with_budget(plan: str, inputs: Inputs) -> dict:
 
 
 def run(call, inputs: Inputs, upstream: Tensor | None = None, frozen=()):
-    """Values and gradients; upstream (2, N) is of log-probs and entropies, a loss has none."""
+    """Return values and gradients; upstream (2, N) is for log-probs and entropies, not losses."""
     leaves = Inputs(
         *(None if x is None else x.detach().clone().requires_grad_(name not in frozen)
           for name, x in inputs._asdict().items())
@@ -78,7 +78,7 @@ def run(call, inputs: Inputs, upstream: Tensor | None = None, frozen=()):
 
 
 def plain(targets, dtype, entropy, **options):
-    """Log-probs and entropies of logits in this dtype."""
+    """Return a function that computes log-probs and entropies from logits in this dtype."""
 
     def call(leaves: Inputs):
         logits = leaves.map(lambda x: x.to(dtype)).call(reference.logits_from_hidden)
@@ -91,7 +91,7 @@ def plain(targets, dtype, entropy, **options):
 
 
 def assert_grads(grads: dict, exact: dict, eager: dict) -> None:
-    """The contract's bounds; few rows may leave eager with fp32 logits beyond that of fp32."""
+    """Check the contract's bounds; with few rows, eager itself may exceed the bound of fp32."""
     low = any(grad.dtype.itemsize < 4 for grad in eager.values())
     for name, grad in grads.items():
         assert grad.dtype == eager[name].dtype
@@ -105,7 +105,7 @@ def assert_grads(grads: dict, exact: dict, eager: dict) -> None:
 def assert_accurate(
     inputs: Inputs, targets: Tensor, softmax=None, entropies=(False, True), frozen=(), **options
 ):
-    """Log-probs, entropies, and gradients for random upstream gradients, some of them zero."""
+    """Check log-probs, entropies, and gradients for random upstream gradients, some being zero."""
     softmax = softmax or {}
     generator = torch.Generator().manual_seed(1)
     upstream = torch.randn(2, *targets.shape, generator=generator).to(targets.device)
@@ -132,7 +132,7 @@ def assert_accurate(
 
 
 def count_dots(monkeypatch) -> list[int]:
-    """The FLOPs of each `tl.dot` in Triton's interpreter, as they are spent from now on."""
+    """Return a list that gets the FLOPs of each `tl.dot` in Triton's interpreter from now on."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     spent = []

@@ -1,7 +1,7 @@
-"""The accidents of docs/accidents.md: each is caused, says what the table says, and loses nothing.
+"""The accidents of docs/accidents.md: each one prints the table's message and loses nothing.
 
-Twenty kills at random instants are in test_trainer_runs.py, every damage to every file of a
-checkpoint too; accidents of one process among several are in test_trainer_ranks.py.
+test_trainer_runs.py has twenty kills at random instants, and every damage to every file of a
+checkpoint; test_trainer_ranks.py has accidents of one process among several.
 """
 
 import random
@@ -27,14 +27,14 @@ from gspo_ops.trainer.model import load_model
 from gspo_ops.trainer.report import RunFiles, read_metrics
 
 DOCUMENT = Path(__file__).parent.parent / "docs/accidents.md"
-STEPS, ACCIDENT = 4, 3  # which happens in that step
+STEPS, ACCIDENT = 4, 3  # the step in which it happens
 REWARD = """\
 import time
 
 def score(response, problem):
     return (ord(response[0]) % 7) / 7 if response else 0.0
 """
-# Of a process: capabilities of root, to which nothing is read-only.
+# Drops the capabilities of root, to which nothing is read-only.
 NOT_ROOT = """\
 import ctypes, os
 if os.geteuid() == 0:
@@ -44,13 +44,13 @@ if os.geteuid() == 0:
 
 
 def table():
-    """Message and what survives, by accident."""
+    """Return each accident's message and what survives it."""
     rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \|$", DOCUMENT.read_text(), re.M)[1:]
     return {name: (message, survives) for name, message, survives in rows}
 
 
 def matches(message, line):
-    """Where `...` stands for anything."""
+    """Match a line against a message, where `...` stands for anything."""
     parts = message.strip("`").split("...")
     return re.fullmatch(".*".join(map(re.escape, parts)), line)
 
@@ -77,14 +77,14 @@ class Run:
         ]  # fmt: skip
 
     def train(self, *more):
-        """Exit status, and what it wrote to stderr."""
+        """Train in this process; return the exit status and what was written to stderr."""
         self.capsys.readouterr()
         status = COMMANDS["train"](self.arguments(*more))
         self.printed, error = self.capsys.readouterr()
         return status, error
 
     def start(self, *more, before="", reward=""):
-        """In a process of its own; `reward` is the body of the function from the third step on."""
+        """Train in a new process; `reward` is the function's body from the accident's step on."""
         command = ["train", *self.arguments(*more)]
         return self.forked(
             f"import sys, threading, time\nsys.path.insert(0, {str(self.folder)!r})\n{before}\n"
@@ -101,7 +101,7 @@ class Run:
         )
 
     def in_step(self, action):
-        """action(trainer) before the accident's step."""
+        """Call action(trainer) before the accident's step."""
         step = Trainer.step
 
         def changed(trainer):
@@ -136,7 +136,7 @@ def run(directory, folder, tmp_path, forked, monkeypatch, capsys):
 
 @pytest.fixture(scope="session")
 def whole(directory, folder, tmp_path_factory, forked):
-    """A run without accidents."""
+    """Return what a run without accidents leaves."""
     run = Run(directory, folder, tmp_path_factory.mktemp("whole"), forked, None, None)
     status, error = run.start().wait()
     assert status == 0, error
@@ -144,7 +144,7 @@ def whole(directory, folder, tmp_path_factory, forked):
 
 
 def contents(out):
-    """What the same run leaves each time."""
+    """Return what a run leaves, as far as it is the same each time."""
     rows = [{k: v for k, v in x.items() if not k.endswith("_s")} for x in read_metrics(out)]
     samples, model = out / "samples.jsonl", out / "model/model.safetensors"
     return rows, samples.read_bytes(), model.read_bytes()
@@ -157,7 +157,7 @@ ACCIDENTS = {}
 
 
 def accident(name, *, goes_on=True):
-    """With `goes_on`, --resume then ends as a run without accidents."""
+    """Register an accident; with `goes_on`, --resume must then end like a run without accidents."""
 
     def register(function):
         ACCIDENTS[name] = function, goes_on
@@ -190,7 +190,7 @@ def kills(run):
 
 
 def limit(size):
-    """Of files, after which a write fails, as on a full disk."""
+    """Limit the size of files, beyond which a write fails as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
@@ -331,7 +331,7 @@ def shortened(run):
     assert status == 2
     assert "remove the checkpoints after step 1," in error
     assert run.checkpoints() == ["step-000001", "step-000002"]
-    # what it advises
+    # follow the advice
     for path in (run.out / "checkpoints/step-000002").rglob("*.*"):
         path.unlink()
     with pytest.warns(UserWarning, match="is damaged"):

@@ -28,7 +28,7 @@ def test_group_ids_in_any_order(device):
 @pytest.mark.parametrize("value", [0.1, 1 / 3, -7.3, 0.0])
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_equal_rewards_give_exact_zeros(device, value, size):
-    """mean(8 * [0.1]) is not 0.1 in floating point; over eps it would train on rounding."""
+    """Equal rewards give zeros, not rounding errors over eps, though mean(8 * [0.1]) != 0.1."""
     rewards = torch.full((2 * size,), value, device=device)
     assert (group_advantages(rewards, size) == 0).all()
 

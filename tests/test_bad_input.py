@@ -1,4 +1,4 @@
-"""Wrong calls, and what each of them is told. `pytest -s -k printed` prints the table."""
+"""Wrong calls and the errors that they raise. `pytest -s -k printed` prints the table."""
 
 import math
 import os
@@ -37,7 +37,7 @@ rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0])
 
 
 def from_logits(**changes):
-    """A good call but for the changes."""
+    """Make a valid call, but with these changes."""
     args = {"logits": logits, "targets": targets, "old_log_probs": old, "advantages": advantages}
     return policy_loss_from_logits(**(args | changes))
 
@@ -83,7 +83,7 @@ class Wrong(NamedTuple):
 
 
 def wrong(text: str, error: type[Exception], message: str) -> Wrong:
-    """A row of the table; `text` is the call, as Python."""
+    """Return a row of the table; `text` is the call as Python code."""
     return Wrong(lambda: eval(text, vars(gspo_ops) | globals()), text, error, message)
 
 
@@ -364,14 +364,14 @@ def message_of(row: Wrong) -> str:
     return str(caught.value)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the kernels don't look at values: that would be a sync")
+@pytest.mark.skipif(INTERPRETED, reason="the kernels don't check values, which would need a sync")
 @pytest.mark.parametrize("row", WRONG, ids=[row.text for row in WRONG])
 def test_wrong_call_is_refused_by_name(row):
     message = message_of(row)
     assert re.search(row.message, message, re.DOTALL), message
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the kernels don't look at values: that would be a sync")
+@pytest.mark.skipif(INTERPRETED, reason="the kernels don't check values, which would need a sync")
 def test_good_calls_are_the_baseline():
     for call in (from_logits, from_hidden, from_log_probs, packed):
         assert call().loss.isfinite()
@@ -383,7 +383,7 @@ def markdown_table() -> str:
     return "\n".join(["| call | error | message |", "|---|---|---|", *rows])
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the kernels don't look at values: that would be a sync")
+@pytest.mark.skipif(INTERPRETED, reason="the kernels don't check values, which would need a sync")
 def test_printed_table():
     print(f"\n{markdown_table()}")
 
@@ -399,11 +399,11 @@ def with_wrong_target(value: int, device: torch.device | str = "cpu") -> torch.T
     return wrong.to(device)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="IndexError is the CPU path's; see the kernels' test below")
+@pytest.mark.skipif(INTERPRETED, reason="only the CPU path raises IndexError; see the test below")
 @pytest.mark.parametrize("value", OUT_OF_RANGE)
 @pytest.mark.parametrize("start", ["logits", "hidden"])
 def test_on_policy_target_out_of_range_is_refused(start, value):
-    """The forward has no use for the logits, so that the backward may be the first to see it."""
+    """A wrong target is refused, if only in the backward: the forward does not read the logits."""
     call, x = {"logits": (from_logits, logits), "hidden": (from_hidden, hidden)}[start]
     leaf = x.clone().requires_grad_()
     with pytest.raises(IndexError, match=rf"targets must lie in \[0, 5\) .*got {value} at row 3"):

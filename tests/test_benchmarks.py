@@ -1,4 +1,4 @@
-"""The benchmarks measure the same function everywhere, refuse another, and report what they say."""
+"""The benchmarks compare equal functions, refuse other ones, and report what they measured."""
 
 import json
 import math
@@ -77,7 +77,7 @@ def test_least_work():
 @pytest.mark.parametrize(("path", "name"), ALL)
 def test_every_provider_computes_the_same(path, name, dtype, f):
     if name == "torch.compile":
-        pytest.skip("a compilation takes long, and what is compiled is the baseline")
+        pytest.skip("compilation is slow, and what is compiled is the baseline")
     loss = present(LOSSES[path][name])
     workload = workloads.make_workload(path, SHAPE, dtype, f, CPU, lengths="ragged")
     truth = workloads.exact(workload)
@@ -148,7 +148,7 @@ def nan(operands, batch):
 
 
 def noisy(operands, batch):
-    """By 0.1% off in every ratio, which is thrice the clip range."""
+    """Return a loss as if every ratio were off by 0.1%, three times the clip range."""
     return LOSSES["logits"][BASELINE].compute(operands, batch) * 1.001
 
 
@@ -162,7 +162,7 @@ def quick(loss, **options):
 
 @pytest.fixture
 def timed(monkeypatch):
-    """What is timed, in order; peaks are not measured."""
+    """List what is timed, in order, without measuring peaks."""
     seen = []
     real = bench.sample
 

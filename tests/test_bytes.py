@@ -1,4 +1,4 @@
-"""What the kernels read and write of logits and dlogits, element by element, in the interpreter."""
+"""The kernels' reads and writes of each element of logits and dlogits, in the interpreter."""
 
 import os
 
@@ -21,7 +21,7 @@ SIZES = [1000, 4097, 20000]
 
 
 class Traffic:
-    """Addresses that the interpreter loads from and stores to."""
+    """The addresses that the interpreter loads from and stores to."""
 
     def __init__(self, monkeypatch):
         from triton.runtime.interpreter import InterpreterBuilder
@@ -41,14 +41,14 @@ class Traffic:
         monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counting_store)
 
     def take(self, *tensors):
-        """(loads, stores) of every element of each tensor since the last call."""
+        """Return (loads, stores) of every element of each tensor since the last call."""
         taken = [(count(self.loaded, x), count(self.stored, x)) for x in tensors]
         self.loaded, self.stored = [], []
         return taken
 
 
 def count(accesses, x):
-    """How often each element of x is accessed; nothing may touch the gaps between its rows."""
+    """Count the accesses to each element of x; check that none touches the gaps between rows."""
     storage = x.untyped_storage()
     offsets = np.concatenate([a.ravel() for a in accesses]).astype(np.int64) - storage.data_ptr()
     inside = offsets[(offsets >= 0) & (offsets < storage.nbytes())]
@@ -65,7 +65,7 @@ def traffic(monkeypatch):
 
 
 def make_batch(V, dtype, sliced):
-    """Logits, targets, mask, advantages, old log-probs; and which rows have a gradient."""
+    """Return logits, targets, mask, advantages, old log-probs, and which rows have a gradient."""
     generator = torch.Generator().manual_seed(V)
     logits = torch.randn(B, T + sliced, V, generator=generator).to(dtype)[:, :T].requires_grad_()
     targets = torch.randint(V, (B, T), generator=generator)
@@ -81,7 +81,7 @@ def make_batch(V, dtype, sliced):
 
 
 def expected(rows, targets, times, V):
-    """`times` everywhere in these rows and once more at their targets."""
+    """Return `times` everywhere in these rows, and one more at their targets."""
     once = torch.nn.functional.one_hot(targets, V)
     return torch.where(rows[..., None], times + once, 0)
 
@@ -124,7 +124,7 @@ def test_on_policy_forward_reads_nothing(V, traffic):
     show("on-policy forward", loads, stores, mask, V)
     assert not loads.any()
 
-    # the maximum and the sum on the way, then the gradient
+    # once for the maximum and the sum, once for the gradient
     (grad,) = torch.autograd.grad(loss, logits)
     (loads, _), (_, grad_stores) = traffic.take(logits, grad)
     show("on-policy backward", loads, grad_stores, is_live, V)

@@ -38,7 +38,7 @@ def test_help_lists_every_command(capsys):
 
 
 def next_line(capsys):
-    """The last line that was printed, which is the only one of its kind."""
+    """Return the last line that was printed, the only one that says what to do next."""
     lines = capsys.readouterr().out.splitlines()
     assert [line.startswith("next: ") for line in lines] == [False] * (len(lines) - 1) + [True]
     assert len(lines[-1]) <= 100
@@ -79,7 +79,7 @@ def test_bench_ends_with_it(capsys):
 
 
 def train(monkeypatch, outcome, *overrides):
-    """Exit status of a run that does nothing but end."""
+    """Return the exit status of a run that does nothing but end with this outcome."""
     loop = pytest.importorskip("gspo_ops.trainer.loop")
 
     def run(resume):

@@ -1,6 +1,6 @@
-"""loss_from_model and live_checkpointing: sequences without a gradient are left out of the body.
+"""loss_from_model and live_checkpointing leave sequences without a gradient out of the body.
 
-What is left out is counted by hooks; losses and gradients are those of the whole batch.
+Hooks count what is left out; losses and gradients must equal those of the whole batch.
 """
 
 import copy
@@ -45,7 +45,7 @@ FAMILIES = {
     "Zamba2, shared blocks": ("Zamba2ForCausalLM", {}),
     "Mamba2": ("Mamba2ForCausalLM", {}),
 }  # fmt: skip
-# those whose layers keep packed sequences apart without kernels of a GPU
+# families with layers that keep packed sequences apart without GPU kernels
 PACKED = [name for name in FAMILIES if not any(
     word in name for word in ("alibi", "hybrid", "shared", "Mamba", "gpt-oss")
 )]  # fmt: skip
@@ -93,14 +93,14 @@ def log_probs(model, batch, where, **options):
 
 
 def arguments(model, batch, where, dead):
-    """Old log-probs and advantages, with sequences that are dead for that reason."""
+    """Return old log-probs and advantages, with sequences that are dead for this reason."""
     with torch.no_grad():
         old = log_probs(model, batch, where)
     advantages = torch.tensor([1.0, -1.0, -0.5, 0.7, 2.0])
     if dead == "no advantage":
         old += 1e-4 * torch.randn(old.shape, generator=torch.Generator().manual_seed(1))
         return old, advantages * LIVE
-    # a ratio far beyond the side of the clip range that the advantage's sign clips
+    # dead: a ratio far beyond the edge of the clip range that applies to the advantage's sign
     shift = 0.1 * torch.where(LIVE, -advantages.sign(), advantages.sign())
     if "cu_seqlens" in where:
         return old - shift.repeat_interleave(where["cu_seqlens"].diff().long()), advantages
@@ -108,7 +108,7 @@ def arguments(model, batch, where, dead):
 
 
 def run(model, batch, where, old, advantages, autocast=False, **options):
-    """Loss, statistics and gradients, and the rows that each layer's first product has seen."""
+    """Return loss, statistics, gradients, and the rows that each layer's first product saw."""
     seen = []
 
     def count(module, args, output):
@@ -132,7 +132,7 @@ def run(model, batch, where, old, advantages, autocast=False, **options):
 
 
 def checkpoint(model):
-    """As transformers does."""
+    """Enable gradient checkpointing as transformers does."""
     model = getattr(model, "get_base_model", lambda: model)()
     model._set_gradient_checkpointing(
         True, functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
@@ -140,7 +140,7 @@ def checkpoint(model):
 
 
 def assert_close(grads, expected, bound=2e-6):
-    """As a whole; a gradient that is nothing but rounding, as of a key's bias, has no digits."""
+    """Compare gradients relative to all of them, as that of a key's bias is pure rounding error."""
     assert grads.keys() == expected.keys()
     size = torch.cat([x.flatten() for x in expected.values()]).norm()
     assert size > 0
@@ -178,7 +178,7 @@ def test_clipped_sequences(layout, family):
     loss, stats, expected, _ = run(model, batch, where, old, advantages)
     assert stats["clip_frac_sequences"] == 0.6
     live_checkpointing(model)
-    for _ in range(2):  # at its first use more is looked at
+    for _ in range(2):  # the first use checks more
         found, _, grads, rows = run(model, batch, where, old, advantages)
         assert torch.equal(found, loss)
         assert_close(grads, expected)
@@ -188,7 +188,7 @@ def test_clipped_sequences(layout, family):
 
 
 def test_positions_of_each_row():
-    """A single row whose positions start again at more than 0, as a tree's do, is not packed."""
+    """A single row whose positions restart above 0, as a tree's do, is not packed."""
     model = build("Llama")
     live_checkpointing(model)
     batch, where = with_positions(model)
@@ -232,7 +232,7 @@ WAYS = {
 def test_what_is_trained(family, way):
     model = WAYS[way](build(family))
     batch, where = padded(model)
-    torch.manual_seed(5)  # dropout's
+    torch.manual_seed(5)  # for dropout
     old, advantages = arguments(model, batch, where, "clipped")
     found = []
     for enable in (checkpoint, live_checkpointing, lambda model: None):
@@ -272,7 +272,7 @@ def test_all_sequences_live_is_bitwise_the_same():
 @pytest.mark.parametrize("skip", ["dead", "none"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_sequence_is_live(layout, skip):
-    """Zeros, not nothing: an optimizer's moments decay as they would have."""
+    """Gradients are zero, not None, so that an optimizer's moments decay as they would have."""
     model = build("Llama")
     live_checkpointing(model)
     batch, where = LAYOUTS[layout](model)
@@ -326,7 +326,7 @@ def test_compiled():
 
 
 def test_router_logits_have_their_gradient():
-    """Each token has one: nothing can be left out."""
+    """Every token's router logits have a gradient, so that nothing is left out."""
     model = build("Qwen3-MoE", router_aux_loss_coef=0.1)
     batch, where = padded(model)
     old, advantages = arguments(model, batch, where, "clipped")
@@ -375,7 +375,7 @@ def test_which_sequences_are_computed(layout, options, computed):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_advantage_per_token(layout):
-    """A sequence is live if one of its tokens that count has one."""
+    """A sequence is live if one of its unmasked tokens has an advantage."""
     model = build("Llama")
     batch, where = LAYOUTS[layout](model)
     old, _ = arguments(model, batch, where, "no advantage")
@@ -561,7 +561,7 @@ def test_a_layer_that_makes_something_else_of_some_sequences(strict):
 
 
 class Foreign(transformers.models.llama.modeling_llama.LlamaMLP):
-    other = torch.nn.Parameter(torch.ones(64))  # of the class, not of the layer
+    other = torch.nn.Parameter(torch.ones(64))  # belongs to the class, not to the layer
 
     def forward(self, x):
         return super().forward(x * self.other)

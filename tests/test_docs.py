@@ -1,6 +1,6 @@
-"""Every block of Python in README.md and docs/ does what it says; see doc_code.py for how.
+"""Every block of Python in README.md and docs/ works as described; doc_code.py explains how.
 
-The recipes for slime and NeMo-RL stand in test_integrations_recipes.py.
+The recipes for slime and NeMo-RL are tested in test_integrations_recipes.py.
 """
 
 import functools
@@ -54,7 +54,7 @@ def test_marked_tests_have_code_to_execute():
 
 @pytest.mark.example("docs/objectives.md", "Weights and masks from the rollout")
 def test_objectives(python_blocks):
-    """The table's objectives exist, and the code leaves out whom it says."""
+    """The table's objectives exist, and the code leaves out what it says."""
     text = (Path(__file__).parent.parent / OBJECTIVES).read_text()
     written = re.findall(r"`((?:[A-Z]\w+)\([^`]*\))`", text)
     assert len(written) == 9
@@ -210,7 +210,7 @@ def test_parallel(ranks, python_blocks, heading, function):
 
 
 def make_batch():
-    """Ratios on both sides of the clip range, and one sequence that is shorter."""
+    """Return a batch with ratios on both sides of the clip range and one shorter sequence."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(B, T, H, generator=generator)
     weight = torch.randn(V, H, generator=generator) / 2
@@ -227,7 +227,7 @@ def make_batch():
 
 
 def expected_of(batch):
-    """Loss and gradients of one process with the whole batch, in float64."""
+    """Return the loss and gradients of one process with the whole batch, in float64."""
     exact = {name: x.double() if x.is_floating_point() else x for name, x in batch.items()}
     operands = [exact[name].requires_grad_() for name in OPERANDS]
     loss, _ = reference.policy_loss_from_hidden(**exact)
@@ -236,7 +236,7 @@ def expected_of(batch):
 
 
 def execute(code, **names):
-    """The names after the code, which sees the library's and these."""
+    """Run code that sees the library's names and these; return all names afterwards."""
     scope = {name: getattr(gspo_ops, name) for name in gspo_ops.__all__} | {"torch": torch, **names}
     exec(code, scope)
     return scope
@@ -292,11 +292,11 @@ def on_rank_batch(code):
         micro_batches=[{"weight": weight, **micro_batch} for micro_batch in micro_batches],
     )  # fmt: skip
     dist.all_reduce(weight.grad)
-    check(UPSTREAM * weight.grad / size, grads["weight"])  # averaged, as by DDP
+    check(UPSTREAM * weight.grad / size, grads["weight"])  # averaged, as DDP does
 
 
 def on_rank_wrapped(code):
-    """Each rank two sequences, in DistributedDataParallel."""
+    """Each rank has two sequences, in DistributedDataParallel."""
     batch = make_batch()
     _, grads = expected_of(batch)
     body = torch.nn.Embedding.from_pretrained(batch.pop("hidden").view(-1, H), freeze=False)

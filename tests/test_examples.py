@@ -24,7 +24,7 @@ NUMBER = r"[-+]?\d+(?:\.\d+)?(?:e[-+]\d+)?"
 
 
 def run(name):
-    """Standard output of an example, which runs in this process as `python examples/NAME.py`."""
+    """Run an example in this process as `python examples/NAME.py`; return its standard output."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
         runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     print(out.getvalue())
@@ -32,9 +32,9 @@ def run(name):
 
 
 def numbers(output, before):
-    """The numbers that stand behind some words, in order."""
+    """Return the numbers that follow these words, in order."""
     found = [float(x) for x in re.findall(rf"{re.escape(before)} ({NUMBER})", output)]
-    assert found, f"nothing behind {before!r} in {output}"
+    assert found, f"no number after {before!r} in {output}"
     return found
 
 
@@ -83,7 +83,7 @@ def test_verl_settings(capsys):
     checked = capsys.readouterr().err
     assert 0 < numbers(checked, "actor/pg_clipfrac")[0] < 1
     assert max(numbers(checked, "off by") + numbers(checked, "gradient by")) <= 5e-6
-    # what the integration registers, under names that its document has
+    # settings use the name that the integration registers, and keys that its document lists
     document = (ROOT / "docs/integrations.md").read_text()
     short = [key.rpartition(".")[2] for key in settings if key != "algorithm.adv_estimator"]
     assert all(f"{key}`" in document or f"{key}=" in document for key in short), short

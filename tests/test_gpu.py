@@ -1,4 +1,4 @@
-"""What only a GPU can show; `make gpu` runs it. Accuracy bounds are those of gspo_ops.testing."""
+"""Tests that need a GPU, run by `make gpu`. Accuracy bounds are those of gspo_ops.testing."""
 
 import gc
 
@@ -35,7 +35,7 @@ SHAPE = 272, 4099, 200
 
 
 def loss_of(workload, **options):
-    """Of a workload's batch, from logits or hidden states."""
+    """Return loss, statistics and gradients of a workload, from logits or hidden states."""
     from_hidden = len(workload.operands) == 2
     op = gspo_ops.policy_loss_from_hidden if from_hidden else gspo_ops.policy_loss_from_logits
     batch = workload.batch
@@ -73,7 +73,7 @@ def test_accuracy_from_logits(V, dtype):
 @pytest.mark.parametrize("V", [32000, 50257])
 @pytest.mark.parametrize("H", [64, 37])
 def test_accuracy_from_hidden(V, H, dtype):
-    """Every plan, both products, with and without a look at the live rows."""
+    """Every plan and both products are accurate, with and without a sync for the live rows."""
     assert_all_ok(
         testing.verify(DEVICE, dtypes=[dtype], shapes=[], head_shapes=[(5, 7, H, V)], quick=True)
     )
@@ -81,7 +81,7 @@ def test_accuracy_from_hidden(V, H, dtype):
 
 @pytest.mark.parametrize("rows", [(0, 1, 2), (-3, -2, -1)])
 def test_more_logits_than_int32(rows):
-    """The first and the last rows of 2.5e9 logits are those of a small batch."""
+    """The first and the last rows of 2.5e9 logits have the results of a small batch."""
     N, V = 16384, 151936
     if torch.cuda.mem_get_info()[0] < 2.4 * 2 * N * V:
         pytest.skip(f"needs {2.4 * 2 * N * V / 2**30:.0f} GiB of free GPU memory")
@@ -130,7 +130,7 @@ def test_a_row_does_not_depend_on_the_batch(way):
 
 @ways
 def test_graphs_are_captured_and_replayed(way):
-    """With new inputs copied in."""
+    """A replay with new inputs copied in has the results of these inputs."""
     workload, options = make(way)
     other, _ = make(way, f=1.0)
     halved = tuple((0.5 * x.detach()).requires_grad_() for x in other.operands)
@@ -180,7 +180,7 @@ def test_the_default_does_not_synchronise(way):
 
 
 def test_allow_sync_synchronises():
-    """Or the test above could not fail."""
+    """The check of the test above notices a synchronisation, without which it could not fail."""
     workload, _ = make("hidden mm keep")
     loss_of(workload, allow_sync=True)
     torch.cuda.set_sync_debug_mode("error")

@@ -1,9 +1,9 @@
 """Contracts under the arithmetic of a GPU, in Triton's interpreter.
 
-What a GPU computes approximately is off here by as much as its documentation allows, with either
+Operations that a GPU approximates are off here by as much as its documentation allows, with either
 sign or by chance: exp2 by 2 ulp (ex2.approx), log by 1 ulp, `/` by 2 ulp (div.full). Products of
-16-bit matrices are added up as tensor cores add. Sums, other products and `div_rn` are rounded to
-the nearest on a GPU as well.
+16-bit matrices are summed as tensor cores do. Sums, other products and `div_rn` round to nearest
+on a GPU as well.
 """
 
 import os
@@ -43,7 +43,7 @@ from gspo_ops.testing.cases import sample, upstream
 pytestmark = [
     pytest.mark.kernels,
     pytest.mark.skipif(
-        os.environ.get("TRITON_INTERPRET") != "1", reason="is about the interpreter"
+        os.environ.get("TRITON_INTERPRET") != "1", reason="runs in Triton's interpreter only"
     ),
 ]
 ULP = 2.0**-23
@@ -51,7 +51,7 @@ GROUP, EXTRA_BITS = 16, 2  # of a tensor core's sum
 
 
 def by_chance(*operands: np.ndarray) -> np.ndarray:
-    """Numbers in [-1, 1) that depend on the operands alone, as a GPU's errors do."""
+    """Return numbers in [-1, 1) that depend on the operands alone, as a GPU's errors do."""
     mixed = np.zeros((), np.uint32)
     for x in operands:
         mixed = (mixed ^ x.astype(np.float32).view(np.uint32)) * np.uint32(2654435761)
@@ -67,12 +67,12 @@ def off(exact: np.ndarray, ulps: float, direction: str, *operands: np.ndarray) -
 
 
 def tensor_core_dot(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    """a @ b + c, of 16-bit numbers in float32, as tensor cores add (arXiv 2512.07004).
+    """Return a @ b + c of 16-bit numbers in float32, as tensor cores add (arXiv 2512.07004).
 
-    16 products and the accumulator are shifted to the largest exponent among them, cut off 2 bits
-    below the last one of fp32, and added up exactly; the sum is cut off to fp32.
+    16 products and the accumulator are shifted to the largest exponent among them, truncated 2
+    bits below the last one of fp32, and added exactly; the sum is truncated to fp32.
     """
-    # rows and columns of padding stay what they are
+    # rows and columns of padding stay as they are
     rows, columns = a.any(1).nonzero()[:, 0], b.any(0).nonzero()[:, 0]
     out, a, b, acc = c.clone(), a[rows], b[:, columns], c[rows][:, columns]
     of_a, of_b = power(a), power(b)
@@ -93,13 +93,13 @@ def tensor_core_dot(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.
 
 
 def power(x: torch.Tensor) -> torch.Tensor:
-    """The power of two at or below abs(x); 0 for 0."""
+    """Return the power of two at or below abs(x), and 0 for 0."""
     return torch.where(x == 0, 0.0, 2.0 ** (torch.frexp(x)[1] - 1))
 
 
 @pytest.fixture
 def compute_as_gpus(monkeypatch):
-    """`compute_as_gpus(direction)`: what is approximate is off "above", "below" or "by chance"."""
+    """Provide `compute_as_gpus(direction)`: approximations err "above", "below" or "by chance"."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     exact_dot = InterpreterBuilder.create_dot
@@ -157,7 +157,7 @@ DIRECTIONS = ("above", "below", "by chance")
 @pytest.mark.parametrize("likely", [True, False], ids=["sampled", "unlikely"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_log_probs(compute_as_gpus, device, direction, likely, temperature, softcap):
-    """abs(logits) / temperature is up to 32, as the contract has it."""
+    """The contract's bounds hold for abs(logits) / temperature of up to 32."""
     compute_as_gpus(direction)
     logits = synthetic_logits(6, 2, 1000, device=device).flatten(0, 1)
     logits = (logits * (32 * temperature / logits.abs().amax())).clamp(-32, 32)
@@ -171,14 +171,14 @@ def test_log_probs(compute_as_gpus, device, direction, likely, temperature, soft
     log_probs64 = reference.log_probs_from_logits(exact, targets, **options)
     entropy64 = reference.entropy_from_logits(exact, targets, **options)
     (log_probs64 * g + entropy64 * h).sum().backward()
-    # the contract's bound, and what rounds a difference of logits and the result, where those are
-    # so large that it is more
+    # the contract's bound, or the rounding of a difference of logits and of the result where these
+    # are so large that it exceeds the bound
     steps = torch.from_numpy(np.spacing(log_probs64.detach().abs().float().cpu().numpy()))
     allowed = (2 * steps).to(device).clamp(min=BOUNDS["log_prob"])
     assert ((log_probs - log_probs64).abs() <= allowed).all()
     assert worst(entropy - entropy64) <= BOUNDS["entropy"]
     errors = grad_errors(ours.grad, exact.grad, targets)
-    if softcap is not None:  # whose derivative is not the same for all
+    if softcap is not None:  # the derivative of the cap differs between logits
         errors.pop("grad row sum / g")
     for name, error in errors.items():
         assert error <= BOUNDS[name], name
@@ -216,7 +216,7 @@ def test_soft_cap(compute_as_gpus, direction, cap):
     ],
 )
 def test_contracts_from_logits(compute_as_gpus, device, direction, dtype, objective, packed):
-    """Errors of log-probs, ratios and gradients, clip decisions, and on-policy exactly 1."""
+    """Log-probs, ratios, gradients and clip decisions meet the contract; on-policy ratios are 1."""
     compute_as_gpus(direction)
     logits = synthetic_logits(9, 5, 1000, device=device).to(dtype)
     measured = list(measure(make_case(logits, objective, packed=packed)))
@@ -257,7 +257,7 @@ def head_and_targets(H, device, tokens=48, V=512):
     ("H", "products"), [(64, "triton"), (896, "triton"), (896, "mm"), (4096, "triton")]
 )
 def test_from_hidden(compute_as_gpus, device, H, products):
-    """Sums that are cut off shift all logits of a row: its target's has to shift with them."""
+    """Truncated sums shift all logits of a row, so that its target's has to shift with them."""
     compute_as_gpus("by chance")
     head, targets = head_and_targets(H, device)
     g = upstream(targets, 1)
@@ -286,7 +286,7 @@ def test_from_hidden(compute_as_gpus, device, H, products):
 
 
 def test_ratios_from_hidden(compute_as_gpus, device):
-    """Old and new log-probs of one op are off by nearly the same."""
+    """Ratios are accurate, as the errors of an op's old and new log-probs nearly cancel."""
     compute_as_gpus("by chance")
     head, targets = head_and_targets(4096, device)
     moved = head.hidden + 3e-3 * upstream(head.hidden, 2)

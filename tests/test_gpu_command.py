@@ -1,4 +1,4 @@
-"""The driver behind `make gpu`: its steps survive what goes wrong in one of them."""
+"""The driver behind `make gpu`: a step that fails does not stop the others."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def run(steps, limit=60.0, **options):
     return {step["name"]: step for step in found}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests machines without a GPU")
 def test_without_a_gpu_it_ends_at_once():
     ended = subprocess.run(
         [PYTHON, "-m", "gspo_ops.benchmarks.gpu"], capture_output=True, text=True, timeout=120
@@ -97,7 +97,7 @@ def test_the_results_file_is_whole_after_each_step(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     monkeypatch.setattr(gpu, "provenance", lambda: {"environment": ["here"]})
     assert gpu.main(["--out", str(out)]) == 1
-    assert sizes == [1, 2, 2]  # and the table of products
+    assert sizes == [1, 2, 2]  # the last write is that of the table of products
     assert json.loads(table.read_text()) == {
         "Other GPU": {"float32": "mm"}, "Some GPU": {"bfloat16": "triton"}
     }  # fmt: skip
@@ -107,7 +107,7 @@ def test_the_results_file_is_whole_after_each_step(tmp_path, monkeypatch):
 
 
 def test_every_step_is_a_command_that_exists(tmp_path):
-    """Its options are those that the commands have now."""
+    """The options of the benchmark steps are known to the command."""
     from gspo_ops.benchmarks import bench
 
     for step in gpu.plan(tmp_path):
@@ -129,7 +129,7 @@ def test_all_steps_fit_into_the_limit(tmp_path, monkeypatch):
 
 
 def test_tests_need_no_plugin_of_pytest(tmp_path):
-    """A machine without an index may have neither pytest-xdist nor pytest-timeout."""
+    """The tests run without pytest-xdist and pytest-timeout, which a machine may lack."""
     for name in ("xdist", "pytest_timeout"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('is not here')")
     environment = {
@@ -139,7 +139,7 @@ def test_tests_need_no_plugin_of_pytest(tmp_path):
     (tests,) = (step for step in gpu.plan(tmp_path, is_dry=True) if step.name == "tests")
     ran = subprocess.run(tests.command, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    # each of four processes has a part of its own
+    # each of the four processes has its own part
     collected = re.findall(r"^tests/test_gpu.py::(.+)$", ran.stdout, re.MULTILINE)
     assert len(collected) == len(set(collected)) > 80
 
@@ -165,7 +165,7 @@ def test_tensors_are_drawn_once_for_every_f(tmp_path, monkeypatch):
     out = str(tmp_path / "bench.json")
     assert bench.main([*options, "--rounds", "2", "--against", "TRL", "--out", out]) == 0
     assert len(drawn) == 1
-    # whole after each round, so that a run that is cut off keeps what it has
+    # the file is whole after each round, so that a run that is cut off keeps what it has
     assert files == [[1], [2], [2, 1], [2, 2]]
 
 

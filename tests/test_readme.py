@@ -42,7 +42,7 @@ LINK = re.compile(r"\[[^]]*\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
 
 
 def slugs(path):
-    """Anchors of the headings of a document, as GitHub and mkdocs make them."""
+    """Return the anchors that GitHub and mkdocs give the headings of a document."""
     headings = [part[1] for part in doc_code.PARTS.finditer(path.read_text()) if part[1]]
     words = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
     return {heading.strip().replace(" ", "-") for heading in words}
@@ -51,7 +51,7 @@ def slugs(path):
 @pytest.mark.example
 @pytest.mark.parametrize("page", SITE)
 def test_links_lead_somewhere(page):
-    """Also on GitHub, where README.md is read and the site's own check does not look."""
+    """Links resolve on GitHub too, where README.md is read but the site's check does not apply."""
     path = doc_code.ROOT / page
     text = doc_code.PARTS.sub(lambda part: part[0] if part[1] else "", path.read_text())
     for target, anchor in LINK.findall(text):
@@ -84,7 +84,7 @@ def test_code_runs_and_before_equals_after(python_blocks):
     torch.manual_seed(0)
     before, after = python_blocks("README.md")["In your trainer"]
     logits, targets = torch.randn(4, 3, 50), torch.randint(50, (4, 3))
-    shift = torch.tensor([1e-3, -1e-3, 1e-4, -1e-4])  # beyond both edges of the clip range, within
+    shift = torch.tensor([1e-3, -1e-3, 1e-4, -1e-4])  # beyond both edges of the clip range, inside
     inputs = {
         "logits": logits,
         "targets": targets,
@@ -104,7 +104,7 @@ def test_code_runs_and_before_equals_after(python_blocks):
 
 
 def test_paths_from_functions_to_kernels_are_true():
-    """What docs/internals.md names on the way stands in the code."""
+    """Every function and class that docs/internals.md names is in its module."""
     text = (ROOT / "docs/internals.md").read_text()
     section = text.split("\n## From a public function to its kernels\n")[1]
     names = re.findall(r"`((?:kernels\.)?\w+)\.(\w+)`", section)

@@ -1,4 +1,4 @@
-"""Log-probs beside a loss, and which rows a ratio that tokens share needs."""
+"""Log-probs returned with a loss, and the rows that a ratio shared by tokens needs."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def grouped(log_probs, old, advantages, ids):
 @pytest.mark.parametrize("objective", [GSPO(), grouped], ids=["GSPO", "function"])
 def test_log_probs_are_those_of_the_loss(way, on_policy, objective):
     if way == "chunk" and objective is grouped:
-        pytest.skip("chunks take no function")
+        pytest.skip("plan='chunk' takes no function")
     hidden, weight, targets, old, advantages, mask = make()
     given = (hidden, weight, targets, None if on_policy else old, advantages)
     options = {"mask": mask, "objective": objective}

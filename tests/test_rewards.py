@@ -102,7 +102,7 @@ def test_what_hangs_is_left_behind(workers):
 
 
 def test_several_at_once_stay_in_place():
-    barrier = threading.Barrier(4, timeout=10)  # broken unless four are there at once
+    barrier = threading.Barrier(4, timeout=10)  # breaks unless four wait at once
 
     def check(response, problem):
         assert problem.question == f"question {response}"
@@ -167,7 +167,7 @@ def test_settings(setting, message):
 
 
 def test_a_run_counts_them(directory, tmp_path, monkeypatch):
-    """In training and in turns; they may be set for a run that is resumed."""
+    """Failed rewards are counted, also over turns, and a resumed run may change their settings."""
     pytest.importorskip("matplotlib")
     from gspo_ops.trainer import COMMANDS
 
@@ -191,6 +191,6 @@ def test_a_run_counts_them(directory, tmp_path, monkeypatch):
     assert COMMANDS["train"]([*given, "steps=1", *failing]) == 0
     assert COMMANDS["train"]([*given, "task.failed_reward=0", "--resume"]) == 0
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
-    # 32 in each step, every fifth
+    # each step has 32 rewards, of which every fifth fails
     assert all(json.loads(line)["failed_rewards"] in (6, 7) for line in lines)
     assert len(lines) == 2

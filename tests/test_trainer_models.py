@@ -1,6 +1,6 @@
-"""Families of models in the trainer: its log-probs are the model's own, or it is refused by name.
+"""Model families in the trainer: log-probs equal the model's own, or the model is refused.
 
-Windows are of 8 tokens, shorter than the prompts.
+Windows have 8 tokens, fewer than the prompts.
 """
 
 import importlib.util
@@ -17,7 +17,8 @@ from gspo_ops.trainer.learner import Learner  # noqa: E402
 from gspo_ops.trainer.ranks import Ranks  # noqa: E402
 from gspo_ops.trainer.rollout import Rollout, check_sampling, own_log_probs  # noqa: E402
 
-# By class, without its last part: one row for a prompt and its responses, or one for each response.
+# Classes without the last part of their names, by layout: one row for a prompt and its responses,
+# or one row for each response.
 SHARED = (
     "Apertus", "BertLMHeadModel", "Cohere", "DeepseekV3", "Emu3", "Ernie4_5_Moe",
     "GPT2LMHeadModel", "GPTNeoX", "Gemma", "Glm4", "Granite", "Helium", "HyperCLOVAX", "Llama",
@@ -36,7 +37,7 @@ REFUSED = (
 
 @pytest.fixture(scope="module")
 def make():
-    """`make(name)` is a small random model, as in test_models.py."""
+    """Provide `make(name)`, which returns a small random model as in test_models.py."""
     spec = importlib.util.spec_from_file_location(
         "models", Path(__file__).parent / "test_models.py"
     )
@@ -55,7 +56,7 @@ def make():
 
 
 def make_rollout(width=12, length=6):
-    """Two prompts, one with padding, with three responses each."""
+    """Return two prompts, one of them padded, with three responses each."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(2, 80, (2, width), generator=generator)
     prompt_mask = torch.ones(2, width, dtype=torch.bool)
@@ -103,7 +104,7 @@ def test_responses_much_longer_than_prompts_have_their_own_rows(make, length, la
 
 
 def test_a_window_is_noticed_when_rows_grow_longer_than_it(make):
-    """The first rows fit into the window of 8 tokens, the next do not."""
+    """The layout changes when rows outgrow the window of 8 tokens."""
     learner = make_learner(make("Mistral"))
     long = make_rollout()
     short = long._replace(

@@ -1,4 +1,4 @@
-"""`gspo-ops bench --path model` measures updates that are the same, on a small random model."""
+"""`gspo-ops bench --path model` measures equal updates, tested on a small random model."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Trainers of TRL on tiny models, which several test files share."""
+"""TRL trainers on tiny models, shared by several test files."""
 
 from datasets import Dataset
 from trl import GRPOConfig
