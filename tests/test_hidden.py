@@ -32,7 +32,7 @@ ON_TRITON = INTERPRETED or torch.cuda.is_available()
 compiled_only = pytest.mark.skipif(INTERPRETED, reason="measures the torch path")
 kernels = pytest.mark.kernels
 all_products = pytest.mark.parametrize("products", ["mm", "triton"] if ON_TRITON else ["auto"])
-# of log_probs_from_hidden; "part" keeps the exponentials of some columns, if there are 1024 or more
+# for log_probs_from_hidden; "part" keeps exponentials of some columns if there are 1024 or more
 all_plans = pytest.mark.parametrize("plan", ["keep", "part", "recompute"])
 all_loss_plans = pytest.mark.parametrize("plan", ["keep", "part", "chunk", "recompute"])
 all_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -40,12 +40,12 @@ all_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, to
 
 # Accuracy
 
-# (N, H, V): single elements, odd sizes, and just around the borders of tiles
+# (N, H, V): single elements, odd sizes, and sizes just around the borders of tiles
 SHAPES = [
     (0, 8, 5), (1, 1, 1), (3, 7, 1), (1, 5, 2), (5, 16, 127), (9, 33, 129), (65, 4, 33),
     (2, 63, 1023), (3, 64, 1024), (5, 65, 1025), (3, 100, 2049),
 ]  # fmt: skip
-if not INTERPRETED:  # which takes seconds for them
+if not INTERPRETED:  # the interpreter takes seconds for these
     SHAPES += [(127, 4, 33), (129, 8, 130), (257, 7, 130), (3, 9, 8193), (5, 8, 17000)]
 
 
@@ -77,7 +77,7 @@ def test_accuracy_in_16_bits(device, dtype, plan, products):
 
 
 class RoundedLogitGrads(torch.autograd.Function):
-    """hidden @ weight^T in fp32; what is multiplied in the backward has the inputs' dtype."""
+    """The product hidden @ weight^T in fp32; its backward rounds logit gradients to 16 bits."""
 
     @staticmethod
     def forward(ctx, hidden, weight):
@@ -95,7 +95,7 @@ class RoundedLogitGrads(torch.autograd.Function):
 @all_products
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_in_16_bits_are_no_noisier_than_eager_s(device, dtype, products, monkeypatch):
-    """The target's entry is the largest of its row by far: it alone must not be rounded."""
+    """The target's entry, by far the largest of its row, is the only one that is not rounded."""
     monkeypatch.setattr(gspo_ops.head, "has_bf16", lambda device: True)
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
@@ -106,7 +106,7 @@ def test_gradients_in_16_bits_are_no_noisier_than_eager_s(device, dtype, product
         inputs = Inputs(hidden, weight).map(lambda x: x.to(device, dtype))
         targets = sample(inputs)
         if logit_size < 1:
-            targets[::5] = targets[0]  # a token that is met again and again
+            targets[::5] = targets[0]  # a token that occurs many times
         for upstream in (torch.ones(1, N), torch.randn(1, N, generator=generator)):
             upstream = upstream.to(device)
 
@@ -128,7 +128,7 @@ def test_gradients_in_16_bits_are_no_noisier_than_eager_s(device, dtype, product
             for name, grad in ours.items():
                 error = relative(grad, exact[1][name])
                 assert error <= 1.1 * relative(eager[name], exact[1][name])
-                if logit_size < 1:  # the others' entries are small
+                if logit_size < 1:  # the other entries are small
                     assert error <= 1.1 * relative(rounded_once[name], exact[1][name])
 
 
@@ -160,7 +160,7 @@ def test_mixed_dtypes(device, dtypes, plan, products):
 def test_temperature_and_softcap(device, softmax, plan, products):
     torch.manual_seed(0)
     inputs = make(9, 33, 300, device, bias=True)
-    # |log_prob| stays small here: beyond, the rounding of the logits itself counts
+    # this keeps |log_prob| small: otherwise, the rounding of the logits themselves matters
     inputs = inputs._replace(hidden=inputs.hidden / 4)
     assert_accurate(inputs, sample(inputs), softmax, plan=plan, products=products)
 
@@ -171,7 +171,7 @@ def test_temperature_and_softcap(device, softmax, plan, products):
     ("rank", "dtype"), [(1, torch.float32), (8, torch.float32), (8, torch.bfloat16)], ids=str
 )
 def test_lora(device, rank, dtype, plan):
-    """The weight is frozen: gradients for a, b, the bias and the hidden states only."""
+    """The weight is frozen: only a, b, the bias and the hidden states have gradients."""
     torch.manual_seed(0)
     inputs = make(5, 33, 1100, device, rank=rank, bias=True).map(lambda x: x.to(dtype))
     targets = sample(inputs)
@@ -207,7 +207,7 @@ def test_gradcheck(plan, softcap, rank):
 @all_plans
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_extreme_targets(device, plan, dtype, products):
-    """Targets that were never sampled: log-probs of -200 and below, and sharp temperatures."""
+    """Unlikely targets, with log-probs below -200, are accurate at sharp temperatures."""
     inputs = make(6, 32, 1200, device, bias=True)
     logits = inputs.map(Tensor.double).call(reference.logits_from_hidden)
     targets = torch.where(
@@ -226,7 +226,7 @@ def test_extreme_targets(device, plan, dtype, products):
         )  # fmt: skip
         assert exact_values[0].min() < (-200 if softmax["temperature"] < 0.1 else -85)
         torch.testing.assert_close(values[0].double(), exact_values[0], rtol=1e-6, atol=1e-4)
-        # the rounding of a logit counts 20-fold
+        # the temperature multiplies the rounding of a logit by 20
         bound = 1e-4 if dtype == torch.float32 else 2**-7
         for name, grad in grads.items():
             assert relative(grad, exact[name]) <= bound, name
@@ -235,7 +235,7 @@ def test_extreme_targets(device, plan, dtype, products):
 @kernels
 @all_products
 def test_large_hidden_states(device, products):
-    """Logits of +-1000 where nothing may overflow, the largest not among the first."""
+    """Logits of +-1000 do not overflow, even where the largest is not among the first."""
     inputs = make(4, 8, 1500, device).map(lambda x: x * 8)
     logits = inputs.map(Tensor.double).call(reference.logits_from_hidden)
     assert logits.abs().max() > 600
@@ -293,7 +293,7 @@ def test_ignored_rows_are_zero_whatever_they_hold(device, dtype, plan, products)
 @all_products
 @all_plans
 def test_a_row_without_gradient_is_not_used(device, plan, products):
-    """A live NaN row shows in its log-prob; without a gradient it must not show in dweight."""
+    """A live NaN row shows in its log-prob, but not in dweight if it has no gradient."""
     if (plan, products) == ("keep", "mm"):
         pytest.skip("torch.mm multiplies what was kept of a dead row by zero")
     inputs = make(7, 16, 1100, device)
@@ -356,7 +356,7 @@ def test_targets_out_of_range(device, value, products):
 
 
 def views(x: Tensor) -> dict[str, Tensor]:
-    """The same (N, H) numbers, otherwise in memory."""
+    """Return the same (N, H) numbers in several memory layouts."""
     wide = torch.cat([x, x.new_full((len(x), 3), math.nan)], 1)
     return {
         "part of a wider row": wide[:, :-3],
@@ -383,7 +383,7 @@ def test_strided_inputs(device, which, name, dtype, products):
         log_probs.backward(upstream)
         results.append([log_probs.detach(), *leaves.grads().values()])
     for ours, expected in zip(*results, strict=True):
-        # another order in memory is another order of summation: an ulp of 16 bits
+        # another memory layout changes the order of summation, by an ulp of 16 bits
         rtol = max(1e-5, torch.finfo(ours.dtype).eps)
         torch.testing.assert_close(ours, expected, rtol=rtol, atol=1e-6)
 
@@ -407,7 +407,7 @@ def test_batched_hidden_states_are_rows(device, products):
 
 
 @kernels
-@pytest.mark.skipif(not ON_TRITON, reason="a BLAS product of one row rounds otherwise")
+@pytest.mark.skipif(not ON_TRITON, reason="a BLAS product of one row rounds differently")
 def test_triton_products_don_t_depend_on_the_batch(device):
     inputs = make(140, 33, 300, device)
     targets = sample(inputs)
@@ -426,10 +426,10 @@ def test_triton_products_don_t_depend_on_the_batch(device):
 
 @kernels
 @all_products
-@pytest.mark.skipif(not ON_TRITON, reason="is about kernels; on a CPU dbias is a product in fp32")
+@pytest.mark.skipif(not ON_TRITON, reason="tests kernels; on a CPU, dbias is a product in fp32")
 @pytest.mark.parametrize("rows", [1, 40])
 def test_factors_of_dbias_are_not_rounded(device, rows, products):
-    """Exponentials have 16 bits, so that dbias is off by each one's rounding, and no more."""
+    """The only error of dbias is the rounding of exponentials to 16 bits."""
     inputs = make(rows, 64, 300, device, bias=True)
     inputs = inputs.map(Tensor.bfloat16)._replace(bias=inputs.bias)
     targets, upstream = sample(inputs), torch.randn(rows, device=device)
@@ -452,7 +452,7 @@ def test_factors_of_dbias_are_not_rounded(device, rows, products):
 @compiled_only
 @pytest.mark.parametrize("count", [1, 2, 3, 15])
 def test_gradients_of_few_rows_are_as_accurate_as_those_of_many(count):
-    """Embeddings have much in common, which cancels in dhidden: a coarse sum shows."""
+    """Embeddings have a large common part, which cancels in dhidden: a coarse sum would show."""
     inputs = make(40, 32, 9000, torch.device("cpu"))
     inputs = inputs._replace(weight=inputs.weight + 1.0)
     targets = sample(inputs)
@@ -473,7 +473,7 @@ def test_gradients_of_few_rows_are_as_accurate_as_those_of_many(count):
 @kernels
 @all_products
 def test_tied_embeddings(device, products):
-    """One tensor as the embedding and as the head gets the sum of both gradients."""
+    """A tensor that is both the embedding and the head gets the sum of both gradients."""
     weight = make(1, 16, 300, device).weight
     ids, targets = torch.arange(8, device=device), torch.arange(8, device=device) + 1
     grads = []
@@ -500,9 +500,9 @@ class Batch(NamedTuple):
 
 
 def make_batch(lengths, device, *, H=16, V=130, seed=0, bias=False, spread=1.0) -> Batch:
-    """Some sequences inside the clip range, some clipped, every fifth without an advantage.
+    """Make sequences inside the clip range, clipped ones, and every fifth without an advantage.
 
-    The spread of the log-ratios suits the narrow clip ranges of sequences.
+    The default spread of the log-ratios suits the narrow clip ranges of sequences.
     """
     N = sum(lengths)
     inputs = make(N, H, V, device, seed=seed, bias=bias)
@@ -530,7 +530,7 @@ def loss_of(batch: Batch, function=gspo_ops.policy_loss_from_hidden, **options):
 
 
 def assert_loss(batch: Batch, options: dict, frozen=(), **how) -> tuple[list, dict, dict]:
-    """Loss, log-ratios, clip fraction and gradients; returns ours, and the exact gradients."""
+    """Check loss, log-ratios, clip fraction and gradients; return ours and the exact gradients."""
 
     def plainly(dtype: torch.dtype):
         def cast(x):
@@ -560,10 +560,10 @@ def assert_loss(batch: Batch, options: dict, frozen=(), **how) -> tuple[list, di
 @pytest.mark.parametrize("objective", [GSPO(), GSPOToken(), GRPO()], ids=lambda o: type(o).__name__)
 @pytest.mark.parametrize("rows", [5, 12] if INTERPRETED else [1, 5, 12, 30, 1000])
 def test_chunks_of_whole_sequences(device, rows, objective, products):
-    """Budgets that cut anywhere: within a group, after an empty sequence, below one sequence."""
+    """Budgets may cut anywhere: within a group, after an empty sequence, below one sequence."""
     spread = 200.0 if objective.ratio_level == "token" else 1.0
     batch = make_batch([3, 0, 1, 12, 4, 0, 7, 2, 5, 1], device, spread=spread)
-    budget = rows * 130 * 4  # of these rows' exponentials
+    budget = rows * 130 * 4  # the bytes of these rows' exponentials
     values, _, exact = assert_loss(
         batch, {"objective": objective}, plan="chunk", memory_budget=budget, products=products
     )
@@ -576,7 +576,7 @@ def test_chunks_of_whole_sequences(device, rows, objective, products):
 @all_loss_plans
 @pytest.mark.parametrize("objective", [GSPO(), GRPO(aggregation="token-mean")], ids=repr)
 def test_padded_losses(device, plan, objective, products):
-    """The denominator counts what stands in other chunks."""
+    """The denominator also counts what is in other chunks."""
     batch = make_batch([4] * 4, device, V=1100, bias=True)
     mask = torch.rand(4, 4, generator=torch.Generator().manual_seed(0)).to(device) < 0.7
     mask[1] = False
@@ -655,7 +655,7 @@ def test_function_as_objective(device, plan, products):
 
 
 def of_every_op(device, products="auto"):
-    """Losses of each op and plan as functions of Inputs, by name."""
+    """Return inputs, and the losses of each op and plan as functions of Inputs, by name."""
     batch = make_batch([3, 1, 0, 2, 2], device, V=1100)
     calls = {}
     for plan in ("keep", "part", "chunk", "recompute"):
@@ -672,7 +672,7 @@ def of_every_op(device, products="auto"):
 
 
 OPS = list(of_every_op(torch.device("cpu"))[1])
-if INTERPRETED:  # which is slow
+if INTERPRETED:  # the interpreter is slow
     OPS = ["policy_loss keep", "policy_loss chunk", "policy_loss recompute", "log_probs part"]
 all_ops = pytest.mark.parametrize("op", OPS)
 
@@ -719,7 +719,7 @@ def test_inputs_stay_as_they_are(device, op, products):
 @all_products
 @all_ops
 def test_main_grad(device, op, products):
-    """Adds to what is there; the weight itself gets no gradient."""
+    """Gradients are added to main_grad; the weight itself gets none."""
     inputs, calls = of_every_op(device, products)
     expected = leaves_of(inputs)
     calls[op](expected).backward()
@@ -800,7 +800,7 @@ def test_checkpoint(device, op, reentrant):
 
 
 def settings() -> tuple:
-    """What a process may say about products, and with how many threads its threads begin."""
+    """Return the process's settings for products and its numbers of threads."""
     cuda = torch.backends.cuda.matmul
     with ThreadPoolExecutor(1) as pool:
         threads = pool.submit(torch.get_num_threads).result()
@@ -812,7 +812,7 @@ def settings() -> tuple:
 
 @pytest.fixture
 def coarse_products() -> Iterator[None]:
-    """fp32 may be rounded to bfloat16 where the machine has instructions for it."""
+    """Let fp32 be rounded to bfloat16 where the machine has instructions for it."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     yield
@@ -822,7 +822,7 @@ def coarse_products() -> Iterator[None]:
 @all_ops
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_caller_s_precision_changes_nothing(device, op, dtype, request):
-    """Neither autocast nor TF32-like products may touch the logits."""
+    """Neither autocast nor TF32-like products affect the logits."""
     inputs, calls = of_every_op(device)
     inputs = inputs.map(lambda x: x.to(dtype))
     values, grads = run(calls[op], inputs)
@@ -856,7 +856,7 @@ def refusing_fp32(product: Callable) -> Callable:
 
 @compiled_only
 def test_settings_of_the_process_are_left_alone(coarse_products):
-    """Also where two threads work at once, and where one of them fails."""
+    """Settings do not change, even where two threads work at once and one of them fails."""
     inputs, calls = of_every_op(torch.device("cpu"))
     before, seen = settings(), set()
 
@@ -879,7 +879,7 @@ def test_settings_of_the_process_are_left_alone(coarse_products):
 @compiled_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_log_probs_do_not_depend_on_the_number_of_threads(dtype, monkeypatch):
-    """Not a bit; gradients are products that the library behind torch splits as it likes."""
+    """Log-probs keep every bit; gradients don't, as torch's library splits products freely."""
     monkeypatch.setattr(gspo_ops.head, "has_bf16", lambda device: True)
     inputs = make(600, 16, 2100, torch.device("cpu"), bias=True).map(lambda x: x.to(dtype))
     targets = sample(inputs)
@@ -909,7 +909,7 @@ def test_log_probs_do_not_depend_on_the_number_of_threads(dtype, monkeypatch):
 @kernels
 @all_products
 def test_tiles_of_kernels_are_not_made_by_several_threads_at_once(device, products):
-    """Triton's interpreter has one state for all kernels."""
+    """Results are right with 3 threads, though Triton's interpreter has one state for all."""
     inputs = make(16, 8, 3 * 8192, device)
     targets = sample(inputs)
     before = torch.get_num_threads()
@@ -924,9 +924,9 @@ def test_tiles_of_kernels_are_not_made_by_several_threads_at_once(device, produc
 
 
 def product_flops(function) -> int:
-    """FLOPs of every matrix product, also of those inside an operator."""
+    """Count the FLOPs of every matrix product, including those inside an operator."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the profiler does not see threads of ours
+    torch.set_num_threads(1)  # the profiler does not see our own threads
     try:
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
             function()
@@ -945,7 +945,7 @@ PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "mv", "addmv", "addmv_", "baddbmm", 
 
 
 def live_rows(N: int, f: float, device) -> Tensor:
-    """An upstream gradient that leaves a fraction f of the rows alive, here and there."""
+    """Return an upstream gradient that leaves a random fraction f of the rows alive."""
     order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
     upstream = torch.zeros(N)
     upstream[order[: round(f * N)]] = 1.0
@@ -954,7 +954,7 @@ def live_rows(N: int, f: float, device) -> Tensor:
 
 FRACTIONS = [1.0, 0.6, 0.35, 0.1, 0.0]
 N_WORK, H_WORK, V_WORK = 1000, 24, 3000
-TILE = 2.0 * 64 * H_WORK * V_WORK * 3  # what 64 rows more than needed may cost in each product
+TILE = 2.0 * 64 * H_WORK * V_WORK * 3  # the cost of 64 rows more than needed in three products
 
 
 @compiled_only
@@ -962,7 +962,7 @@ TILE = 2.0 * 64 * H_WORK * V_WORK * 3  # what 64 rows more than needed may cost 
 @pytest.mark.parametrize("plan", ["keep", "recompute"])
 @pytest.mark.parametrize("f", FRACTIONS)
 def test_flops_of_log_probs(plan, f, frozen):
-    """(2 + 4f) NVH kept, (2 + 6f) recomputed, 2f less for a frozen input."""
+    """FLOPs are (2 + 4f) NVH kept, (2 + 6f) NVH recomputed, and 2f NVH less for a frozen input."""
     device = torch.device("cpu")
     inputs = make(N_WORK, H_WORK, V_WORK, device)
     targets = torch.arange(N_WORK)
@@ -1009,7 +1009,7 @@ def test_flops_of_losses(plan, f, frozen):
 @compiled_only
 @all_loss_plans
 def test_on_policy_rows_without_advantage_cost_nothing(plan):
-    """Their gradient is known before the forward, which needs nothing else of them."""
+    """Their gradient is known before the forward, which needs nothing else from them."""
     device = torch.device("cpu")
     leaves = leaves_of(make(N_WORK, H_WORK, V_WORK, device))
     targets = torch.arange(N_WORK).view(20, -1)
@@ -1051,7 +1051,7 @@ def test_nothing_is_spent_on_what_nobody_asks_for(op):
 
 @compiled_only
 def test_checkpointed_forward_is_only_a_forward():
-    """The first pass of a checkpoint runs without a graph: no gradient is made there."""
+    """The first pass of a checkpoint runs without a graph and computes no gradient."""
     inputs, calls = of_every_op(torch.device("cpu"))
     leaves = leaves_of(inputs)
     for op in ("policy_loss chunk", "policy_loss keep", "log_probs keep"):
@@ -1073,7 +1073,7 @@ def peak_memory(function) -> int:
 
 @compiled_only
 def test_padding_of_what_is_kept_is_not_used(monkeypatch):
-    """oneDNN reads beyond the columns that it is given, in bfloat16 with AMX."""
+    """NaN in the padding has no effect, though oneDNN reads beyond its columns in bf16 with AMX."""
     inputs = make(64, 32, 1000, torch.device("cpu")).map(Tensor.bfloat16)
     targets = sample(inputs)
 
@@ -1100,7 +1100,7 @@ def test_peak_memory_sees_what_is_freed():
 
 
 def assert_memory(inputs: Inputs, **options) -> None:
-    """What a plan says of its peak beside the returned gradients, within 10%."""
+    """Check that a plan predicts its peak beside the returned gradients to within 10%."""
     (N, H), T = inputs.hidden.shape, 16
     targets = torch.arange(N).view(-1, T)
     with torch.no_grad():
@@ -1203,7 +1203,7 @@ def test_plans_give_the_same_log_probs(device, products):
 
 
 def test_a_model_trains_to_the_same_weights():
-    """A body, a head and three steps: as with logits."""
+    """Three steps of a body and a head give the same weights as from logits."""
     device = torch.device("cpu")
     batch = make_batch([5, 3, 4, 6], device, V=300)
 
@@ -1238,7 +1238,7 @@ def test_a_model_trains_to_the_same_weights():
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("plan", ["keep", "recompute"])
 def test_triton_products_leave_dead_rows_out(plan, frozen, monkeypatch):
-    """(2 + 4f) N V H and so on, the live rows rounded up to whole tiles; counted, not timed."""
+    """FLOPs, as counted, are (2 + 4f) NVH etc., with live rows rounded up to whole tiles."""
     from gspo_ops.tiles_gpu import product_blocks
 
     spent = count_dots(monkeypatch)
@@ -1252,7 +1252,7 @@ def test_triton_products_leave_dead_rows_out(plan, frozen, monkeypatch):
         weight = inputs.weight.detach().requires_grad_(not frozen)
         advantages = torch.zeros(N // T)
         advantages[: round(f * N / T)] = 1.0
-        old = torch.zeros(N)  # far above: a positive advantage is not clipped
+        old = torch.zeros(N)  # far above the new ones: a positive advantage is not clipped
         cu_seqlens = torch.arange(0, N + 1, T, dtype=torch.int32)
         spent.clear()
         loss, _ = gspo_ops.policy_loss_from_hidden(

@@ -15,7 +15,7 @@ from gspo_ops.testing import BOUNDS, relative, worst
 pytestmark = [
     pytest.mark.kernels,
     pytest.mark.skipif(
-        os.environ.get("TRITON_INTERPRET") != "1", reason="is about the interpreter"
+        os.environ.get("TRITON_INTERPRET") != "1", reason="runs in Triton's interpreter only"
     ),
 ]
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def launched(monkeypatch):
-    """The names of the kernels that the test has launched."""
+    """Provide a list of the names of the kernels that the test has launched."""
     from gspo_ops.kernels import hidden, hidden_tma
 
     monkeypatch.setattr(head, "has_tma", lambda device, is_capped: True)
@@ -63,7 +63,7 @@ def test_accuracy(shape, plan, launched):
 
 @pytest.mark.parametrize("plan", ["keep", "recompute"])
 def test_softcap(plan, launched):
-    """Tiles of half as many columns; the target's logit is capped by itself."""
+    """Results are right with a soft cap, where tiles have half as many columns."""
     inputs = make_bf16(130, 24, 300, bias=True).map(lambda x: x * 3)
     entropies = (False, True) if plan == "recompute" else (False,)
     softmax = {"softcap": 5.0, "temperature": 0.8}
@@ -76,7 +76,7 @@ def test_softcap(plan, launched):
 @pytest.mark.parametrize(
     "change",
     [lambda x: x[..., :-1].contiguous(), Tensor.half, Tensor.float],
-    ids=["H", "float16", "float32"],  # an H that is no multiple of 8
+    ids=["H", "float16", "float32"],  # an H that is not a multiple of 8
 )
 def test_what_does_not_fit_takes_the_other_kernels(change, launched):
     inputs = make_bf16(9, 24, 50).map(change)
@@ -87,7 +87,7 @@ def test_what_does_not_fit_takes_the_other_kernels(change, launched):
 
 def test_operands_that_start_anywhere_are_copied(launched):
     whole = make_bf16(20, 32, 60)
-    inputs = whole.map(lambda x: x[:, 4:28])  # 8 bytes off, rows 16 bytes apart
+    inputs = whole.map(lambda x: x[:, 4:28])  # 8 bytes off; row strides are multiples of 16 bytes
     targets = sample(inputs)
     ours = log_probs_from_hidden(inputs.hidden, inputs.weight, targets, products="triton")
     clean = inputs.map(Tensor.contiguous)
@@ -117,7 +117,7 @@ def test_a_row_does_not_depend_on_the_batch():
 
 @pytest.mark.parametrize("plan", ["keep", "recompute"])
 def test_rows_without_gradient_are_not_used(plan):
-    """They may hold NaN, masked or not, in blocks of their own and beside others."""
+    """Dead rows may hold NaN, masked or not, in blocks of their own and beside live rows."""
     inputs = make_bf16(300, 24, 140)
     targets, upstream = sample(inputs), torch.randn(300)
     dead = torch.zeros(300, dtype=torch.bool)
@@ -162,7 +162,7 @@ def test_a_bad_row_with_a_gradient_shows(bad):
     ("plan", "frozen"), [("keep", False), ("keep", True), ("recompute", False), ("chunk", False)]
 )
 def test_dead_blocks_are_not_multiplied(plan, frozen, monkeypatch):
-    """Live rows up to whole blocks, of 128 where they are rows of a product, of 64 in a sum."""
+    """Live rows are rounded up to blocks: of 128 as rows of a product, of 64 in a sum."""
     spent = count_dots(monkeypatch)
     N, H, V, T = 256, 64, 256, 64
     inputs = make_bf16(N, H, V)
@@ -180,13 +180,13 @@ def test_dead_blocks_are_not_multiplied(plan, frozen, monkeypatch):
         of_rows = 128 * len({i * T // 128 for i in live_sequences})
         of_sums = 0 if frozen else T * len(live_sequences)
         again = of_rows if plan == "recompute" else 0
-        # columns of a gradient are filled up to a tile's 256
+        # the columns of a gradient are padded to the 256 of a tile
         assert sum(spent) == 2 * V * (H * (N + again) + 256 * (of_rows + of_sums))
 
 
 @pytest.mark.parametrize("plan", ["part", "chunk"])
 def test_losses(plan, launched):
-    """Like those of torch.mm, gradients of a shared buffer included."""
+    """Losses and gradients, including those in main_grad, match those of torch.mm."""
     inputs = make_bf16(6 * 40, 32, 2100)
     targets = sample(inputs).view(6, 40)
     mask = torch.arange(40) < torch.tensor([40, 3, 17, 40, 1, 30])[:, None]

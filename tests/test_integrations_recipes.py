@@ -1,5 +1,7 @@
-"""Recipes of docs/integrations.md for trainers that aren't installed here: their code, called as
-slime and NeMo-RL call it, beside the float64 reference."""
+"""The recipes of docs/integrations.md for slime and NeMo-RL, which aren't installed here.
+
+Their code is called as these trainers call it, and compared with the float64 reference.
+"""
 
 import sys
 from types import ModuleType, SimpleNamespace
@@ -22,7 +24,7 @@ UPSTREAM = -1.7
 
 
 def run(code, modules):
-    """The names that a block of code makes, with these in the place of packages."""
+    """Run a block of code with these modules in place of packages; return the names it defines."""
     stand_ins = {}
     for name, content in modules.items():
         parents = name.split(".")
@@ -45,7 +47,7 @@ VOCAB, PADDING, TEMPERATURE = 24, 5, 0.8
 
 
 def make_slime_batch():
-    """logits (1, T, V) with slime's padding at the end, and the batch without old log-probs."""
+    """Return logits (1, T, V) with slime's final padding, and a batch without old log-probs."""
     generator = torch.Generator().manual_seed(0)
     total = [p + r for p, r in zip(PROMPTS, RESPONSES, strict=True)]
     tokens = [torch.randint(VOCAB, (n,), generator=generator) for n in total]
@@ -61,7 +63,7 @@ def make_slime_batch():
 
 
 def make_reducer(batch, per_token=False, of_rollouts=None):
-    """slime's average of tokens of responses, one after another."""
+    """Return slime's average over the tokens of concatenated responses."""
     masks = batch["loss_masks"]
     counts = [max(int(m.sum()), 1) for m in masks] if of_rollouts is None else of_rollouts
 
@@ -74,7 +76,7 @@ def make_reducer(batch, per_token=False, of_rollouts=None):
 
 
 def of_responses(logits, batch):
-    """Log-probs and entropies of the responses, one after another."""
+    """Return log-probs and entropies of the concatenated responses."""
     found, end = [], 0
     for prompt, response, tokens in zip(PROMPTS, RESPONSES, batch["unconcat_tokens"], strict=True):
         first, end = end + prompt - 1, end + prompt + response
@@ -85,7 +87,7 @@ def of_responses(logits, batch):
 
 
 def approx_kl(log_probs, ref, kl_loss_type, importance_ratio=None):
-    """slime's compute_approx_kl: what is clamped is the product."""
+    """Compute KL as slime's compute_approx_kl does: it clamps the product."""
     d = log_probs - ref
     kl = {"k1": d, "k2": d.square() / 2}.get(kl_loss_type, (-d).exp() - 1 + d)
     kl = kl if importance_ratio is None else importance_ratio * kl
@@ -93,7 +95,7 @@ def approx_kl(log_probs, ref, kl_loss_type, importance_ratio=None):
 
 
 def loss_of_slime(args, batch, logits, mean):
-    """slime's, in its own words no more than needed, and some of its metrics."""
+    """Compute slime's loss and some of its metrics, with no more of its code than needed."""
     new, entropy = of_responses(logits, batch)
     dtype, lengths = new.dtype, batch["response_lengths"]
     A, mask = torch.cat(batch["advantages"]).to(dtype), torch.cat(batch["loss_masks"])
@@ -174,7 +176,7 @@ def test_slime(ranks, python_blocks, size, source):
 
 
 def on_rank_slime(code, source):
-    """Each rank its part of the vocabulary; one ratio beyond exp(88)."""
+    """Each rank has its part of the vocabulary; one ratio is beyond exp(88)."""
     policy_loss = make_slime_loss(code, dist.group.WORLD)
     logits, batch = make_slime_batch()
     exact = logits.double().requires_grad_()
@@ -249,7 +251,7 @@ def make_full_batch(is_gspo):
 @pytest.mark.parametrize("reducer", REDUCERS)
 @pytest.mark.parametrize("name", SLIME_SETTINGS)
 def test_slime_before_and_after(python_blocks, name, reducer):
-    """Every setting, with every average of slime."""
+    """Every setting gives slime's gradient and metrics, with each of its averages."""
     (code,) = python_blocks(DOCUMENT)["slime"]
     arguments = slime_arguments(**SLIME_SETTINGS[name])
     logits, batch = make_full_batch(arguments.advantage_estimator == "gspo")
@@ -287,7 +289,7 @@ def test_slime_s_own_loss_for_the_rest(python_blocks, setting):
 
 def calculate_kl(log_probs, ref, kl_type, input_clamp_value, output_clamp_value,
                  importance_sampling_weights):  # fmt: skip
-    """NeMo-RL's: where a clamp acts, neither the estimate nor its weight has a gradient."""
+    """Compute NeMo-RL's KL: where a clamp acts, neither estimate nor weight has a gradient."""
     d, w = log_probs - ref, importance_sampling_weights
     if input_clamp_value is not None:
         is_clamped = d.abs() > input_clamp_value
@@ -297,7 +299,7 @@ def calculate_kl(log_probs, ref, kl_type, input_clamp_value, output_clamp_value,
 
 
 class ClippedPGLossFn:
-    """NeMo-RL's, in its own words no more than needed: loss without the 1e-8 in its means."""
+    """NeMo-RL's loss, with no more of its code than needed, and no 1e-8 in its means."""
 
     def __init__(self, cfg, use_fused_linear_logprobs=False):
         vars(self).update(vars(cfg), use_fused_linear_logprobs=use_fused_linear_logprobs)
@@ -380,7 +382,7 @@ def nemo_config(**options):
 
 
 def make_nemo_batch(dtype):
-    """(B, S) as NeMo-RL has them, of which a loss takes [:, 1:]."""
+    """Return log-probs (B, S - 1), and NeMo-RL's data (B, S), of which a loss takes [:, 1:]."""
     generator = torch.Generator().manual_seed(0)
     batch, length = len(SHIFTS), 9
     token_mask = torch.ones(batch, length)
@@ -419,7 +421,7 @@ def fused_loss_fn(python_blocks):
 @pytest.mark.example("docs/integrations.md", "NeMo-RL")
 @pytest.mark.parametrize("packed", [False, True])
 def test_nemo_rl(fused_loss_fn, packed):
-    """The whole batch, or one sequence at a time, as where they are packed."""
+    """The loss is right for the whole batch, and for one sequence at a time as with packing."""
     log_probs, data = make_nemo_batch(torch.float32)
     seqs, toks = torch.tensor(11.0), torch.tensor(123.0)  # of all micro-batches and ranks
     exact = log_probs.double().requires_grad_()
@@ -488,7 +490,7 @@ SETTINGS = {
 @pytest.mark.parametrize("filtered", [False, True])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_nemo_rl_before_and_after(fused_loss_fn, name, filtered):
-    """Where NeMo-RL's does not overflow, every setting has its loss and its gradient."""
+    """Every setting gives NeMo-RL's loss and gradient where NeMo-RL's loss does not overflow."""
     log_probs, data = make_nemo_batch(torch.float64)
     noise = torch.randn(data["prev_logprobs"].shape, generator=torch.Generator().manual_seed(1))
     data["prev_logprobs"][4] += SHIFTS[4]
@@ -498,7 +500,7 @@ def test_nemo_rl_before_and_after(fused_loss_fn, name, filtered):
     for kind in (ClippedPGLossFn, fused_loss_fn):
         x = log_probs.clone().requires_grad_()
         batch = dict(data)
-        if filtered:  # by top-k: another log-prob stands where the token was not among them
+        if filtered:  # by top-k: a token that is not among them has another log-prob
             keep = torch.ones_like(x).index_fill(1, torch.tensor([3, 6]), 0)
             batch |= {"curr_logprobs_keep_mask": keep, "curr_logprobs_unfiltered": x}
         new = torch.where(keep != 0, x, 0.0) if filtered else x

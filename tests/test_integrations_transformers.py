@@ -162,7 +162,7 @@ def test_what_the_head_says_is_not_overridden():
 
 
 def test_positions_of_several_axes_reach_the_first_use():
-    """A model for images may need them, whether or not its first batch has images."""
+    """The first use passes on 3D positions, which a model for images may need even without any."""
     model, ids = make("Llama"), torch.randint(2, 50, (2, 9))
     expected = log_probs_from_model(make("Llama"), {"input_ids": ids}, T)
     own = model.forward
@@ -176,7 +176,7 @@ def test_positions_of_several_axes_reach_the_first_use():
 
 
 def test_the_check_can_be_left_out():
-    """What the model makes of its logits is learnt all the same."""
+    """What the model does to its logits is found out nevertheless."""
     model, (batch, _) = make("Gemma2, soft cap"), make_batch()
     seen = []
     model.lm_head.register_forward_hook(lambda *_: seen.append(1))
@@ -228,7 +228,7 @@ def wrap(model, wrapper):
 
 
 def on_rank_wrapped(wrapper):
-    """Each rank its rows of the batch; together the gradient of one process with all of them."""
+    """Each rank has its rows of the batch; together they give the gradient of one process."""
     rank, size = dist.get_rank(), dist.get_world_size()
     model, (batch, mask) = make(WRAPPERS[wrapper]), make_batch()
     of_one = copy.deepcopy(model)
@@ -259,7 +259,7 @@ def on_rank_wrapped(wrapper):
     own = slice(borders[rank], borders[rank + 1])
     denominator = global_denominator([{"mask": mask[own]}], group=dist.group.WORLD)
     wrapped = wrap(model, wrapper)
-    for _ in range(2):  # whatever hooks there are, they fire every time
+    for _ in range(2):  # hooks, if any, must fire every time
         wrapped.zero_grad()
         loss = loss_of(wrapped, own, denominator)
         loss.backward()

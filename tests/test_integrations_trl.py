@@ -1,4 +1,4 @@
-"""GSPOTrainer's loss step beside that of GRPOTrainer, on the same inputs and in a real run."""
+"""GSPOTrainer's loss compared with GRPOTrainer's, on the same inputs and in a real run."""
 
 import importlib.util
 import os
@@ -33,7 +33,7 @@ levels = pytest.mark.parametrize("level", LEVELS)
 
 @pytest.fixture(scope="session")
 def directory(tmp_path_factory):
-    """TRL loads the reference model from where the model came from."""
+    """Save a model to a directory, from which TRL loads the reference model too."""
     path = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -57,8 +57,10 @@ def make_lora():
 
 
 def make_inputs(trainer, on_policy=False):
-    """Ratios on both sides of the clip range; padding on both sides, a tool's tokens, and a
-    response without a token."""
+    """Make inputs with ratios on both sides of the clip range.
+
+    They have padding on both sides, a tool's tokens, and a response without a trained token.
+    """
     generator = torch.Generator().manual_seed(0)
     completion = torch.randint(5, 90, (6, 6), generator=generator)
     mask = torch.ones(6, 6, dtype=torch.long)
@@ -110,7 +112,7 @@ def assert_same(trainer, inputs):
         torch.testing.assert_close(
             grad, grads[name], atol=1e-6 * grads[name].abs().max().item(), rtol=1e-3, msg=name
         )
-    # of the sequences for which the model ran
+    # ours is the entropy of the sequences for which the model ran
     computed = our_metrics["gspo_ops/computed_frac"]
     if computed < 1:
         is_live = inputs["advantages"] != 0
@@ -164,7 +166,7 @@ def test_on_policy(make_trainer, level):
 @pytest.mark.parametrize("per_token", [False, True])
 @levels
 def test_importance_sampling_correction(make_trainer, level, per_token):
-    """The weights that TRL makes of vLLM's log-probs."""
+    """Results match TRL's with the weights that it computes from vLLM's log-probs."""
     trainer = make_trainer(GSPOTrainer, loss_type="grpo", beta=0.05,
         **LEVELS[level],
     )  # fmt: skip
@@ -190,7 +192,7 @@ def test_a_real_run_goes_the_same_way(make_trainer, level, options):
 
 
 def test_two_processes_go_the_same_way(directory, tmp_path):
-    """This file as a program, under torchrun."""
+    """Both trainers agree on two processes, where torchrun runs this file as a program."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([*command, __file__, directory, tmp_path], env=environment, check=True)
@@ -198,7 +200,7 @@ def test_two_processes_go_the_same_way(directory, tmp_path):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_goes_the_same_way(directory, tmp_path, stage):
-    """DeepSpeed's, whose third stage leaves each process a part of every weight."""
+    """Both trainers agree under DeepSpeed's ZeRO, which shards every weight in stage 3."""
     pytest.importorskip("deepspeed", reason="needs deepspeed: pip install deepspeed")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -208,7 +210,7 @@ def test_zero_goes_the_same_way(directory, tmp_path, stage):
 
 
 def assert_same_way(make_trainer, level, loss_type, **options):
-    """Several updates per rollout, from one seed."""
+    """Check that both trainers agree over several updates per rollout, from one seed."""
     options |= {"num_iterations": 2, "max_steps": 4, "loss_type": loss_type, **LEVELS[level]}
     if options.pop("lora", False):
         options["peft_config"] = make_lora()
@@ -223,7 +225,7 @@ def assert_same_way(make_trainer, level, loss_type, **options):
     assert "reward" in logs[0][0]
     for theirs, ours in zip(*logs, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=2e-4)
-        assert ours.get("reward") == theirs.get("reward")  # logged where responses are sampled
+        assert ours.get("reward") == theirs.get("reward")  # logged in steps that sample responses
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
         for side in ("low", "high", "region"):
             name = f"clip_ratio/{side}_mean"
@@ -256,7 +258,7 @@ def test_benchmark_compares_one_run_of_both_trainers(directory, monkeypatch):
 
 @pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
 def test_a_policy_is_the_same_as_itself(make_trainer, precision):
-    """Old and reference log-probs are the loss's own, bit by bit, before an update."""
+    """Before an update, old and reference log-probs equal the loss's own bit for bit."""
     trainer = make_trainer(
         GSPOTrainer, num_iterations=2, max_steps=1, beta=0.1,
         loss_type="grpo", temperature=0.9, bf16=precision == "autocast",
@@ -273,7 +275,7 @@ def test_a_policy_is_the_same_as_itself(make_trainer, precision):
 
 
 def rows_of(trainer, inputs):
-    """Sequences that the first layer's MLP sees, in the forward and in the backward."""
+    """Return the sequences that the first MLP sees in forward and backward, and gradients."""
     rows = []
     layer = trainer.model.get_decoder().layers[0].mlp
     trainer.model.train()
@@ -292,7 +294,7 @@ def rows_of(trainer, inputs):
     [
         ("auto", False, "float32", ({4}, {2})),
         ("none", False, "float32", ({6}, {6})),
-        ("auto", False, "bfloat16", ({6}, {2})),  # as old log-probs were rounded
+        ("auto", False, "bfloat16", ({6}, {2})),  # for the rounding of old log-probs
         ("auto", True, "bfloat16", ({4}, {4})),
         ("dead", False, "bfloat16", ({4}, {2})),
     ],
@@ -329,7 +331,7 @@ def test_skip_is_checked(make_trainer):
 
 
 def of_experts():
-    """A mixture of experts, whose router loss is on by default."""
+    """Return a mixture of experts, with its router loss on by default."""
     return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(
         vocab_size=len(character_tokenizer()), hidden_size=32, intermediate_size=64, head_dim=8,
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
@@ -374,7 +376,7 @@ def test_a_mixture_of_experts_goes_the_same_way(make_trainer, level):
 
 
 def test_images(make_trainer):
-    """The model's own inputs, some rows with two images and some with none."""
+    """The model gets its own inputs; losses match TRL's for rows with no, one and two images."""
     torch.manual_seed(0)
     trainer = trainer_of(of_images(), make_trainer.args[1], GSPOTrainer, **LEVELS["GSPO"])
     inputs = make_inputs(trainer)
@@ -454,7 +456,7 @@ def test_the_compiled_model_runs(make_trainer, monkeypatch):
 
 # Settings
 
-# of values that the table puts in words
+# examples of values that the table describes in words
 EXAMPLES = {
     "any other loss_type": {"loss_type": "of a later TRL"},
     "epsilon_high below 1 with cispo, as by default": {"loss_type": "cispo", "epsilon_high": None},
@@ -486,7 +488,7 @@ def routes_by_value():
 def test_every_setting_is_in_the_table():
     of_transformers = {field.name for field in fields(TrainingArguments)}
     of_trl = {field.name for field in fields(GRPOConfig)} - of_transformers
-    assert of_trl - ROUTES.keys() == set(), "say in ROUTES what GSPOTrainer makes of them"
+    assert of_trl - ROUTES.keys() == set(), "describe in ROUTES what GSPOTrainer does with them"
     assert ROUTES.keys() - of_trl <= of_transformers
 
 
@@ -527,7 +529,7 @@ def test_the_log_says_once_that_the_loss_is_trl_s(make_trainer, monkeypatch):
 
 
 def under_zero(model, out, stage):
-    """Steps of both trainers, two for each rollout."""
+    """Check that both trainers agree under ZeRO, with two steps for each rollout."""
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo")
@@ -551,7 +553,7 @@ def under_zero(model, out, stage):
         for name in ("loss", "grad_norm", "clip_ratio/region_mean"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
     torch.distributed.barrier()
-    os._exit(0)  # DeepSpeed's threads abort at an ordinary end
+    os._exit(0)  # DeepSpeed's threads abort on a normal exit
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The fused forward and the shorter updates beside verl's own, on the same tensors."""
+"""The fused forward and the shorter updates compared with verl's own, on the same tensors."""
 
 import contextlib
 import copy
@@ -45,7 +45,7 @@ FAMILIES = {
     "Llama, tied": ("Llama", {"tie_word_embeddings": True}),
     "Qwen3": ("Qwen3", {"head_dim": 8}),
     "Qwen3, tied": ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
-    # heads that verl's own backends take for a plain product
+    # heads that verl's own backends treat as a plain product
     "Phi, bias": ("Phi", {}),
     "Gemma2, soft cap": ("Gemma2", {"head_dim": 8, "final_logit_softcapping": 2.0}),
     "Cohere, logit scale": ("Cohere", {"logit_scale": 0.25}),
@@ -71,7 +71,7 @@ def make_tokens(*shape, seed=0):
 
 
 def make_packed():
-    """Sequences after one another, as verl's use_remove_padding has them."""
+    """Return concatenated sequences, as with verl's use_remove_padding."""
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
     inputs = {"attention_mask": None, "position_ids": positions, "use_cache": False}
     return {"input_ids": make_tokens(1, sum(LENGTHS)), **inputs}
@@ -88,7 +88,7 @@ def upstream(x, seed):
 
 
 def grads_of(model, log_probs, entropy, wanted=("log_probs", "entropy")):
-    """d/d(parameters) of random combinations of what is wanted."""
+    """Return the parameters' gradients of random combinations of the wanted outputs."""
     model.zero_grad()
     parts = {"log_probs": (log_probs, 1), "entropy": (entropy, 2)}
     sum((parts[name][0] * upstream(*parts[name])).sum() for name in wanted).backward()
@@ -136,7 +136,7 @@ def test_fused_forward_equals_the_model_s_logits(family, inputs, wanted):
 
 @pytest.mark.parametrize("family", KNOWN_TO_VERL)
 def test_fused_forward_equals_verl_s_own(family):
-    """Nearer to float64 than verl's, or at rounding error."""
+    """The error to float64 is at most twice verl's, or a rounding error."""
     model, exact, inputs = make_model(family), make_model(family, torch.float64), make_packed()
     targets = make_tokens(*inputs["input_ids"].shape, seed=1)
     expected = eager(exact, targets, **inputs)
@@ -278,7 +278,7 @@ def make_seeing(family):
 
 
 def make_images():
-    """One sequence with an image, positions as verl makes them: of text, time, height and width."""
+    """Return a sequence with an image, and verl's positions: of text, time, height and width."""
     ids = torch.tensor([[5, START, *[IMAGE] * PATCHES, END, 7, 8, 9, 10]])
     grid = torch.tensor([[1, 2, 2]])
     before, after = torch.arange(2), torch.arange(4, 9)
@@ -294,7 +294,7 @@ def make_images():
     ("family", "patched"), [("Qwen2_5_VL", False), ("Qwen3VL", False), ("Qwen3VL", True)]
 )
 def test_models_that_see_images(family, patched, monkeypatch):
-    """As transformers has them, and with the forwards that verl gives them."""
+    """Results are right with the forwards of transformers and with those of verl."""
     model = make_seeing(family)
     if patched:
         monkey_patch_of_verl(model, monkeypatch)
@@ -319,7 +319,7 @@ def test_models_that_see_images(family, patched, monkeypatch):
 
 
 def monkey_patch_of_verl(model, monkeypatch):
-    """verl's, for this test; verl 0.9 looks for a class that transformers 5 has renamed."""
+    """Apply verl's patch in this test; verl 0.9 needs a class that transformers 5 has renamed."""
     modeling = sys.modules[type(model).__module__]
     output = transformers.modeling_outputs.CausalLMOutputWithPast
     monkeypatch.setattr(modeling, "Qwen3VLCausalLMOutputWithPast", output, raising=False)
@@ -348,7 +348,7 @@ def test_only_the_backend_of_this_name_is_ours():
 
 @contextlib.contextmanager
 def forward_kept(kind):
-    """verl patches the class, for all tests to come."""
+    """Restore a class's forward at the end, as verl's patch would affect all later tests."""
     original = kind.forward
     yield original
     kind.forward = original
@@ -377,7 +377,7 @@ PARTS = ((2, 3), (1, 3), (4, 3), (2, 1))  # tokens of prompt and response
     [("gspo", "low_var_kl"), ("vanilla", "k1"), ("cispo", "abs"), ("sapo", "mse"), ("gpg", "k3+")],
 )
 def test_actor_s_loss_with_kl_and_entropy(mode, kl):
-    """From the fused forward and our loss, beside logits and verl's own."""
+    """The fused forward with our loss matches logits with verl's own loss."""
     terms = {"use_kl_loss": True, "kl_loss_type": kl, "kl_loss_coef": 0.3, "entropy_coeff": 0.2}
     results = []
     for dtype, name in ((torch.float64, mode), (torch.float32, f"{ours.register()}_{mode}")):
@@ -434,8 +434,10 @@ def test_verl_s_engine(ranks, tmp_path, family, packed, dtype):
 
 
 def on_rank_engine(directory, packed, dtype):
-    """Sequences of its own on each rank, through verl's engine: under FSDP2 with this backend,
-    beside the same with logits, and beside the whole model with verl's own backend."""
+    """Our backend under FSDP2 matches logits, and verl's own backend on the whole model.
+
+    All of them run in verl's engine, on different sequences on each rank.
+    """
     engine = make_engine(directory, dtype, ours.register())
     mine = step(engine, packed)
     expected = [step(make_engine(directory, dtype, None), packed)]
@@ -459,9 +461,9 @@ def test_verl_s_engine_with_adapters(ranks, tmp_path, packed):
 
 
 def on_rank_adapters(directory, packed):
-    """Under FSDP2, with LoRA on the head and in the body, beside the same with logits.
+    """Our backend matches logits under FSDP2, with LoRA on the head and in the body.
 
-    The head is tied, since FSDP2 can't shard peft's layer by itself, as verl would an untied one.
+    The head is tied: verl would shard an untied one by itself, which FSDP2 can't for peft's layer.
     """
     mine, theirs = (
         step(make_engine(directory, "fp32", backend, ["lm_head", "q_proj"]), packed)
@@ -475,7 +477,7 @@ def on_rank_adapters(directory, packed):
 
 
 def on_a_cpu():
-    """Tell verl that there is a CPU, and no TRL, whose 1.16 it can't use."""
+    """Make verl use a CPU, and ignore TRL, as it can't use TRL 1.16."""
     from verl.plugin.platform import set_platform
     from verl.plugin.platform.platform_cuda import PlatformCUDA
 
@@ -490,7 +492,7 @@ def on_a_cpu():
 
 
 def make_engine(directory, dtype, backend, adapted=None):
-    """verl's, from its configs, with LoRA where it is asked for."""
+    """Return verl's engine, made from its configs, with LoRA if `adapted` is given."""
     on_a_cpu()
     from verl.workers.config import FSDPEngineConfig, HFModelConfig
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
@@ -509,7 +511,7 @@ def make_engine(directory, dtype, backend, adapted=None):
         module = engine._build_lora_module(module)
         torch.manual_seed(0)
         for name, p in module.named_parameters():
-            if "lora_" in name:  # of which B is 0 at first
+            if "lora_" in name:  # B is 0 at first
                 torch.nn.init.normal_(p, std=0.1)
     engine.module = engine._build_fsdp_module(module)
     return engine
@@ -520,7 +522,7 @@ def nested(parts):
 
 
 def step(engine, packed):
-    """What verl's loss function gets, and gradients as averaged over ranks."""
+    """Return what verl's loss function gets, and gradients averaged over ranks."""
     rank = dist.get_rank()
     lengths = LENGTHS if rank == 0 else (2, 9)
     batch = tensordict_utils.get_tensordict(
@@ -536,7 +538,7 @@ def step(engine, packed):
     found = {}
 
     def loss_function(model_output, data, dp_group):
-        # a sequence's last row predicts another sequence's token, or padding: nobody's loss has it
+        # a sequence's last row predicts another sequence's token or padding, and is in no loss
         rows = torch.cat([torch.arange(n) + 1 < n for n in lengths])
         found.update({name: x.values()[rows] for name, x in model_output.items()})
         return sum((x * upstream(x, 3)).sum() for x in found.values()), {}
@@ -557,7 +559,7 @@ def step(engine, packed):
 
 # Updates without zero advantages, by verl's workers
 
-# Two mini-batches on each rank: who has an advantage, and how long responses are
+# Two mini-batches on each rank: which sequences have an advantage, and the responses' lengths
 WITH_ADVANTAGE = [[1, 0, 1, 1, 0, 0] + [0] * 6, [0] * 12]
 RESPONSES = [5, 3, 8, 1, 4, 2, 6, 7, 2, 1, 8, 5]
 PROMPT, RESPONSE, MINI_BATCH = 3, max(RESPONSES), 6
@@ -566,7 +568,7 @@ CUTS = {
     "by tokens": {"use_dynamic_bsz": True, "max_token_len_per_gpu": PROMPT + RESPONSE},
     "by rows": {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 2},
 }
-# What verl asks a device for, and torch.cpu has not
+# What verl calls on a device and torch.cpu lacks
 MEASURED = ("empty_cache", "memory_allocated", "memory_reserved", "max_memory_allocated",
             "max_memory_reserved")  # fmt: skip
 # The sequences that run, on each rank and in each mini-batch
@@ -588,10 +590,10 @@ def test_updates_without_zero_advantages(ranks, tmp_path, python_blocks, size, l
 
 
 def on_rank_update(directory, layout, cut):
-    """Loss and gradients with and without zero advantages. Returns who ran without them."""
+    """Compare updates with and without zero advantages; return what ran without them."""
     plain, skipping = make_worker(directory), make_worker(directory, external_lib="external")
     old = old_log_probs(plain, layout, cut)
-    assert torch.equal(old_log_probs(skipping, layout, cut), old)  # of everyone
+    assert torch.equal(old_log_probs(skipping, layout, cut), old)  # for all sequences
     old += torch.linspace(-2e-4, 2e-4, old.numel()).view_as(old)
     cases = [(mode, ours.NAME) for mode in MODES]
     cases += [("token-mean", name) for name in PROPORTIONAL]
@@ -612,7 +614,7 @@ def on_rank_update(directory, layout, cut):
 
 
 def make_worker(directory, external_lib="null"):
-    """verl's, from its configuration files, as its trainer makes it."""
+    """Return verl's worker, made from its configuration files as its trainer does."""
     import hydra
 
     on_a_cpu()
@@ -634,7 +636,7 @@ def make_worker(directory, external_lib="null"):
         names = [re.sub(r"^\+?", r"\g<0>actor_rollout_ref.", setting) for setting in settings]
         config = hydra.compose("ppo_trainer", names).actor_rollout_ref
     ActorRolloutRefWorker.actor_worker_cls = TrainingWorker
-    sys.modules.pop(external_lib, None)  # of another test
+    sys.modules.pop(external_lib, None)  # left by another test
     worker = ActorRolloutRefWorker(config, "actor")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(directory)
@@ -642,7 +644,7 @@ def make_worker(directory, external_lib="null"):
     return worker
 
 
-@functools.cache  # once
+@functools.cache  # registers once
 def register_engine():
     from verl.workers.engine import EngineRegistry
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
@@ -660,7 +662,7 @@ def make_loss(mode="token-mean", name=ours.NAME, **options):
 
 
 def make_sequences(layout, cut, old_log_probs=None):
-    """A rank's part of a batch, as verl's trainers give it: padded, or nested throughout."""
+    """Return a rank's part of a batch as verl's trainers pass it: padded, or nested throughout."""
     rank, size = dist.get_rank(), dist.get_world_size()
     rows = range(len(RESPONSES))
     prompts, responses = (
@@ -675,7 +677,7 @@ def make_sequences(layout, cut, old_log_probs=None):
         "response_mask": mask.long(),
         "advantages": live * upstream(live, 7 + rank) * torch.ones(RESPONSE),
     }
-    per_token["advantages"][~mask] = 5.0  # nobody's
+    per_token["advantages"][~mask] = 5.0  # must not be read
     if old_log_probs is not None:
         per_token["old_log_probs"] = old_log_probs
     if layout == "nested":
@@ -713,11 +715,11 @@ def old_log_probs(worker, layout, cut):
 
 
 def update(worker, loss_function, data):
-    """Gradients and losses of an update's mini-batches, and whose tokens the body got in them."""
+    """Return the gradients and losses of an update's mini-batches, and the sequences that ran."""
     worker.set_loss_fn(loss_function)
     engine, grads, ran = worker.actor.engine, [], [[]]
 
-    def optimizer_step():  # without a step: all cases have the same weights
+    def optimizer_step():  # skips the step, so that all cases have the same weights
         parameters = engine.module.named_parameters()
         grads.append({name: p.grad.full_tensor().clone() for name, p in parameters})
         ran.append([])

@@ -44,7 +44,7 @@ with warnings.catch_warnings():
         for kl in ({}, {"kl_coef": 0.1, "kl_estimator": "k1"}, {"kl_coef": 0.1})
     ]
 MASK_DTYPES = [torch.bool, torch.int64, torch.int32, torch.uint8, torch.float32, torch.bfloat16]
-# how logits (B, T, V) lie in memory
+# memory layouts of logits (B, T, V)
 VIEWS = {
     "contiguous": lambda x: x,
     "shifted": lambda x: padded_by(x, 1, dim=1)[:, :-1],
@@ -65,7 +65,7 @@ def padded_by(x: Tensor, size: int, dim: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """One batch in words; `build` makes it."""
+    """The description of a batch, which `build` makes."""
 
     lengths: list[int]
     padding: int
@@ -121,7 +121,7 @@ class Batch:
 
 
 def build(layout: Layout, device: torch.device) -> Batch:
-    """Log-ratios stand well inside or well outside every clip range."""
+    """Build a batch, with log-ratios well inside or well outside every clip range."""
     generator = torch.Generator().manual_seed(layout.seed)
     B, V = len(layout.lengths), layout.V
     T = max(layout.lengths, default=0) + layout.padding
@@ -147,7 +147,7 @@ def build(layout: Layout, device: torch.device) -> Batch:
     valid = in_sequence.clone()
     if layout.holes:
         valid &= torch.rand(B, T, generator=generator) > 0.4
-    # packed, (N,) reads as (B,) when both are the same
+    # if N equals B, packed values (N,) would be read as (B,)
     ambiguous = sum(layout.lengths) == B
     per_token = layout.per_token and layout.objective.ratio_level != "sequence" and not ambiguous
     shape = (B, T) if per_token else (B,)
@@ -195,7 +195,7 @@ def build(layout: Layout, device: torch.device) -> Batch:
 
 
 def run(call, args: dict) -> tuple[PolicyLoss, Tensor]:
-    """The loss, and its gradient by the logits as they lie."""
+    """Return the loss, and its gradient with respect to the logits in their memory layout."""
     leaf = args["logits"].detach().requires_grad_()
     result = PolicyLoss(*call(**(args | {"logits": leaf})))
     if not result.loss.requires_grad:  # the reference, without a single valid token
@@ -238,7 +238,7 @@ def test_padded_and_packed_agree_with_the_definition(layout, device):
         tolerance = 1e-7 if name.startswith("clip_frac") else 2e-5
         assert_close(padded.stats[name], value, tolerance)
 
-    # what the definition leaves at zero is zero, and stays so where there is nothing to leave
+    # gradients that are zero by definition are exactly zero
     skipped = (expected_grad == 0).all(-1)
     assert padded_grad[skipped].count_nonzero() == 0
 
@@ -278,7 +278,7 @@ def test_padded_and_packed_agree_with_the_definition(layout, device):
 )
 @examples(60)
 def test_hidden_states_agree_with_the_definition(layout, plan, budget, products, device):
-    """Hidden states that are the logits, as the weight is the identity: so are their gradients."""
+    """With the identity as weight, hidden states are logits, and so are their gradients."""
     batch = build(layout, device)
     expected, expected_grad = run(reference.policy_loss_from_logits, exact(batch.padded))
 
@@ -306,7 +306,7 @@ def test_hidden_states_agree_with_the_definition(layout, plan, budget, products,
 @given(layout=layouts)
 @examples(40)
 def test_log_probs_door_gives_the_same_bits(layout, device):
-    """Two steps, log-probs then loss, are the one step, up to the rounding of the denominator."""
+    """Log-probs and then the loss give the result of one step, up to the denominator's rounding."""
     args = build(layout, device).padded
     result, grad = run(gspo_ops.policy_loss_from_logits, args)
 
@@ -344,7 +344,7 @@ def test_row_does_not_depend_on_its_neighbours(
     upstream = torch.randn(2, rows, generator=generator).to(device)
 
     def results(logits: Tensor, targets: Tensor, upstream: Tensor) -> list[Tensor]:
-        """log_prob, entropy when asked and gradient of each row."""
+        """Return each row's log_prob, entropy (if asked for) and gradient."""
         leaf = logits.detach().requires_grad_()
         y = gspo_ops.log_probs_from_logits(
             leaf, targets, softcap=softcap, return_entropy=with_entropy

@@ -9,10 +9,10 @@ from gspo_ops.testing import BOUNDS, grad_errors, synthetic_logits, worst
 
 pytestmark = pytest.mark.kernels
 cpu_path = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="how the CPU path goes through rows"
+    os.environ.get("TRITON_INTERPRET") == "1", reason="tests how the CPU path processes rows"
 )
 
-# 1 and 2: nothing beside the target; 127 to 129 and 1000: tails, 8-aligned; 4097: a partial block
+# 1, 2: at most one other logit; 127 to 129, 1000: tails, 8-aligned; 4097: a partial block
 SMALL_V = [1, 2, 127, 128, 129, 1000, 4097]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -22,7 +22,7 @@ def sample(logits):
 
 
 def assert_accurate(logits, targets, **options):
-    """Log-probs, entropy and, for random upstream gradients, dlogits."""
+    """Check log-probs, entropy and, for random upstream gradients, dlogits."""
     upstream = torch.randn(2, *targets.shape, device=logits.device)
     upstream[:, ..., ::3] = 0
     ours, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
@@ -34,7 +34,7 @@ def assert_accurate(logits, targets, **options):
     (log_probs * upstream[0] + entropy * upstream[1]).sum().backward()
     (log_probs64 * upstream[0] + entropy64 * upstream[1]).sum().backward()
     for quantity, error in grad_errors(ours.grad, exact.grad, targets).items():
-        # against the largest gradient of the row an entropy's p * log(p) is large, not g
+        # with an entropy, p * log(p) and not g sets the size of a row's gradient
         if quantity != "grad row sum / g":
             assert error <= BOUNDS[quantity], quantity
 
@@ -58,7 +58,7 @@ def test_accuracy(device, N, V, dtype):
 
 
 def test_a_row_alone_is_bitwise_the_row_in_a_batch(device):
-    """At a vocabulary so large that a reduction over one row may be split among threads."""
+    """The bits are equal even if a reduction over one large row may be split among threads."""
     logits = synthetic_logits(1, 5, 151936, device=device)[0]
     targets = sample(logits)
     threads = torch.get_num_threads()
@@ -84,7 +84,7 @@ def test_temperature(device, options):
 
 
 def test_softcap(device):
-    # |log_prob| stays small here: the rounding of softcap * tanh itself counts beyond
+    # this keeps |log_prob| small: otherwise, the rounding of softcap * tanh itself matters
     logits = synthetic_logits(2, 5, 300, device=device).div(4)
     assert_accurate(logits, sample(logits), softcap=30.0, temperature=0.9)
     assert_accurate(logits.bfloat16(), sample(logits), softcap=5.0)
@@ -155,7 +155,7 @@ def test_ignored_rows_are_zero_whatever_they_hold(device, dtype):
 def test_rows_without_gradient_are_not_read(device):
     logits = torch.randn(3, 1000, device=device)
     targets = torch.tensor([1, 2, 3], device=device)
-    logits[1] = math.nan  # would poison the gradient if the backward looked
+    logits[1] = math.nan  # would poison the gradient if the backward read it
     logits.requires_grad_()
     log_probs = log_probs_from_logits(logits, targets)
     log_probs.backward(torch.tensor([0.5, 0.0, -2.0], device=device))
@@ -210,7 +210,7 @@ def test_strided_logits_are_read_in_place(device, name, dtype):
 @pytest.mark.parametrize("rows", [2, 4, 12, 100])
 @pytest.mark.parametrize("name", layouts(torch.device("cpu")))
 def test_chunks_of_strided_logits(monkeypatch, name, rows):
-    """On a CPU: within sequences of 3 to 6 rows, and over several of them."""
+    """Chunks on a CPU may be parts of sequences of 3 to 6 rows, or span several of them."""
     logits = layouts(torch.device("cpu"))[name]
     monkeypatch.setattr(logits_cpu, "_CHUNK_ELEMENTS", rows * logits.shape[-1])
     targets = sample(logits).masked_fill(torch.rand(logits.shape[:-1]) < 0.3, -100)
@@ -225,7 +225,7 @@ def test_chunks_of_strided_logits(monkeypatch, name, rows):
 
 @cpu_path
 def test_gradients_do_not_depend_on_the_place_in_a_chunk(monkeypatch):
-    """Some functions of torch treat what doesn't fill a vector register in another way."""
+    """The bits are equal, though torch may treat a partly filled vector register differently."""
     logits = torch.randn(1000, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
     targets = torch.zeros(1000, dtype=torch.long)
     together = torch.autograd.grad(log_probs_from_logits(logits, targets).sum(), logits)[0]
@@ -236,14 +236,14 @@ def test_gradients_do_not_depend_on_the_place_in_a_chunk(monkeypatch):
 
 @cpu_path
 def test_short_sequences_share_chunks():
-    """`logits[:, :-1]` takes few more chunks than contiguous logits do, and no copy of all."""
+    """`logits[:, :-1]` needs few more chunks than contiguous logits, and no copy of the whole."""
     short = torch.randn(512, 3, 128)[:, :-1]
     live = torch.rand(1024) < 0.9
     chunks = list(logits_cpu._row_chunks(short, live))
     assert len(chunks) == 1
     assert torch.equal(torch.cat([index for index, _ in chunks]), live.nonzero().squeeze(1))
     assert torch.equal(chunks[0][1], short.flatten(0, 1)[live])
-    # of sequences that are no shorter than a chunk nothing is copied
+    # sequences that are no shorter than a chunk are not copied
     long = torch.empty(2, 65, logits_cpu._CHUNK_ELEMENTS // 64)[:, :-1]
     chunks = [rows for _, rows in logits_cpu._row_chunks(long, torch.ones(128, dtype=torch.bool))]
     assert [rows.data_ptr() for rows in chunks] == [x.data_ptr() for x in long]

@@ -1,7 +1,7 @@
-"""Models of transformers, small and random, against the log-probs of their own logits.
+"""Small random models of transformers, compared with the log-probs of their own logits.
 
-Every class for causal language modelling and for text from images is built, or refused, or stands
-in NOT_BUILT with the reason. `python tests/test_models.py --write` writes this into docs/models.md.
+Every class for causal language modelling and for text from images is built, refused, or listed in
+NOT_BUILT with the reason. `python tests/test_models.py --write` writes this into docs/models.md.
 """
 
 import inspect
@@ -26,7 +26,7 @@ CLASSES = sorted(CAUSAL | FROM_IMAGES)
 T = 5
 H, HEADS, V = 64, 4, 96
 
-# by what configs call them
+# by their names in configs
 SIZES = {
     H: "d_model decoder_hidden_size emb_dim embed_dim embedding_dim embedding_size hidden_size "
        "hidden_size_global lru_width mamba_d_ssm n_embd out_hidden_size projection_dim",
@@ -81,7 +81,7 @@ SHARED = {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hi
 VIT = {"vision_config": {"image_size": 16, "patch_size": 8}}
 VIT_32 = {"vision_config": {"image_size": 32, "patch_size": 8}}
 TILES = {**VIT, "image_grid_pinpoints": [[16, 32], [32, 16]]}
-# what a class needs besides
+# what a class needs in addition
 OVERRIDES = {
     "AyaVisionForConditionalGeneration": VIT_32,
     "Blip2ForConditionalGeneration": {**VIT, "num_query_tokens": 3},
@@ -190,7 +190,7 @@ OVERRIDES = {
     "ZayaForCausalLM": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
-# why, and what the message says
+# the reason, and a part of the message
 TWO_PARTS = (
     "It has an encoder and a decoder, so that its logits are not those of input_ids.",
     "has a decoder, whose logits are not those of input_ids",
@@ -233,11 +233,11 @@ TEXT = [name for name in CLASSES if name not in REFUSED.keys() | NOT_BUILT.keys(
 
 
 def small_config(kind, overrides):
-    """A config of this class, and of its parts, with every size small."""
+    """Return a config of this class, and of its parts, with every size small."""
     default = kind()
     known, parts = default.to_dict(), getattr(kind, "sub_configs", {})
     small = {name: SMALL[name] for name in known if name in SMALL}
-    if "kv_lora_rank" in known:  # MLA has as many of both
+    if "kv_lora_rank" in known:  # MLA has as many of these as heads
         small["num_key_value_heads"] = HEADS
     small |= {name: x for name, x in overrides.items() if name not in parts}
     for name, part in parts.items():
@@ -268,7 +268,7 @@ def merged(a, b):
 
 @torch.no_grad()
 def randomise(model):
-    """No parameter keeps a value that hides what it does, 0 or 1."""
+    """Change every parameter, as a value of 0 or 1 would hide what it does."""
     for name, part in [*model.named_parameters(), *model.named_buffers()]:
         if part.is_floating_point() and ("bias" in name or isinstance(part, torch.nn.Parameter)):
             part.add_(0.1 * torch.randn_like(part))
@@ -300,7 +300,7 @@ def own_log_probs(model, batch):
     return log_probs.gather(-1, batch["input_ids"][:, -T:, None])[..., 0]
 
 
-# what configs call a factor of logits, a soft cap of them, or a bias of the head
+# names in configs for a factor of logits, a soft cap of them, or a bias of the head
 TRANSFORMS = {
     "logit_scale": 0.25, "logits_scaling": 3.0, "lm_head_multiplier": 0.5,
     "output_multiplier": 0.5, "logits_mup_width_multiplier": 3.0, "final_logit_softcapping": 2.0,
@@ -310,7 +310,7 @@ TRANSFORMS = {
 
 
 def variants(name):
-    """Options of configs: none, and everything that changes logits, where there is something."""
+    """Yield options of configs: none, and all that change logits, if there are any."""
     yield {}
     default = getattr(transformers, name).config_class()
     for part, wrap in ((default, dict), (default.get_text_config(), lambda x: {"text_config": x})):
@@ -320,7 +320,7 @@ def variants(name):
 
 
 def assert_same(model, batch, parameters):
-    """Log-probs, and a gradient of them, are those of the model's own logits."""
+    """Check that log-probs and a gradient of them equal those of the model's own logits."""
     expected = own_log_probs(model, batch)
     got = log_probs_from_model(model, batch, T)
     torch.testing.assert_close(got.double(), expected, atol=2e-5, rtol=0)
@@ -337,7 +337,7 @@ def assert_same(model, batch, parameters):
 
 
 NO_LAYERS = "has no layers that transformers checkpoints"
-# what live_checkpointing says
+# the messages of live_checkpointing
 NOT_LIVE = {
     "BltForCausalLM": r"BltTransformerLayer is given .*, which cannot be split",
     "CTRLLMHeadModel": NO_LAYERS, "CpmAntForCausalLM": NO_LAYERS,
@@ -350,7 +350,7 @@ NOT_LIVE = {
 
 
 def assert_live_checkpointing(model, name):
-    """The gradient of one sequence, with nothing of the others run again; or a refusal."""
+    """Check that the gradient of two sequences is right, or that the model is refused."""
     ids = torch.randint(2, V - 10, (5, 11))
     batch = {"input_ids": ids}
     if "attention_mask" in inspect.signature(model.forward).parameters:
@@ -409,7 +409,7 @@ def test_refused(name):
 
 
 def grid():
-    """Of the Qwen-VL family: patches of two images, each 4 by 4, two by two of which are merged."""
+    """Return two images for the Qwen-VL family: 4 by 4 patches each, merged two by two."""
     return {
         "pixel_values": torch.randn(2 * 16, 3 * 2 * 8 * 8),
         "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
@@ -417,7 +417,7 @@ def grid():
 
 
 def tiles():
-    """Of the Llava family: two images of two tiles each, and each as a whole."""
+    """Return two images for the Llava family, each in two tiles and as a whole."""
     return {
         "pixel_values": torch.randn(2, 3, 3, 16, 16),
         "image_sizes": torch.tensor([[16, 32]] * 2),
@@ -549,7 +549,7 @@ def test_what_a_wrong_model_is_told(kind):
     model = kind(small_config(transformers.LlamaConfig, {})).eval()
     batch = make_batch(model)
     widen(model, batch)
-    for _ in range(2):  # what is refused is not kept
+    for _ in range(2):  # a refused model is not remembered
         with pytest.raises(ValueError, match=f"{WRONG[kind]}.*: use the ops from logits for it$"):
             log_probs_from_model(model, batch, T)
 
@@ -578,7 +578,7 @@ def test_every_class_stands_in_one_list():
 def test_the_document_is_up_to_date():
     text = DOCUMENT.read_text()
     if f"transformers {VERSION}" not in text:
-        pytest.skip(f"docs/models.md is of another version than {VERSION}")
+        pytest.skip(f"docs/models.md is for another version than {VERSION}")
     assert text == document()
 
 

@@ -1,4 +1,4 @@
-"""What an objective can say beside GSPO, GSPO-token and GRPO, and weights of loss terms."""
+"""Objectives other than GSPO, GSPO-token and GRPO, and weights of loss terms."""
 
 import math
 from dataclasses import replace
@@ -33,7 +33,7 @@ from gspo_ops.testing import (
 
 pytestmark = [
     pytest.mark.kernels,
-    pytest.mark.filterwarnings("ignore:overflow encountered in"),  # of the interpreter's numpy
+    pytest.mark.filterwarnings("ignore:overflow encountered in"),  # from the interpreter's numpy
 ]
 CPU = torch.device("cpu")
 NO_BONUS = [x for x in FURTHER_OBJECTIVES if x.entropy_coef == 0]
@@ -92,7 +92,7 @@ def test_against_the_reference(device, objective, packed):
 @pytest.mark.parametrize("objective", [x for x in FURTHER_OBJECTIVES if x.entropy_coef], ids=said)
 @pytest.mark.parametrize("packed", [False, True])
 def test_entropy_bonus(device, objective, packed):
-    """From logits, and from hidden states, whose gradient takes a recomputation."""
+    """The bonus is right from logits, and from hidden states, which need a recomputation."""
     case = make_case(synthetic_head(9, 6, 16, 33, device=device), objective, packed=packed)
     exact, valid = case.double(), case.valid.unsqueeze(-1)
     head = case.head._replace(hidden=torch.where(valid, case.head.hidden, 0.0))
@@ -142,7 +142,7 @@ def is_derivative_of_its_value(objective):
     "objective", [x for x in NO_BONUS if is_derivative_of_its_value(x)], ids=said
 )
 def test_gradcheck(objective):
-    """Between borders, from which inputs are 5e-6 away."""
+    """Gradients are right between borders, from which inputs are 5e-6 away."""
     case = make_case(synthetic_logits(9, 3, 17, device=CPU), objective, packed=False).double()
     log_probs = reference.log_probs_from_logits(case.logits, case.targets)
 
@@ -158,7 +158,7 @@ def test_gradcheck(objective):
 
 
 def of_one(objective, log_ratio, advantage, log_prob=-1.0, device=CPU, **options):
-    """Loss and g of tokens of one sequence."""
+    """Return the result for one sequence, and the gradients of its tokens."""
     log_ratio = torch.tensor(log_ratio, device=device)
     log_probs = torch.full_like(log_ratio, log_prob)
     old = (log_probs - log_ratio)[None]
@@ -171,7 +171,7 @@ def of_one(objective, log_ratio, advantage, log_prob=-1.0, device=CPU, **options
 
 
 def test_dual_clip_by_hand(device):
-    """At A < 0 a ratio of 4 counts as 3 and has no gradient; at A > 0 it is clipped as ever."""
+    """At A < 0, a ratio of 4 counts as 3 and has no gradient; at A > 0, it is clipped as usual."""
     objective = GRPO(clip_low=0.2, clip_high=0.2, dual_clip=3.0)
     out, g = of_one(objective, [math.log(4.0), math.log(2.0)], -1.0, device=device)
     torch.testing.assert_close(out.loss, torch.tensor((3.0 + 2.0) / 2, device=device))
@@ -203,7 +203,7 @@ def test_reinforce_needs_no_old_log_probs(device):
 
 
 def test_sapo_by_hand(device):
-    """On-policy the gate is half open: its value is 2 / tau, its slope that of the ratio."""
+    """On-policy, the gate is half open: its value is 2 / tau, and its slope is the ratio's."""
     out, g = of_one(SAPO(), [0.0, 0.0], 1.0, device=device)
     torch.testing.assert_close(out.loss, torch.tensor(-2.0, device=device), rtol=0, atol=0)
     torch.testing.assert_close(g, torch.full((2,), -0.5, device=device), rtol=0, atol=0)
@@ -215,7 +215,7 @@ def test_sapo_by_hand(device):
 
 
 def test_gmpo_by_hand(device):
-    """exp of the mean of clipped log-ratios; a clipped token has no gradient."""
+    """The ratio is exp of the mean of clipped log-ratios; a clipped token has no gradient."""
     out, g = of_one(GMPO(), [1.0, 0.2], 1.0, device=device)
     s = math.exp((0.4 + 0.2) / 2)
     torch.testing.assert_close(out.loss, torch.tensor(-s, device=device))
@@ -227,7 +227,7 @@ def test_gmpo_by_hand(device):
 
 
 def test_a_shared_ratio_by_hand(device):
-    """Every token gets the mean of what the tokens that are not clipped contribute."""
+    """Every token's gradient is the mean of what unclipped tokens contribute."""
     objective = Objective(ratio_level="sequence_shared", clip_low=0.1, clip_high=0.1)
     out, g = of_one(objective, [math.log(1.2)] * 3, [1.0, -2.0, -3.0], device=device)
     torch.testing.assert_close(out.loss, torch.tensor((-1.1 + 2.4 + 3.6) / 3, device=device))

@@ -1,4 +1,4 @@
-"""What the wheel and the sdist hold, and that they work where the checkout can't be imported."""
+"""The wheel and the sdist are complete, and work where the checkout can't be imported."""
 
 import email
 import importlib.util
@@ -19,7 +19,7 @@ from gspo_ops.environment import ISSUES
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
-# all that `gspo-ops bench` needs: what makes the repository's tables is run from a checkout
+# all that `gspo-ops bench` needs: the code for the repository's tables is run from a checkout
 BENCHMARKS = ["bench", "measure", "plots", "providers", "workloads"]
 HEAVY = ["transformers", "reasoning_gym", "matplotlib", "trl", "tensorboard"]
 
@@ -56,10 +56,10 @@ result["files"] = [cli.__file__, plots.__file__]
 
 
 def run(code, *, cwd, first=None, interpret=False):
-    """Run code in a fresh Python away from the checkout; returns its dict `result`.
+    """Run code in a fresh Python away from the checkout; return its dict `result`.
 
-    With `first`, that directory goes before the site-packages, whose .pth files (an editable
-    install is one) are not processed.
+    The directory `first`, if given, goes before the site-packages, and their .pth files (such as
+    an editable install's) are not processed.
     """
     packages = [p for p in sys.path if p and Path(p).resolve() != ROOT and Path(p).is_dir()]
     path = "" if first is None else f"sys.path[:] = {[str(first), *packages]!r}\n"
@@ -89,7 +89,7 @@ def build_wheel(source, out):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A copy of the checkout, because a build leaves files behind and reads those it finds."""
+    """Copy the checkout, because a build leaves files behind and reads those it finds."""
     for name in ("setuptools", "pip"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is needed to build the package")
@@ -191,7 +191,7 @@ def test_sdist_has_what_the_tests_need(sdist):
 
 
 def test_versions_and_addresses_agree(wheel):
-    """Of the metadata, the citation, the changelog and what the commands print."""
+    """The metadata, the citation, the changelog and what the commands print agree."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [x for x in archive.namelist() if x.endswith(".dist-info/METADATA")]
         metadata = email.message_from_bytes(archive.read(name))

@@ -1,4 +1,4 @@
-"""One process, and the same split over ranks: vocabulary, sequences, both, and the batch.
+"""One process compared with a split over ranks of vocabulary, sequences, both, or the batch.
 
 The functions that begin with `on_rank_` run in every process of a gloo group; they build the whole
 problem there, take their part of it, and compare with the whole and with float64.
@@ -53,7 +53,7 @@ CPU = torch.device("cpu")
 V, H = 104, 24
 # the kernels see a part of the vocabulary or all of it, however many ranks there are
 sizes = pytest.mark.parametrize("size", [2] if INTERPRETED else [2, 4])
-# the collectives are gloo's, whatever multiplies
+# the collectives are gloo's, whichever code computes the products
 pytestmark = pytest.mark.kernels
 
 
@@ -64,13 +64,13 @@ def everyone(x: Tensor, group=None) -> list[Tensor]:
 
 
 def assert_same_everywhere(*values: Tensor) -> None:
-    """Bit for bit: ranks that differ could take different clip decisions."""
+    """Check for equal bits, as ranks that differ could take different clip decisions."""
     for x in values:
         assert all(torch.equal(x, y) for y in everyone(x.detach()))
 
 
 def joined(x: Tensor, dim: int = 0, group=None) -> Tensor:
-    """The parts of all ranks, which may differ in size."""
+    """Join the parts of all ranks, which may differ in size."""
     parts = [torch.empty(0)] * dist.get_world_size(group)
     dist.all_gather_object(parts, x, group=group)
     return torch.cat(parts, dim)
@@ -82,7 +82,7 @@ def part_of(x: Tensor, dim: int = 0, group=None) -> Tensor:
 
 
 def any_part_of(x: Tensor, dim: int = 0, seed: int = 0) -> Tensor:
-    """This rank's part: as large as the others' for even seeds, of any size for odd ones."""
+    """Return this rank's part: of the others' size for even seeds, of any size for odd ones."""
     if seed % 2 == 0:
         return part_of(x, dim)
     size = dist.get_world_size()
@@ -105,7 +105,7 @@ def assert_stats(stats: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def assert_grad(grad: Tensor, exact: Tensor, of_one_process: Tensor, bound: float) -> None:
-    """Within the contract of the whole; 16 bits no worse than one process but for the last bit."""
+    """Check a gradient's error; in 16 bits, it is one process's but for the last bit."""
     if grad.dtype.itemsize == 2:
         bound = ALLOWED * relative(of_one_process, exact)
     assert relative(grad, exact) <= bound
@@ -161,7 +161,7 @@ def test_log_probs_and_entropy_over_ranks(ranks, size, dtype):
 def on_rank_log_probs(dtype: torch.dtype) -> None:
     V = 507  # 127, 127, 127 and 126, or 100, 200, 7 and 200
     source = synthetic_logits(1, 12, V, device=CPU)[0].to(dtype)
-    source[3, V // 2 :] = -torch.inf  # nothing at all in the parts of some ranks
+    source[3, V // 2 :] = -torch.inf  # the parts of some ranks have nothing else
     source[4, : V - 3] = -torch.inf
     targets = source.float().argmax(1)
     targets[:3] = torch.tensor([0, V - 1, -100])
@@ -201,7 +201,7 @@ def test_hidden_over_ranks(ranks, size, dtype, products):
 
 
 def budget(plan: str, rows: int, vocabulary: int, itemsize: int) -> dict:
-    """Options that get this plan; "part" keeps 1024 columns of each rank's."""
+    """Return options for a plan; "part" keeps 1024 of each rank's columns."""
     if plan != "part":
         return {"plan": plan, "memory_budget": rows * vocabulary * itemsize // 3}
     return {"plan": "auto", "memory_budget": 1030 * rows * itemsize}
@@ -281,7 +281,7 @@ def on_rank_lora() -> None:
     for ours, expected in ((my_x.grad, x.grad), (my_a.grad, a.grad), (joined(my_b.grad), b.grad)):
         assert relative(ours, expected) <= 1e-5
 
-    # a buffer of gradients that is added to
+    # a buffer to which gradients are added
     mine = leaf(part_of(weight))
     main_grad = torch.full_like(mine, 0.25)
     log_probs_from_hidden(
@@ -299,7 +299,7 @@ def test_dtensors_of_any_length(ranks, size):
 
 
 def on_rank_dtensor() -> None:
-    """A vocabulary that no number of ranks divides; the gradient is a DTensor again."""
+    """No number of ranks divides the vocabulary; the gradient is a DTensor again."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     group = mesh.get_group()
     hidden, weight, bias = synthetic_head(1, 8, H, 103, device=CPU)
@@ -365,7 +365,7 @@ def test_a_target_of_no_rank_is_nan_on_all(ranks, size):
 
 
 def on_rank_nowhere() -> None:
-    """Where nobody looks, as on a GPU, and if one rank alone has such targets."""
+    """Targets of no rank, unchecked as on a GPU, are NaN on all, even if only one rank has them."""
     group, columns = dist.group.WORLD.group_name, any_part_of(torch.arange(V), 0, 1)
     hidden, weight, _ = synthetic_head(2, 4, H, V, device=CPU)
     hidden, weight = hidden[0], any_part_of(weight, 0, 1)
@@ -396,13 +396,13 @@ def on_rank_nowhere() -> None:
 
 
 class Refusals:
-    """Good calls, made with a change on one rank."""
+    """Valid calls, made with a change on one rank."""
 
     def __init__(self, culprit: int) -> None:
         self.culprit, self.is_culprit = culprit, dist.get_rank() == culprit
 
     def __call__(self, function, good: dict, own: str, others: str = "", **bad) -> None:
-        """Raises the one error on the rank with the bad arguments, and the other elsewhere."""
+        """Check for one error on the rank with the bad arguments, and for another one elsewhere."""
         others = others or rf"rank {self.culprit} of \w*group refused its input"
         start = time.monotonic()
         with pytest.raises(Exception, match=own if self.is_culprit else others):
@@ -411,7 +411,7 @@ class Refusals:
 
 
 def a_batch() -> tuple[dict, Tensor, Tensor]:
-    """Arguments of a policy loss but for its source; hidden states and a head."""
+    """Return arguments of a policy loss except its source, hidden states, and a head."""
     hidden, weight, _ = synthetic_head(2, 4, H, V, device=CPU)
     targets = torch.arange(8).view(2, 4) * 14
     old, advantages = torch.full((2, 4), -4.0), torch.tensor([1.0, -1.0])
@@ -446,7 +446,7 @@ def on_rank_bad_part() -> None:
     outside[1, 2], other[1, 2] = V, 0
     refused = Refusals(dist.get_world_size() - 1)
     for function, good in calls:
-        if not INTERPRETED:  # there it is NaN, as on a GPU
+        if not INTERPRETED:  # kernels return NaN for it, as on a GPU
             refused(
                 function, good, r"targets must lie in \[0, 104\).*got 104 at row 6", targets=outside
             )
@@ -554,7 +554,7 @@ def test_one_of_all_ranks_refuses(ranks):
 
 
 def on_rank_bad_both() -> None:
-    """2 x 2 ranks: those that share no group with the one hear of it too."""
+    """On 2 x 2 ranks, those that share no group with the culprit raise an error too."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("context", "vocab"))
     batch, hidden, weight = a_batch()
     good = batch | {
@@ -611,7 +611,7 @@ def on_rank_plain() -> None:
 
 
 def splits(rows: int, size: int) -> dict[str, list[Tensor]]:
-    """Which rows each rank has, by the names of the usual orders."""
+    """Return the rows of each rank, by the names of the usual orders."""
     generator = torch.Generator().manual_seed(rows)
     halves = torch.arange(rows).chunk(2 * size)
     halves = [*halves, *[torch.arange(0)] * (2 * size - len(halves))]
@@ -626,7 +626,7 @@ def splits(rows: int, size: int) -> dict[str, list[Tensor]]:
 
 
 def lengths_of(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """cu_seqlens of the sequences' tokens among these rows, which are in order."""
+    """Return cu_seqlens of the sequences' tokens among these rows, which are in order."""
     return torch.searchsorted(rows, cu_seqlens.long()).int()
 
 
@@ -684,7 +684,7 @@ def on_rank_sequences() -> None:
         ):
             own = {k: None if x is None else x[rows] for k, x in p.items()}
             for either in {"advantages", "rollout_weights"} & own.keys():
-                # one token per sequence, by chance, must not be read as one per sequence
+                # as many tokens as sequences, by chance, must not be read as one value per sequence
                 own[either] = own[either] if own[either] is None else own[either][None]
             return policy_loss_from_log_probs(
                 log_probs, cu_seqlens=cu_seqlens, objective=o, context_group=group, **own, **q
@@ -710,7 +710,7 @@ def test_top_entropy_weights_over_ranks(ranks):
 
 
 def on_rank_top_entropy() -> None:
-    """Each rank has another number of tokens, one of them none; all share a quantile."""
+    """Ranks with different numbers of tokens, even none, have a quantile in common."""
     entropy = torch.rand(20, generator=torch.Generator().manual_seed(0))
     expected = top_entropy_weights(entropy, 0.3)
     for border in (7, 20):
@@ -725,7 +725,7 @@ def test_log_probs_do_not_depend_on_the_split(ranks, size):
 
 
 def on_rank_bitwise() -> None:
-    """From logits and from hidden states; then losses from both with sequences over ranks."""
+    """Log-probs from logits and hidden states do not depend on the split, and losses agree."""
     group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
     products = "triton" if INTERPRETED else "auto"
     for objective in OBJECTIVES:
@@ -749,7 +749,7 @@ def on_rank_bitwise() -> None:
             ours = log_probs_from_hidden(hidden[own], head.weight, targets[own], products=products)
             if INTERPRETED:
                 assert torch.equal(ours, of_hidden[own])
-            else:  # in whose order a BLAS adds up is its own affair
+            else:  # a BLAS may add up in any order
                 assert worst(ours - of_hidden[own]) <= BOUNDS["log_prob from hidden"]
 
             per_token = case.advantages.shape == targets.shape
@@ -766,7 +766,7 @@ def on_rank_bitwise() -> None:
             assert_stats(a.stats, hidden_loss.stats)
             assert_stats(b.stats, logits_loss.stats)
             assert relative(my_z.grad, z.grad[own]) <= 2e-6 or not z.grad[own].any()
-            dist.all_reduce(my_w.grad)  # of parameters: added up over the ranks
+            dist.all_reduce(my_w.grad)  # gradients of parameters are added up over the ranks
             assert relative(my_w.grad, w.grad) <= 2e-6
 
 
@@ -775,7 +775,7 @@ def test_padded_sequences_over_ranks(ranks):
 
 
 def on_rank_padded() -> None:
-    """(B, T) split along T, as some trainers do."""
+    """Padded sequences (B, T) may be split along T, as some trainers do."""
     group = dist.group.WORLD
     case = make_case(synthetic_logits(9, 6, 11, device=CPU), GSPO(), packed=False)
     log_probs = log_probs_from_logits(case.logits, case.targets)
@@ -835,7 +835,7 @@ def test_vocabulary_and_sequences_over_ranks(ranks):
 
 
 def on_rank_both() -> None:
-    """2 x 2 ranks."""
+    """Losses and gradients on 2 x 2 ranks are those of one process."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("context", "vocab"))
     context, vocab = mesh.get_group("context"), mesh.get_group("vocab")
     for seed, objective in enumerate(OBJECTIVES):
@@ -876,7 +876,7 @@ def test_batch_over_ranks(ranks, size, aggregation):
 
 
 def on_rank_batch(aggregation: str) -> None:
-    """Uneven lengths, micro-batches of different sizes, gradients averaged as DDP does."""
+    """Gradients of uneven micro-batches, averaged as DDP does, are those of the whole batch."""
     group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
     objective = GRPO(aggregation=aggregation)
     batch = 5 * size
@@ -943,7 +943,7 @@ def on_rank_counts() -> None:
 
 
 def test_bytes(ranks):
-    """What each rank sends, counted, against gathering the log-probs as others do."""
+    """Each rank sends the bytes expected; gathering log-probs, as others do, takes many more."""
     for size in (2, 4):
         sent, gathered = ranks(size)(on_rank_bytes)[0]
         print(
@@ -981,7 +981,7 @@ def on_rank_bytes() -> tuple[int, int]:
         policy_loss_from_log_probs, leaf(log_probs), log_probs, torch.ones(B), context_group=group
     )
     assert of_context == [agreement, 8 * 3 * B, 8 * (B + 7 + 4 + 2)]
-    # of a vocabulary: 3 numbers per row of logits; 4 of hidden states, and dhidden
+    # over a vocabulary: 3 numbers per row of logits; from hidden states 4, and dhidden
     batch, hidden, weight = a_batch()
     batch |= {"mask": None, "old_log_probs": None}  # so that all rows have a gradient
     weight, N = any_part_of(weight, 0, 1), batch["targets"].numel()
@@ -1001,7 +1001,7 @@ def test_compiled(ranks):
 
 
 def on_rank_compiled() -> None:
-    """Groups are constants of a graph; collectives are inside of operators."""
+    """Groups are constants of a graph; collectives are inside operators."""
     group = dist.group.WORLD
     head = synthetic_head(4, 3, H, V, device=CPU)
     case = make_case(head, GSPO(), packed=False)

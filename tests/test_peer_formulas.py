@@ -1,16 +1,16 @@
-"""What other trainers compute, written out in float64, is what an `Objective` says.
+"""An `Objective` computes what other trainers do, written out here in float64.
 
-Sources, of which the mathematics was read and no code is taken:
+These are the sources; their mathematics was read, and no code was taken:
 
-- verl 0.9.1: verl/trainer/ppo/core_algos.py and rollout_corr_helper.py, whose functions are
+- verl 0.9.1: verl/trainer/ppo/core_algos.py and rollout_corr_helper.py; their functions are
   oracles too where verl is installed
 - OpenRLHF at 3e57e80: openrlhf/models/loss.py; openrlhf/models/utils.py at 473f61b
 - slime at 00c2d6d: slime/backends/megatron_utils/loss.py; slime/utils/ppo_utils.py at 501dae9
 - NeMo-RL at 006907a: nemo_rl/algorithms/loss/loss_functions.py, with calculate_kl of utils.py as
-  it calls it; what was there before at b816b57: nemo_rl/algorithms/loss_functions.py
+  it calls it; the version before at b816b57: nemo_rl/algorithms/loss_functions.py
 - TRL 1.16, for one KL term: trl/trainer/grpo_trainer.py
 
-k1, k2, k3, TIS, IcePop and dual clip are the same in all but TRL, and named "all".
+k1, k2, k3, TIS, IcePop and dual clip are the same in all but TRL, and are named "all".
 """
 
 import math
@@ -53,7 +53,7 @@ class Batch:
     upstream: torch.Tensor  # gradient of the loss
 
     def sums(self, x):
-        """Of a sequence's tokens, (B, 1)."""
+        """Return the sums over each sequence's tokens, (B, 1)."""
         return torch.where(self.mask, x, 0.0).sum(1, keepdim=True)
 
     def means(self, x):
@@ -63,19 +63,19 @@ class Batch:
         return self.sums(x).sum() / self.mask.sum()
 
     def mean_of_sequences(self, x):
-        """Without those that have no token."""
+        """Return the mean over sequences, without those that have no token."""
         return self.means(x).sum() / self.mask.any(1).sum()
 
 
 @dataclass(frozen=True)
 class Borders:
-    """Of log-ratios: of a token's, or of their mean or sum in a sequence."""
+    """The borders of log-ratios: of a token's, or of their mean or sum in a sequence."""
 
     at: tuple[float, ...]
     of: str = "token"
 
     def draw(self, mask, generator):
-        """1e-4 to both sides of every border, and far beyond."""
+        """Draw log-ratios 1e-4 to both sides of every border, and far beyond."""
         near = [border + side for border in self.at for side in (-1e-4, 1e-4)]
         far = [2.5 * border for border in self.at]
         values = torch.tensor([*near, *far, -0.02, 0.02], dtype=torch.float64)
@@ -124,7 +124,7 @@ def sequence_ratio(x):
 
 
 def one_with_gradient(x):
-    """1, whose derivative by a token's log-prob is 1."""
+    """Return 1, with a derivative of 1 with respect to a token's log-prob."""
     return (x.new - x.new.detach()).exp()
 
 
@@ -162,7 +162,7 @@ def sapo(x):
 
 
 def gmpo(x, width=0.4):
-    """One term per sequence; a log-ratio is clipped where that makes the objective smaller."""
+    """Return one term per sequence; a log-ratio is clipped where that lowers the objective."""
     log_ratio, sign = x.new - x.old, x.advantages.sign()
     pessimistic = sign * torch.minimum(sign * log_ratio, sign * log_ratio.clamp(-width, width))
     return (-x.means(x.advantages) * x.means(pessimistic).exp()).expand(B, T)
@@ -207,7 +207,7 @@ def kept(weights, low, high):
 
 
 def ours(**options):
-    """`importance_weights` as an argument of a loss."""
+    """Return a function that makes `importance_weights` an argument of a loss."""
     return lambda x: {
         "rollout_weights": importance_weights(x.old, x.rollout, mask=x.mask, **options)
     }
@@ -218,7 +218,7 @@ def ours(**options):
 
 @dataclass
 class Formula:
-    """A peer's loss, and the arguments that say the same here."""
+    """A peer's loss, and the arguments that give the same loss here."""
 
     terms: Callable  # of a batch: (B, T)
     objective: Objective
@@ -231,7 +231,7 @@ class Formula:
     per_token: bool = True  # advantages
 
     def calls(self, x):
-        """Arguments by name."""
+        """Return the arguments of each call, by name."""
         arguments = {
             "log_probs": x.new,
             "old_log_probs": x.old,
@@ -252,12 +252,12 @@ def kl(**options):
 
 
 def of_log_prob(**options):
-    """Log-probs times advantages."""
+    """Return the objective of log-probs times advantages."""
     return Objective(ratio_level="token", surrogate="weighted", aggregation="token-mean", **options)
 
 
 def only_kl(x, **options):
-    """Arguments of a second call, for the KL term alone."""
+    """Return the arguments of a second call, for the KL term alone."""
     advantages = torch.zeros_like(x.advantages)
     return {"objective": kl(**options), "advantages": advantages, "ref_log_probs": x.ref}
 
@@ -275,7 +275,7 @@ ESTIMATES = {
     "k1": k1, "k2": k2, "k3": k3, "abs": torch.abs, "k1+": straight_through(k1),
     "k3+": straight_through(k3),
 }  # fmt: skip
-CLAMPS = [  # of d and of the estimate, and where d meets them
+CLAMPS = [  # clamps of d and of the estimate, and the d at which they begin
     ("k1", 0.5, math.inf, (-0.5, 0.5)),
     ("k1", math.inf, 0.12, (-0.12, 0.12)),
     ("k2", 0.5, math.inf, (-0.5, 0.5)),
@@ -517,7 +517,7 @@ def test_a_rejected_sequence_is_no_term():
 
 
 def test_gmpo_takes_one_advantage():
-    """verl's mean of a sequence's advantages, of which each also chooses its token's clip."""
+    """verl averages a sequence's advantages, but lets each one choose its token's clip."""
     formula = Formula(
         gmpo, GMPO(), lambda x: {"advantages": x.means(x.advantages)[:, 0]},
         mean="sequences", borders=Borders((-0.4, 0.4)),
@@ -544,9 +544,9 @@ def test_the_output_clamp_comes_before_the_ratio():
 
 @pytest.mark.parametrize("log_ratio", [30.0, -30.0])
 def test_a_log_ratio_of_30_is_not_cut_at_20(log_ratio):
-    """verl and OpenRLHF cut it, with no gradient beyond; here it is 80, with one."""
+    """verl and OpenRLHF cut at 20, with no gradient beyond; here, the cut is at 80, with one."""
     new = torch.zeros(1, 1, dtype=torch.float64, requires_grad=True)
-    sign = torch.tensor([-math.copysign(1.0, log_ratio)]).double()  # which nothing clips
+    sign = torch.tensor([-math.copysign(1.0, log_ratio)]).double()  # a sign that nothing clips
     loss = gspo_ops.policy_loss_from_log_probs(
         new, torch.full_like(new, -log_ratio), sign, objective=GRPO()
     ).loss
@@ -556,7 +556,7 @@ def test_a_log_ratio_of_30_is_not_cut_at_20(log_ratio):
 
 
 def test_a_mean_divides_by_the_count():
-    """verl, OpenRLHF and NeMo-RL add 1e-8 to a sequence's."""
+    """verl, OpenRLHF and NeMo-RL add 1e-8 to a sequence's count."""
     new = torch.zeros(1, 1, dtype=torch.float64, requires_grad=True)
     gspo_ops.policy_loss_from_log_probs(new, None, torch.ones(1).double()).loss.backward()
     torch.testing.assert_close(new.grad, -torch.ones(1, 1).double(), rtol=1e-12, atol=0)
@@ -608,7 +608,7 @@ def test_losses_are_verl_s(core_algos, name):
         config=verl_config(low, high, 3.0 if "dual" in name else 100.0),
         rollout_is_weights=weight(x) if "rollout_is" in name else None,
     )  # fmt: skip
-    # it adds 1e-8 to the length of a sequence
+    # verl adds 1e-8 to the length of a sequence
     rtol = 1e-12 if formula.mean == "tokens" else 1e-7
     assert_same(loss_and_grad(loss, x), by_formula(formula, x), rtol)
 

@@ -19,7 +19,7 @@ from gspo_ops.testing import OBJECTIVES, log_ratios, relative, said, worst
 pytestmark = [
     pytest.mark.kernels,
     pytest.mark.filterwarnings("ignore:aggregation=.* weights sequences by their length"),
-    pytest.mark.filterwarnings("ignore:overflow encountered in"),  # of the interpreter's numpy
+    pytest.mark.filterwarnings("ignore:overflow encountered in"),  # from the interpreter's numpy
 ]
 
 LEVELS = {"sequence": (3e-4, 4e-4), "sequence_token": (3e-4, 4e-4), "token": (0.2, 0.27)}
@@ -35,7 +35,7 @@ def make_objective(level, aggregation="seq-mean-token-mean", **options):
 
 
 def make_inputs(device, objective, packed, *, old=True, ref=False, weights=None, seed=0):
-    """Tensors of 5 sequences, one fully masked when padded, one empty when packed."""
+    """Return tensors of 5 sequences, one fully masked when padded, one empty when packed."""
     generator = torch.Generator().manual_seed(seed)
 
     def rand(*shape):
@@ -112,7 +112,7 @@ def test_matrix_against_the_reference(device, level, aggregation, packed):
 
 
 def test_the_paper_s_formula_by_hand(device):
-    """g_t = -(1 / D) * (1 / |y|) * s * A where not clipped."""
+    """The gradient is g_t = -(1 / D) * (1 / |y|) * s * A where not clipped."""
     log_probs = torch.tensor([[-1.0, -2.0], [-0.5, -1.5], [-3.0, -4.0]], device=device)
     s = torch.tensor([1 + 1e-4, 1 + 6e-4, 1 - 6e-4], device=device, dtype=torch.float64)
     old = (log_probs - s.log().unsqueeze(1)).double().float()
@@ -132,7 +132,7 @@ def test_the_paper_s_formula_by_hand(device):
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_clip_decisions_at_the_edges(device, objective, sign):
-    """One token per sequence, ratios 2e-6 to either side of each edge."""
+    """Decisions are right for log-ratios 2e-6 to either side of each edge, with one token each."""
     high, low = math.log1p(objective.clip_high), math.log1p(-objective.clip_low)
     log_ratio = torch.tensor([high - 2e-6, high + 2e-6, low + 2e-6, low - 2e-6], device=device)
     # old = 0 and new = the log-ratio itself: no rounding in between
@@ -164,7 +164,7 @@ def test_on_policy_is_exact(device):
 
 @pytest.mark.parametrize(("level", "shape"), [("sequence", (41, 1)), ("token", (1, 41))])
 def test_on_policy_is_exact_for_every_count(device, level, shape):
-    """41 * (1 / 41) is not 1 in fp32."""
+    """Statistics are exactly 1, though 41 * (1 / 41) is not 1 in fp32."""
     log_probs = torch.full(shape, -1.0, device=device)
     advantages = torch.ones(shape[0], device=device)
     objective = make_objective(level)
@@ -210,7 +210,7 @@ def test_huge_log_ratios_stay_finite(device, level, log_ratio, sign):
 
 
 def at_the_cap(log_ratio, advantage, dtype=torch.float32, device="cpu", **options):
-    """Loss, stats and gradient of two sequences of 4096 tokens with one log-ratio."""
+    """Return loss, stats and gradient of two sequences of 4096 tokens with one log-ratio."""
     log_probs = torch.full((2, 4096), -1.0, dtype=dtype, device=device, requires_grad=True)
     loss, stats = policy_loss_from_log_probs(
         log_probs, log_probs.detach() - log_ratio,
@@ -235,7 +235,7 @@ def test_sums_that_fit_after_the_division_do_not_overflow(device, level, log_rat
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_what_fp32_cannot_hold_saturates(device, level):
-    """A token's share of the loss, its gradient before the division by D, and the loss."""
+    """A token's part of the loss, its gradient before the division by D, and the loss saturate."""
     largest, advantage = torch.finfo(torch.float32).max, 3e4
     too_large = math.exp(80) * advantage
     expected = {  # loss, and the gradient of each token
@@ -249,7 +249,7 @@ def test_what_fp32_cannot_hold_saturates(device, level):
         loss, _, grad = at_the_cap(100.0, -advantage, device=device, objective=objective)
         assert loss.item() == value
         torch.testing.assert_close(grad, torch.full_like(grad, g), rtol=1e-6, atol=0)
-    # an infinite advantage or weight is not taken for one of these
+    # an infinite advantage or weight does not saturate
     weights = torch.full((2,), math.inf, device=device)
     for bad in ({"advantage": math.inf}, {"advantage": 1.0, "rollout_weights": weights}):
         loss, _, grad = at_the_cap(0.0, **bad, device=device, objective=make_objective(level))
@@ -289,7 +289,7 @@ def test_masked_positions_may_hold_anything(device):
 
 @pytest.mark.parametrize("per_token", [False, True])
 def test_masked_positions_may_hold_anything_with_a_user_s_objective(device, per_token):
-    """Of which every term reads every row, so that a NaN would come back to all of them."""
+    """Masked values have no effect, though every term of this objective reads every row."""
 
     def coupled(log_probs, old_log_probs, advantages, sequence_ids):
         return -(log_probs - old_log_probs).mean().exp() * advantages + log_probs.square().sum()
@@ -379,7 +379,7 @@ def test_gradient_accumulation_equals_the_big_batch(device, level, as_tensor):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_a_user_s_objective(device, aggregation, packed):
-    """GSPO-token written by a user is the built-in one."""
+    """GSPO-token written by a user gives the results of the built-in one."""
     built_in = make_objective("sequence_token", aggregation)
     inputs = make_inputs(device, built_in, packed, weights="token")
     B = 5
@@ -408,7 +408,7 @@ def test_a_user_s_objective(device, aggregation, packed):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_user_s_objective_has_all_that_built_in_ones_have(device, packed):
-    """GRPO with a KL term written by a user: its loss, its gradient and every statistic."""
+    """A user's GRPO with a KL term has the built-in loss, gradient and statistics."""
     built_in = make_objective("token", kl_coef=0.05)
     inputs = make_inputs(device, built_in, packed, ref=True, weights="token")
 
@@ -469,7 +469,7 @@ def test_entropy_beside_a_user_s_objective(device):
 
 
 def test_a_user_s_objective_from_logits(device):
-    """A loss of a later paper (CISPO: stopped, clipped token ratios) without a kernel."""
+    """A user's CISPO (detached, clipped token ratios) has the right loss and gradient."""
 
     def cispo(log_probs, old_log_probs, advantages, sequence_ids):
         ratio = (log_probs - old_log_probs).exp().clamp(max=1.2).detach()

@@ -22,7 +22,7 @@ CLASSES = [name for name, x in PUBLIC.items() if inspect.isclass(x)]
 
 
 def sections(doc):
-    """Section name to its items, name to text, of a docstring with Google's headings."""
+    """Return the sections of a Google-style docstring: their items by name, as name to text."""
     found = {}
     for block in re.split(r"\n\n+", inspect.cleandoc(doc)):
         heading, _, body = block.partition("\n")
@@ -139,7 +139,7 @@ def module_name(path):
 
 
 def unit(module):
-    """The file or folder of the package that a module belongs to."""
+    """Return the file or folder of the package to which a module belongs."""
     parts = module.split(".")
     return parts[min(1, len(parts) - 1)]
 
@@ -148,7 +148,7 @@ MODULES = {module_name(path): path for path in SOURCES}
 
 
 def imports(module):
-    """Full names of the modules that a module imports, wherever in its code."""
+    """Return the full names of the modules that a module imports, wherever in its code."""
     path = MODULES[module]
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     found = set()
@@ -251,7 +251,7 @@ def python(code):
 
 
 def test_nothing_is_patched():
-    assert python(PATCHES) == ["torch.ops.gspo_ops"], "our ops' own namespace is all there may be"
+    assert python(PATCHES) == ["torch.ops.gspo_ops"], "only the namespace of our ops may be new"
 
 
 def test_the_patch_check_sees_patches():
@@ -261,7 +261,7 @@ def test_the_patch_check_sees_patches():
 
 
 def test_import_takes_little_beside_that_of_torch_and_triton():
-    """CPU time within one process, the least share of some runs: a busy machine may not count."""
+    """The import adds at most 15% CPU time in the best of some runs, as a machine may be busy."""
     code = (
         "import time, torch, triton; bare = time.process_time(); "
         "import gspo_ops; print(time.process_time() / bare)"

@@ -1,4 +1,4 @@
-"""Routing Replay on models of transformers, small and random."""
+"""Routing Replay on small random models of transformers."""
 
 import pytest
 import torch
@@ -89,7 +89,7 @@ def test_replay_of_native_routing_changes_nothing(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_recorded_experts_are_used(family):
-    """After an update that would route otherwise, with live weights and router gradients."""
+    """They are used after an update that routes differently, with live weights and gradients."""
     model = make(family)
     routing = recorded(model)
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_forgotten_tokens_route_natively():
     routing.route_natively(where)
     with routing.replay(model):
         _, logits = loss_and_grads(model)
-    torch.testing.assert_close(logits[1], native[1])  # the experts see other rows beside
+    torch.testing.assert_close(logits[1], native[1])  # experts see other rows beside these
     assert not torch.allclose(logits[0], native[0])
     with pytest.raises(ValueError, match="where has 3 tokens, but 24 were recorded"):
         routing.route_natively(torch.ones(3, dtype=torch.bool))
@@ -191,7 +191,7 @@ def test_wrong_uses_are_refused():
 def test_churn():
     before, after = RoutingReplay(), RoutingReplay()
     before.indices = [torch.tensor([[0, 1], [2, 3]])]
-    after.indices = [torch.tensor([[1, 0], [2, 4]])]  # the order is no change
+    after.indices = [torch.tensor([[1, 0], [2, 4]])]  # another order is no change
     assert expert_churn(before, after) == 0.25
     assert expert_churn(before, after, torch.tensor([True, False])) == 0.0
     assert expert_churn(before, before) == 0.0

@@ -1,4 +1,4 @@
-"""Files of a run: JSON that other readers take, repair, order of checkpoints, one run at a time."""
+"""The files of a run: standard JSON, repair, the order of checkpoints, one run at a time."""
 
 import json
 import math
@@ -23,7 +23,7 @@ NAN, INF = math.nan, math.inf
 
 
 def strict(text):
-    """As a reader that keeps to the standard."""
+    """Read JSON as a reader does that keeps to the standard."""
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
@@ -35,7 +35,7 @@ def strict(text):
 
 
 def test_no_nan_is_written_and_it_is_read_back(tmp_path):
-    config = load_config(None, [f"out={tmp_path}"])  # whose time limit is infinite
+    config = load_config(None, [f"out={tmp_path}"])  # its time limit is infinite
     with RunFiles.create(config) as files:
         for step in (1, 2, 3):
             row = {"step": step, "reward": NAN, "ratio_min": INF, "ratio_max": -INF, "loss": 0.5}
@@ -76,7 +76,7 @@ def test_numbers_of():
 
 @pytest.fixture
 def run(tmp_path):
-    """Three steps, of which a checkpoint knows; and a fourth."""
+    """Write three steps that a checkpoint knows, and a fourth."""
     config = load_config(None, [f"out={tmp_path}"])
     with RunFiles.create(config) as files:
         for step in (1, 2, 3, 4):
@@ -182,7 +182,7 @@ def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
 
 
 def test_damaged_later_ones_do_not_count(tmp_path):
-    """Those that stay are the last whole ones, however many damaged ones were passed over."""
+    """The last whole checkpoints stay, however many damaged ones there are after them."""
     for step in (10, 20, 30):
         save(tmp_path, step, keep=3)
     for step in (20, 30):
@@ -206,7 +206,7 @@ def test_what_can_not_be_flushed_is_not_there(tmp_path, monkeypatch, at):
         patch.setattr(os, "fsync", full)
         with pytest.raises(CannotWrite, match=r"^can't write .*step-000002: No space left on dev"):
             save(tmp_path, 2)
-    # the last flush is that of the rename, after which all is there
+    # the last flush is that of the rename, after which everything is in place
     assert names(tmp_path) == ["step-000001"] + ["step-000002"] * (at == 6)
     save(tmp_path, 3)
     assert checkpoint.last_whole(tmp_path).name == "step-000003"

@@ -1,4 +1,4 @@
-"""What compiled kernels must show without a GPU: registers, spills, access widths, instructions.
+"""Compiled kernels, checked without a GPU: registers, spills, access widths, instructions.
 
 The kernels are launched by `benchmarks/launches.py`, and read by `benchmarks/binaries.py`.
 """
@@ -31,7 +31,7 @@ from gspo_ops.benchmarks.static import compile_variant
 from gspo_ops.kernels.policy_loss import NUM_PARTIALS
 
 SHARED_LIMIT = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KB per block
-REGISTERS = {FWD: 184, BWD: 128, LOSS: 192}  # the most seen, to the next 8
+REGISTERS = {FWD: 184, BWD: 128, LOSS: 192}  # the most seen, rounded up to a multiple of 8
 GSPO_ALONE = [("sm_90", 46, 1034240), ("sm_100", 52, 1015808), ("gfx942", 36, 1266176)]
 INSTRUCTIONS = {("fwd bf16", "sm_90"), ("fwd fp16", "sm_90"), ("fwd fp32", "sm_90")}
 
@@ -137,7 +137,7 @@ def test_further_objectives(name):
 
 @pytest.mark.parametrize(("target", "registers", "most"), GSPO_ALONE)
 def test_further_objectives_cost_gspo_nothing(target, registers, most):
-    """What it took when there was nothing else to choose: registers and instructions."""
+    """GSPO takes no more registers and instructions than when it had no options."""
     compiled = compile_variant("loss sequence packed", target)
     assert compiled.registers <= registers
     assert compiled.instructions <= most
@@ -177,7 +177,7 @@ HAVE_TMA = ("sm_90", "sm_100")  # the latter without a soft cap
     [(name, target) for name in TMA for target in HAVE_TMA[: 1 if "softcap" in name else None]],
 )
 def test_tma_products(name, target, table):
-    """Operands come by TMA, and exponentials leave by it; the rest is stored by threads."""
+    """TMA loads the operands and stores the exponentials; threads store the rest."""
     compiled = compile_variant(name, target)
     table.append(product_row(name, target))
     assert not list(product_problems(name, target))
@@ -214,7 +214,7 @@ def test_a_peer_that_fails_says_why(monkeypatch):
     monkeypatch.setitem(static.PEERS, "absent", ("no_such_package", launch))
     kernels, why = static.compile_peer("some", "sm_90")
     assert why == "ValueError: no such shape"
-    assert list(kernels) == ["logits_bwd_kernel"]  # what compiled before is shown
+    assert list(kernels) == ["logits_bwd_kernel"]  # what had compiled before is shown
     assert kernels["logits_bwd_kernel"] == compile_variant("bwd bf16", "sm_90")
     assert static.compile_peer("absent", "sm_90") == ({}, "not installed")
 
@@ -232,7 +232,7 @@ def test_predictions():
 
 @pytest.mark.parametrize(("products", "most"), [("mm", 90), ("triton", 45)])
 def test_small_batches_launch_few_kernels(products, most):
-    """At N=512 and H=896 a GPU is done before its host is; it was 236 and 165 kernels once."""
+    """At N=512 and H=896, a GPU is faster than its host; 236 and 165 kernels were launched once."""
     launched = static.launches_from_hidden(products, 512, 896, calls=1)
     assert launched["triton"] + launched["torch"] <= most
 
@@ -261,13 +261,13 @@ SAME_BITS = {
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("kernel", SAME_BITS)
 def test_additions_have_one_order(kernel, target):
-    """The layout that a compiler picks is the order of additions, where kernels leave it to it."""
+    """Variants add in the same order, which a compiler's layout decides where kernels do not."""
     if target not in {"tma": HAVE_TMA, "tma softcap": HAVE_TMA[:1]}.get(kernel, TARGETS):
         pytest.skip("has no TMA")
     first, *others = SAME_BITS[kernel]
     expected = compile_variant(first, target).orders()
     for other in others:
-        assert compile_variant(other, target).orders() == expected, f"{other} is not as {first}"
+        assert compile_variant(other, target).orders() == expected, f"{other} differs from {first}"
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -279,7 +279,7 @@ def test_gradients_are_rounded_alike(name, target):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", SAME_BITS["logits"])
 def test_log_probs_do_not_depend_on_alignment(name, target):
-    """Rows of an odd number of elements, and those of a slice, have layouts of their own."""
+    """No layout decides the order of additions: odd rows and slices have their own layouts."""
     compiled = compile_variant(name, target)
     assert any(of.operation == "arith.addf" for of in compiled.reductions)
     assert not compiled.orders()

@@ -14,7 +14,7 @@ import gspo_ops
 from gspo_ops import GSPO, reference, testing
 
 ROOT = Path(__file__).parent.parent
-# verifies copies of the package, each in a process of its own, which is over at the first finding
+# verifies copies of the package, each in its own process, which ends at the first finding
 VERIFY = """
 import os, pathlib, sys, torch, triton
 for folder in sys.argv[1:]:
@@ -45,7 +45,7 @@ OPTIONS = {
     "objective": "shapes=[], head_shapes=[]",
 }
 
-# mistake: (file, line as it is, line as broken), for the kernels and for the CPU path
+# mistake: (file, correct line, broken line), for the kernels and for the CPU path
 KERNELS = {
     "nothing": ("kernels/logits.py", "grad = e * at_others", "grad = e * at_others"),
     "zero gradient": ("kernels/logits.py", "if live:\n        x_ptr = logits_ptr + row_offset("
@@ -211,7 +211,7 @@ def broken_copy(folder, file, line, broken):
     shutil.copytree(ROOT / "gspo_ops", folder / "gspo_ops")  # follows the link to kernels/
     path = folder / (file if file.startswith("gspo_ops") else f"gspo_ops/{file}")
     source = path.read_text()
-    assert source.count(line) == 1, f"{line!r} stands {source.count(line)} times in {file}"
+    assert source.count(line) == 1, f"{line!r} occurs {source.count(line)} times in {file}"
     path.write_text(source.replace(line, broken))
 
 
@@ -269,9 +269,9 @@ def test_contracts_from_hidden(device, dtype):
 
 
 @pytest.mark.kernels
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="is about the interpreter")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="tests the interpreter")
 def test_interpreter_leaves_no_product_to_a_blas(monkeypatch):
-    """Some round a row by its place, and then a kernel seems to depend on the batch, or not to."""
+    """A BLAS may round a row by its place, which can feign or hide a dependence on the batch."""
 
     def refuse(*args, **kwargs):
         raise AssertionError("the BLAS of this machine takes part")

@@ -1,4 +1,4 @@
-"""What torch expects of an operation: derivatives, compile, fakes, determinism, autocast, DDP."""
+"""Torch's contracts for operators: derivatives, compile, fakes, determinism, autocast, DDP."""
 
 import os
 import subprocess
@@ -24,13 +24,13 @@ from gspo_ops import autograd, backend, chunks, hidden, logits, operators, testi
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 compiled_only = pytest.mark.skipif(
-    INTERPRETED, reason="torch's own machinery: the same operators, whatever implements them"
+    INTERPRETED, reason="tests torch's machinery, to which implementations do not matter"
 )
 B, T, V, H = 3, 3, 11, 6
 
 
 class Batch(NamedTuple):
-    """One padded batch of tensors that everything below is called with."""
+    """The padded batch of tensors with which everything below is called."""
 
     logits: Tensor
     targets: Tensor
@@ -43,7 +43,7 @@ class Batch(NamedTuple):
 
 
 def make_batch(dtype=torch.float32, device="cpu", T=T) -> Batch:
-    """A sequence inside the clip range, one clipped, one outside it but on the unclipped side."""
+    """Make a sequence inside the clip range, one clipped, and one outside on the unclipped side."""
     generator = torch.Generator().manual_seed(T)
     hidden = torch.randn(B, T, H, generator=generator, dtype=torch.float64).to(dtype)
     weight = torch.randn(V, H, generator=generator, dtype=torch.float64).to(dtype)
@@ -139,7 +139,7 @@ def everything_of_a_function(x: Batch, **options) -> tuple[Tensor, ...]:
 
 
 def with_every_term(x: Batch) -> tuple[Tensor, ...]:
-    """Objective with a shared ratio, a weighted KL term and an entropy bonus."""
+    """Compute an objective with a shared ratio, a weighted KL term and an entropy bonus."""
     result = gspo_ops.policy_loss_from_logits(
         x.logits, x.targets, x.old_log_probs, x.advantages, mask=x.mask, objective=EVERY_TERM,
         ref_log_probs=x.old_log_probs - 0.1, **SOFTMAX,
@@ -215,7 +215,7 @@ def hidden_log_probs_and_entropy(x: Batch) -> tuple[Tensor, ...]:
 
 
 def batch_results(x: Batch) -> tuple[Tensor, ...]:
-    """What is computed of a batch before its loss."""
+    """Return what is computed from a batch before its loss."""
     token_mean = gspo_ops.GRPO(aggregation="token-mean")
     return (
         gspo_ops.group_advantages(x.targets.flatten(), T),
@@ -249,13 +249,13 @@ class Case(NamedTuple):
         return self.call(self.with_leaf(x, leaf))
 
     def results(self, x: Batch) -> tuple[Tensor, ...]:
-        """Outputs and the gradient of their weighted sum."""
+        """Return outputs and the gradient of their weighted sum."""
         leaf = getattr(x, self.leaf).detach().clone().requires_grad_()
         outputs = self.outputs(x, leaf)
         return (*(y.detach() for y in outputs), *torch.autograd.grad(self.total(outputs), leaf))
 
     def total(self, outputs: tuple[Tensor, ...]) -> Tensor:
-        """A scalar whose derivative by each output element is different."""
+        """Return a scalar with a different derivative with respect to each output element."""
         total = outputs[0].new_zeros(())
         for y in outputs[: self.differentiable]:
             weights = torch.linspace(0.5, 1.5, y.numel(), dtype=y.dtype, device=y.device)
@@ -318,7 +318,7 @@ def test_gradcheck(case):
 @compiled_only
 @pytest.mark.parametrize("case", [c for c in CASES if "on_policy" in repr(c)], ids=repr)
 def test_on_policy_gradient_is_that_at_ratio_one(case):
-    """The value is constant, so that gradcheck can't be used: only a copy as old makes it one."""
+    """The on-policy value is constant for gradcheck, which a copy as old log-probs is not."""
     x = make_batch(torch.float64)
     off_policy = {
         from_log_probs_on_policy: from_log_probs,
@@ -337,7 +337,7 @@ def test_on_policy_gradient_is_that_at_ratio_one(case):
 @with_own_objective
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "squared"])
 def test_double_backward_raises(case, weighted, device):
-    """Also where a penalty on the gradient would otherwise be dropped without a word."""
+    """Double backward raises, also where a gradient penalty would otherwise be dropped silently."""
     x = make_batch(device=device)
     leaf = getattr(x, case.leaf).detach().requires_grad_()
     total = case.total(case.outputs(x, leaf))
@@ -401,7 +401,7 @@ def test_inputs_stay_as_they_are(case, dtype, device):
 
 @pytest.fixture
 def backward_calls(monkeypatch):
-    """Names of the backward operators that ran."""
+    """Provide a list of the names of the backward operators that have run."""
     calls = []
 
     def record(module, name):
@@ -457,7 +457,7 @@ def test_stats_are_detached(case, device):
 
 
 class Calls(TorchDispatchMode):
-    """Notes the arguments of our operators, by name."""
+    """A record of the arguments of our operators, by name."""
 
     def __init__(self):
         super().__init__()
@@ -470,7 +470,7 @@ class Calls(TorchDispatchMode):
 
 
 def operator_calls() -> dict[str, list[tuple]]:
-    """The arguments with which the public functions call each operator."""
+    """Return the arguments with which the public functions call each operator."""
     with Calls() as calls:
         for case in CASES:
             case.results(make_batch())
@@ -484,7 +484,7 @@ def operator_calls() -> dict[str, list[tuple]]:
 
 
 def everything_from_hidden(x: Batch, plan: str) -> list[Tensor]:
-    """Gradients of hidden states, main_grad and bias; then of hidden states and a LoRA update."""
+    """Return the gradients of hidden states, of main_grad and bias, and of a LoRA update."""
     hidden, weight = (t.detach().requires_grad_() for t in (x.hidden, x.weight))
     bias = torch.zeros(V, requires_grad=True)
     main_grad = torch.zeros(V, H)
@@ -499,7 +499,7 @@ def everything_from_hidden(x: Batch, plan: str) -> list[Tensor]:
 
 
 def opcheck_utilities(name: str, args: tuple) -> str | tuple[str, ...]:
-    """All of them, but where a result may hold anything: exponentials that belong nowhere."""
+    """Return all utilities, except where exponentials of no row or column may hold anything."""
     if name == "hidden_fwd" and args[-1] > 0:  # kept_columns
         return ("test_schema", "test_autograd_registration", "test_faketensor")
     return "ALL"
@@ -532,7 +532,7 @@ def test_opcheck(one_rank):
             for args in all_args:
                 detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
                 torch.library.opcheck(op, detached, test_utils=opcheck_utilities(name, args))
-            # an input that requires grad: the derivative is refused, registered as such
+            # an input that requires grad: the registered derivative raises an error
             torch.library.opcheck(op, all_args[0], test_utils=("test_schema", "test_faketensor"))
     ours = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("gspo_ops::")}
     assert checked == ours
@@ -554,7 +554,7 @@ def test_fake_tensors_have_the_real_shapes_and_dtypes(case):
 
 
 def check_compiled(case: Case, name: str, **options) -> None:
-    """Same bits as eager mode, and one compilation for every length."""
+    """Check for the bits of eager mode, and for one compilation for all lengths."""
     torch._dynamo.reset()
     compiled = torch.compile(case.call, fullgraph=True, backend=name, **options)
     for length in (5, 7, 9):
@@ -597,7 +597,7 @@ def test_compile_inductor(case):
 
 
 def with_every_plan(x: Batch) -> list[Tensor]:
-    """Log-probs and losses, padded and packed: each of a hidden and a weight of its own."""
+    """Return log-probs and losses, padded and packed, each from its own hidden and weight."""
     operands = zip(x.hidden.unbind(), x.weight.unbind(), strict=True)
     results = [
         gspo_ops.log_probs_from_hidden(*next(operands), x.targets, plan=plan)
@@ -629,7 +629,7 @@ BF16, FP16, FP64 = torch.bfloat16, torch.float16, torch.float64
     [(BF16, BF16, False), (BF16, BF16, True), (FP16, FP64, False)],
 )
 def test_compile_dtypes(hidden, weight, has_bf16, monkeypatch):
-    """On a CPU with and without instructions for bfloat16, whichever this one is."""
+    """Compiled code has eager's bits on a CPU with and without instructions for bfloat16."""
     monkeypatch.setattr(backend, "CPU_HAS_BF16", has_bf16)
     torch._dynamo.reset()
     x = make_batch()
@@ -652,7 +652,7 @@ def loss_with_numbers(x: Batch, lora: gspo_ops.LoRA, **options) -> tuple[Tensor,
 
 
 def losses_with_numbers(x: Batch, clip_low: float, temperature: float, denominator: float):
-    """The objective is made inside: this one with a warning, which can't be traced."""
+    """Compute losses with an objective made inside, with a warning that can't be traced."""
     objective = gspo_ops.Objective(
         ratio_level="sequence", clip_low=clip_low, clip_high=0.1, aggregation="token-mean"
     )
@@ -667,11 +667,11 @@ def losses_with_numbers(x: Batch, clip_low: float, temperature: float, denominat
 @compiled_only
 @pytest.mark.skipif(
     not hasattr(symbolic_shapes, "has_static_value"),
-    reason="needs a torch that tells variables from constants: 2.8 or newer",
+    reason="needs torch 2.8 or newer, which distinguishes variables from constants",
 )
 @pytest.mark.filterwarnings("ignore:aggregation")
 def test_numbers_that_change_are_compiled_once_more():
-    """The first value is taken for a constant, the second makes it a variable."""
+    """The first value is taken for a constant, and the second makes it a variable."""
     x = make_batch()
     a, b = torch.full((2, H), 0.1), torch.full((V, 2), 0.1)
 
@@ -707,7 +707,7 @@ def test_numbers_that_change_are_compiled_once_more():
 
 
 def everything(x: Batch, cu_seqlens: Tensor | None) -> tuple[Tensor, ...]:
-    """Every public op, and gradients of the differentiable results."""
+    """Return the results of every public op."""
     layout = {"mask": x.mask, "cu_seqlens": cu_seqlens}
     policy = x.old_log_probs, x.advantages
     results = [
@@ -761,13 +761,13 @@ def of_size(batch: int, T: int, is_packed: bool) -> tuple[Batch, Tensor | None]:
 @compiled_only
 @pytest.mark.parametrize("is_packed", [False, True], ids=["padded", "packed"])
 def test_traced_programs_are_right_at_other_sizes(is_packed):
-    """Of every public op, padded in B and T, packed in B and N; make_fx with the gradients."""
+    """Programs of all public ops run at other B and T, or B and N; make_fx includes gradients."""
     arguments, others = of_size(3, 4, is_packed), of_size(6, 5, is_packed)
     program = make_fx(everything_with_gradients, tracing_mode="symbolic")(*arguments)
     assert_same_bits(program(*others), everything_with_gradients(*others))
 
     def sizes(t: Tensor | None) -> dict | None:
-        """Those that differ may."""
+        """Return the dimensions that may change."""
         if t is None:
             return None
         return {i: Dim.DYNAMIC for i in range(t.ndim) if t.shape[i] not in (V, H)}
@@ -783,7 +783,7 @@ def test_traced_programs_are_right_at_other_sizes(is_packed):
 
 @pytest.fixture
 def nan_filled_empties():
-    """Every empty() holds NaN (or the largest integer) before it is written."""
+    """Fill every empty() with NaN (or the largest integer) before it is written."""
     before = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -810,7 +810,7 @@ def test_every_output_is_written(case, dtype, device, nan_filled_empties):
 @pytest.mark.kernels
 @pytest.mark.parametrize("cu", [[1, 6], [0, 5], [2, 4], [0, 0, 0], [3, 1]])
 def test_rows_of_no_sequence_do_not_train(cu, device):
-    """The CPU path refuses such cu_seqlens; a kernel can only make them heard."""
+    """Kernels give such rows NaN as gradient; the CPU path refuses these cu_seqlens."""
     if device.type == "cpu" and not INTERPRETED:
         pytest.skip("refused on CPU")
     log_probs = torch.randn(6, device=device, requires_grad=True)
@@ -848,7 +848,7 @@ def test_autocast_changes_nothing(case, dtype, device):
     ids=str,
 )
 def test_defaults_of_the_process_change_nothing(dtype, device):
-    """Neither the default dtype nor the default device; what is made on `meta` can't be used."""
+    """Neither default dtype nor default device has an effect; tensors on `meta` can't be used."""
     x = make_batch(device=device)
     calls = [case.results for case in WITH_OWN_OBJECTIVE] + [batch_results, reference_results]
     expected = [call(x) for call in calls]
@@ -869,7 +869,7 @@ def test_defaults_of_the_process_change_nothing(dtype, device):
     ids=repr,
 )
 def test_loss_scale_is_applied_before_the_downcast(case, device):
-    """Most of the fp16 gradient would vanish if it were rounded before the scale."""
+    """Over 20% of the fp16 gradient would vanish if it were rounded before the scale."""
     scale, tiny = 65536.0, 1e-6
     x = make_batch(torch.float16, device)
     leaf = x.logits.clone().requires_grad_()
@@ -888,7 +888,7 @@ def test_loss_scale_is_applied_before_the_downcast(case, device):
 
 
 def far_rows() -> None:
-    """Rows 2**30 elements apart in a buffer of which almost nothing is touched."""
+    """Check rows that are 2**30 elements apart in a buffer that is hardly touched."""
     if INTERPRETED:
         testing.patch_interpreter()
     V, stride = 5, 2**30
@@ -920,7 +920,7 @@ def test_row_offsets_are_64_bit(interpret):
 
 
 def start_here(*args: str, env: dict[str, str] | None = None) -> subprocess.Popen:
-    """This file as a program, in a process of its own."""
+    """Start this file as a program in a process of its own."""
     return subprocess.Popen(
         [sys.executable, __file__, *args], env=os.environ | (env or {}), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -942,7 +942,7 @@ def tiny_model() -> nn.Module:
 
 
 def ddp_loss(model: nn.Module, rows: slice, world_size: int) -> Tensor:
-    """Loss of some sequences; DDP averages over ranks, so that the denominator is B / ranks."""
+    """Return the loss of some sequences over B / ranks, as DDP averages over ranks."""
     x = make_batch()
     tokens = x.targets.roll(1, dims=1)
     return gspo_ops.policy_loss_from_logits(

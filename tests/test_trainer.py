@@ -47,7 +47,7 @@ CHARACTERS = "0123456789+-=\n "
 
 
 class CharacterTokenizer:
-    """One token per character, after PAD and EOS."""
+    """A tokenizer with one token per character, after PAD and EOS."""
 
     pad_token_id, eos_token_id = PAD, EOS
 
@@ -107,7 +107,7 @@ def softcapped_model(tokenizer, device):
 
 @pytest.fixture
 def sample(model, tokenizer):
-    """Samples from prompts of different lengths."""
+    """Provide a function that samples from prompts of different lengths."""
     prompts = [tokenizer(text)["input_ids"] for text in ("1 + 2 =", "7", "10 - 4 - 3 =")]
     stops = stop_ids(tokenizer, model, newline=True, chat=False)
 
@@ -137,7 +137,7 @@ SMALL = {
 
 
 def config(tmp_path, **changes):
-    """Settings of a short run; keys with a dot as `update__learning_rate`."""
+    """Return settings of a short run; keys have `__` for a dot, as in `update__learning_rate`."""
     given = SMALL | {k.replace("__", "."): v for k, v in changes.items()}
     values = {k: str(v).lower() if isinstance(v, bool) else v for k, v in given.items()}
     return load_config(None, [f"{k}={v}" for k, v in values.items()] + [f"out={tmp_path}"])
@@ -171,7 +171,7 @@ class TestRollout:
     @pytest.mark.parametrize("pad", [PAD, EOS, None], ids=["PAD", "PAD = EOS", "no PAD"])
     @pytest.mark.parametrize("eos", [EOS, [EOS, 9, 17]], ids=["one EOS", "several"])
     def test_lengths_are_those_of_transformers(self, model, tokenizer, pad, eos):
-        """Whatever PAD is: the share of responses that end at each length, and log-probs."""
+        """Whatever PAD is, lengths are distributed as in transformers, and log-probs are right."""
         tokenizer.pad_token_id = pad
         model.generation_config.eos_token_id = eos
         prompt, count, longest = tokenizer("1 + 2 =")["input_ids"], 600, 8
@@ -198,7 +198,7 @@ class TestRollout:
         own = own.gather(1, rollout.targets()[:, None])[:, 0]
         torch.testing.assert_close(rollout.log_probs[rollout.mask], own, atol=1e-5, rtol=1e-5)
 
-    # A high temperature makes EOS and newline as likely as anything.
+    # A high temperature makes EOS and newline as likely as any other token.
     @pytest.mark.parametrize("temperature", [0.5, 1.0, 100.0])
     @pytest.mark.parametrize("max_new_tokens", [1, 2, 12])
     def test_responses(self, sample, temperature, max_new_tokens):
@@ -228,7 +228,7 @@ class TestRollout:
                 sequence.append(token)
 
     def test_logits_of_response_hidden_equal_plain_forward(self, sample, model):
-        """One row per group is the same function as one row per sequence."""
+        """One row per group gives the same logits as one row per sequence."""
         prompts, rollout = sample(group_size=5, max_new_tokens=6, temperature=2.0)
         with torch.no_grad():
             hidden = response_hidden(model, rollout, nullcontext)
@@ -430,7 +430,7 @@ class TestLossFromHidden:
 
 
 def off_policy_batch(trainer):
-    """Half of its ratios are clipped, some advantages are zero."""
+    """Return a batch with half of its ratios clipped and some advantages of zero."""
     problems = list(trainer.sampler.task.train[:4])
     rollout = trainer.sampler.respond(problems, 4, trainer.random_numbers("training")).rollout
     advantages = torch.linspace(-1, 1, 16, device=trainer.model.device)
@@ -441,7 +441,7 @@ def off_policy_batch(trainer):
 
 
 def gradients(trainer, batch, loss_from="hidden"):
-    """Of one update, which is not carried out."""
+    """Return the gradients of one update, which is not carried out."""
     learner = trainer.learner
     update = dataclasses.replace(learner.config.update, loss_from=loss_from)
     learner.config = dataclasses.replace(learner.config, update=update)
@@ -468,7 +468,7 @@ def test_pass_at_k_is_the_mean_over_all_choices():
 
 
 class TestSettings:
-    """What users of a reference trainer expect."""
+    """The settings that users of a reference trainer expect."""
 
     def step(self, model, tokenizer, tmp_path, **changes):
         model = copy.deepcopy(model)
@@ -509,7 +509,7 @@ class TestSettings:
     def test_groups_without_advantage_are_left_out(
         self, model, tokenizer, tmp_path, objective, layout
     ):
-        """The same gradient and statistics; no row of the body for them."""
+        """They take no row of the body, and gradients and statistics stay the same."""
         settings = {
             "dtype": "float32", "objective__name": objective, "update__max_grad_norm": 1e9,
             "update__gradient_checkpointing": True,

@@ -1,4 +1,4 @@
-"""`gspo-ops compare`: what it runs and resumes, and what its report says of given results."""
+"""`gspo-ops compare`: the runs that it makes and resumes, and its report on given results."""
 
 import contextlib
 import itertools
@@ -38,12 +38,12 @@ CELLS = [Cell("dense", 8, 4), Cell("dense", 8, 16), Cell("moe", 32, 16),
 
 
 def noise(seed):
-    """Of mean 0 over the final seeds."""
+    """Return noise that has a mean of 0 over the final seeds."""
     return (seed % 100 - 2) / 100
 
 
 def results(gain=lambda cell, arm, rate, seed: 0.2 + noise(seed), cells=CELLS, **metrics):
-    """As `compare` writes them; a metric is a number or a function like `gain`."""
+    """Return results as `compare` writes them; a metric is a number or a function like `gain`."""
     metrics = {"reward": lambda *_: 0.5, "clip_frac_tokens": 0.1, "approx_kl_k3": 2e-6,
                "log_ratio_rms": 1e-3, "expert_churn": 0.07} | metrics  # fmt: skip
     runs = []
@@ -126,13 +126,13 @@ class TestReport:
     @pytest.mark.parametrize(("better", "where"), [(0.1, 0), (-0.1, 1), (0.01, 2)])
     def test_a_difference_is_one_where_the_seeds_show_it(self, better, where):
         def gain(cell, arm, rate, seed):
-            # of the differences, a standard error of 0.007
+            # the differences have a standard error of 0.007
             return 0.2 + (better + noise(seed) if (arm, cell.tokens) == ("GSPO", 8) else 0.0)
 
         line = line_of(results(gain), "- *More is learned")
         says = ("GSPO gains more in", "GRPO gains more in", "these seeds are inconclusive in")
         counts = [int(re.search(rf"{text} (\d)", line)[1]) for text in says]
-        expected = [0, 0, 2]  # the cells that are alike
+        expected = [0, 0, 2]  # the cells without a difference
         expected[where] += 2
         assert counts == expected
         assert f"dense, 8 tokens, 4 updates: {better:+.2f} ± 0.01" in line
@@ -140,7 +140,7 @@ class TestReport:
     def test_correction_for_the_number_of_comparisons(self):
         assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
         assert holm([0.9, 0.5]) == [1.0, 1.0]
-        # 0.02 for one is nothing for many
+        # 0.02 is significant for one, but not among many
         assert min(holm([0.02] + [0.5] * 9)) == pytest.approx(0.2)
 
     def test_rates_at_which_it_learns(self):
@@ -235,7 +235,7 @@ def test_a_change_of_kernels_or_trainer_repeats_runs_and_one_of_the_report_does_
 
 @pytest.fixture
 def untaught(tmp_path, monkeypatch):
-    """A cache with a model that has had no warm-up, and a reward that its answers differ in."""
+    """Make a cache with a model without a warm-up, and a reward in which its answers differ."""
     from gspo_ops.trainer import tiny
 
     (tmp_path / "parity.py").write_text(
@@ -273,7 +273,7 @@ def one_thread():
 
 
 def test_a_comparison_that_is_killed_goes_on(tmp_path, untaught, one_thread):
-    """What was done before is not done again, and the numbers are those of one that was not."""
+    """Finished runs are not repeated, and the numbers are those of an uninterrupted comparison."""
     out = tmp_path / "compare"
     command = [sys.executable, "-m", "gspo_ops.cli", "compare", "--out", str(out)]
     command += [*ARGUMENTS, *OVERRIDES]
@@ -307,13 +307,13 @@ def test_a_comparison_that_is_killed_goes_on(tmp_path, untaught, one_thread):
     assert len(found["runs"]) == count
     assert all(len(run["reward"]) == 2 for run in found["runs"])
 
-    # a run that was going on when it was killed, made anew in one process
+    # a run that was not done when it was killed, repeated in this process
     late = next(path for path in out.rglob("rate*.json") if path not in before)
     run = json.loads(late.read_text())["run"]
     again = compare.train(Run(SMALL, run["arm"], run["rate"], run["seed"]), OVERRIDES)
     assert again | {"seconds": 0} == run | {"seconds": 0}
 
-    # other code or settings make it anew
+    # other code or settings repeat a run
     made = (OVERRIDES, "a"), (OVERRIDES, "b"), ([*OVERRIDES, "steps=3"], "a")
     keys = {compare._key(Run(SMALL, "GSPO", 1e-3, 0), *x) for x in made}
     assert len(keys) == 3

@@ -1,4 +1,4 @@
-"""Problems of the trainer: what a file may hold, and that nothing held out is trained on."""
+"""The trainer's problems: what a file may contain, and that nothing held out is trained on."""
 
 import json
 
@@ -26,7 +26,7 @@ def plain(n=8):
     return [{"prompt": f"say {i}", "answer": i} for i in range(n)]
 
 
-# Words of which questions are made, so that many are the same or mirrored.
+# Questions consist of these words, so that many are the same or mirrored.
 QUESTIONS = st.lists(st.sampled_from(["1", "2", "+", "=", "  "]), min_size=1, max_size=4).map(
     " ".join
 )
@@ -37,10 +37,10 @@ ENTRIES = st.lists(
 
 @settings(max_examples=300, deadline=None)
 @given(ENTRIES)
-# a question that was left out as the mirror of another comes again with another answer
+# a question that was left out as the mirror of another returns with another answer
 @example([("1", ["a"]), ("1 1", ["a"]), ("1 2 1", ["b"]), ("1 1 2", ["b"]), ("1 1 2", ["a"])])
 def test_no_held_out_question_is_trained_on(tmp_path_factory, entries):
-    """Whatever a file repeats: neither the same question, nor one of the same words and answer."""
+    """Neither a held-out question nor one of the same words and answer is in the training set."""
     given_entries = [{"prompt": q, "answer": a} for q, a in entries if q.strip()]
     path = write(tmp_path_factory.mktemp("data") / "problems.jsonl", given_entries)
     if task := task_if_enough(path):
@@ -106,7 +106,7 @@ def test_a_line_that_is_no_problem_is_refused(tmp_path, line):
 
 
 def test_byte_order_marks_and_odd_line_ends(tmp_path):
-    """U+2028 inside of a text ends no line."""
+    """U+2028 inside a text does not end a line."""
     entries = plain()
     entries[0]["prompt"] = "say\u20280"
     text = "\r\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)

@@ -1,4 +1,4 @@
-"""The trainer over several processes: updates like those of one, runs that change their number."""
+"""The trainer on several processes: updates are those of one, and runs may change the number."""
 
 import fcntl
 import json
@@ -40,7 +40,7 @@ def score(response, problem):
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """Models that answer at random, and a reward that differs among their answers."""
+    """Save models that answer at random, and a reward that differs between their answers."""
     path = tmp_path_factory.mktemp("trainer")
     tokenizer = character_tokenizer()
     sizes = {
@@ -86,14 +86,14 @@ def sample(trainer):
 
 
 def batch_of(trainer, rollout, advantages):
-    """Old log-probs a little off the new ones, so that some ratios are clipped.
+    """Return a batch with old log-probs a little off the new ones, so that it clips some ratios.
 
-    A recorded routing is replaced by one that is nowhere native.
+    A recorded routing is replaced by one that is native nowhere.
     """
     batch, _ = trainer.learner.prepare(rollout, advantages)
     if batch.routing is not None:
         batch.routing.indices = [(x + 1) % EXPERTS for x in batch.routing.indices]
-    # by the token, not by its place: the same on whichever rank it is
+    # the shift depends on the token, not on its place, and is the same on any rank
     shift = torch.where(batch.rollout.targets() % 3 == 0, 4e-4, -4e-4)
     return batch._replace(old_log_probs=batch.old_log_probs + shift)
 
@@ -150,7 +150,7 @@ def on_rank_update(folder, more, rollout, advantages):
     after = {name: whole(p).clone() for name, p in trainer.model.named_parameters()}
     moved = [name for name, x in after.items() if not torch.equal(x, before[name])]
     assert moved == [name for name, g in found.items() if g.any()]
-    # what is held here is a part
+    # a rank holds only a part
     held = sum(p.to_local().numel() for p in trainer.model.parameters())
     assert held <= 0.6 * sum(p.numel() for p in trainer.model.parameters())
     return found, after
@@ -158,7 +158,7 @@ def on_rank_update(folder, more, rollout, advantages):
 
 @sizes
 def test_problems_are_divided(ranks, folder, size):
-    """No problem is asked twice, and what is refilled is what was dead, on whichever rank."""
+    """No problem is asked twice, and exactly the dead groups are refilled, on whichever rank."""
     answers = ranks(size)(on_rank_sampling, folder)
     asked = [question for questions, *_ in answers for question in questions]
     assert len(asked) == len(set(asked)) == 8
@@ -253,7 +253,7 @@ FAILURES = {
 
 @pytest.mark.parametrize("where", FAILURES)
 def test_what_fails_on_one_rank_ends_all(ranks, folder, where, tmp_path):
-    """At once, with the same message: none waits for one that has ended."""
+    """All ranks end at once, with the same message, and none waits for one that has ended."""
     start = time.monotonic()
     for error in ranks(2)(on_rank_failure, folder, where, tmp_path / "run"):
         assert re.match(FAILURES[where], error)
@@ -267,7 +267,7 @@ def on_rank_failure(folder, where, out):
 
     def reward(response, problem):
         calls.append(response)
-        if where == "refill":  # the first rank has all to replace, the second one nothing
+        if where == "refill":  # the first rank has everything to replace, the second one nothing
             return (None if len(calls) > 16 else 0.0) if first else len(calls) % 4
         return None if fails else 0.0
 
@@ -337,7 +337,7 @@ def torchrun(folder, out, *more):
 
 @pytest.fixture(scope="session")
 def train(folder, forked):
-    """`train(out, size)` does what torchrun does for so many processes, without their imports."""
+    """Provide `train(out, size)`, which does what torchrun does, without importing each time."""
 
     def train(out, size, *more):
         command = ["train", "--resume", *arguments(folder, out, *more)]
@@ -364,13 +364,13 @@ def workers(process):
 
 
 def rows_of(run):
-    """Metrics but for those of a clock."""
+    """Return the metrics, except for times."""
     return [{k: v for k, v in row.items() if not k.endswith("_s")} for row in read_metrics(run)]
 
 
 @pytest.fixture(scope="session")
 def two_ranks(folder, train):
-    """A run of two processes that nothing interrupted."""
+    """Return the directory of an uninterrupted run of two processes."""
     out = folder / "whole"
     train(out, 2)
     return out
@@ -393,7 +393,7 @@ def test_a_rank_is_killed_and_another_number_goes_on(folder, train, two_ranks, t
     for size, run in runs.items():
         subprocess.run(["cp", "-r", out, run], check=True)
         train(run, size)
-    # the same number of processes ends where it would have, to the bit
+    # the same number of processes ends where it would have ended, to the bit
     assert rows_of(runs[2]) == rows_of(two_ranks)
     weights = "model/model.safetensors"
     assert (runs[2] / weights).read_bytes() == (two_ranks / weights).read_bytes()

@@ -1,4 +1,4 @@
-"""Runs of the trainer that meet what real ones do: interruption, damage, NaN; and its options."""
+"""Runs of the trainer with interruptions, damage and NaN, as real ones have; and its options."""
 
 import json
 import os
@@ -30,7 +30,7 @@ from gspo_ops.trainer.tiny import TINY, character_tokenizer
 
 @pytest.fixture(scope="session")
 def reward_module(tmp_path_factory):
-    """A reward that differs among random answers."""
+    """Write a module with a reward that differs between random answers; return its folder."""
     folder = tmp_path_factory.mktemp("rewards")
     (folder / "first_letter.py").write_text(
         "def score(response, problem):\n"
@@ -59,7 +59,7 @@ def make(directory, reward_module, tmp_path, monkeypatch):
 
 
 def rows_of(run):
-    """Metrics but for those of a clock."""
+    """Return the metrics, except for times."""
     return [{k: v for k, v in row.items() if not k.endswith("_s")} for row in read_metrics(run)]
 
 
@@ -76,7 +76,7 @@ ALONE = Ranks(torch.device("cpu"))
 
 
 def tied_model():
-    """Two layers with one weight."""
+    """Return two layers with one weight, and their optimizer."""
     model = torch.nn.Sequential(torch.nn.Linear(9, 9), torch.nn.Linear(9, 9, bias=False))
     model[1].weight = model[0].weight
     return model, torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -85,7 +85,7 @@ def tied_model():
 class TestCheckpoint:
     @pytest.fixture
     def saved(self, tmp_path):
-        """Five checkpoints, of which the last two stay."""
+        """Save five checkpoints, of which the last two stay."""
         model, optimizer = tied_model()
         for step in range(1, 6):
             model(torch.ones(2, 9)).square().sum().backward()
@@ -183,7 +183,7 @@ def test_another_run_is_not_continued(make, tmp_path):
     make("steps=2").run()
     with pytest.raises(ValueError, match=r"^update\.epochs: the run in .* has 1, which .* to 2$"):
         make("steps=3", "update.epochs=2").run(resume=True)
-    make("steps=3").run(resume=True)  # more steps are no other run
+    make("steps=3").run(resume=True)  # more steps do not make it another run
     assert len(rows_of(tmp_path / "run")) == 3
 
 
@@ -191,7 +191,7 @@ def test_resumed_with_another_learning_rate(make, tmp_path):
     make("steps=1", "update.warmup_steps=3").run()
     trainer = make("steps=2", "update.warmup_steps=3", "update.learning_rate=1e-12")
     trainer._resume()
-    # two updates were made of the four in which it rises
+    # two of the four updates in which it rises were made
     assert trainer.learner.optimizer.param_groups[0]["lr"] == pytest.approx(3 / 4 * 1e-12)
     before = [p.clone() for p in trainer.model.parameters()]
     assert trainer.step()["grad_norm"] > 0
@@ -207,7 +207,7 @@ def test_an_old_run_is_moved_aside(make, tmp_path):
 
 @pytest.fixture(scope="session")
 def start(directory, reward_module, forked):
-    """`start(out)` trains in a process of its own; it goes on where there is something."""
+    """Provide `start(out)`, which trains in a new process and resumes a run if there is one."""
 
     def start(out):
         command = ["train", "--resume", *arguments(directory, out, "steps=20")]
@@ -221,7 +221,7 @@ def start(directory, reward_module, forked):
 
 @pytest.fixture(scope="session")
 def whole(start, tmp_path_factory):
-    """A run that nothing interrupted."""
+    """Return the directory of an uninterrupted run."""
     out = tmp_path_factory.mktemp("whole") / "run"
     status, error = start(out).wait()
     assert status == 0, error
@@ -233,7 +233,7 @@ def checkpoints(out, pattern="*"):
 
 
 def kill_and_resume(start, out, kills, seed):
-    """Kill at random instants of the training, half of them while a checkpoint is written."""
+    """Kill training at random instants, half of them while a checkpoint is written."""
     chance = random.Random(seed)
     landed = 0
     while landed < kills:
@@ -251,7 +251,7 @@ def kill_and_resume(start, out, kills, seed):
         status, error = process.wait()
         if status == -signal.SIGKILL:
             landed += 1
-        else:  # it was over before: the rest is killed from the beginning
+        else:  # it ended before it was killed: the other kills hit a new run
             assert status == 0, error
             yield out
             shutil.rmtree(out)
@@ -320,7 +320,7 @@ def test_a_model_beyond_all_numbers_ends_the_run(make, directory, tmp_path, caps
     # on a line of its own: no bar is left open
     message = "\ngspo-ops train: logits are not finite during sampling: the model was broken"
     assert message in capsys.readouterr().err
-    # the step that broke it was finished and saved; what the message advises
+    # the step that broke it was finished and saved; follow the message's advice
     shutil.rmtree(tmp_path / "run/checkpoints/step-000002")
     make(*options).run(resume=True)
     assert_same_run(whole, tmp_path / "run")
@@ -344,7 +344,7 @@ def test_lora_trains_and_saves_what_peft_loads(make, tmp_path):
 
 
 def respond(trainer, group_size):
-    """To the first two problems."""
+    """Sample responses to the first two problems."""
     problems = list(trainer.sampler.task.train[:2])
     return trainer.sampler.respond(problems, group_size, trainer.random_numbers("training"))
 
@@ -378,7 +378,7 @@ class TestOldLogProbs:
 
 
 def test_refill_replaces_groups_without_a_gradient(make, monkeypatch):
-    """Only one problem in two has rewards that differ."""
+    """Refilled groups have a gradient, though only one problem in two has rewards that differ."""
     trainer = make("rollout.refill=3")
     reward = trainer.sampler.task.reward
     dead = {p.question for p in trainer.sampler.task.train[::2]}
@@ -419,7 +419,7 @@ class TestGrades:
         for i, text in enumerate(texts):
             expected = trainer.sampler.task.grades(text, groups.problems[i // 3])
             assert groups.grades[i, : len(text)].tolist() == expected
-        # each place is a problem of its own: advantages of a group have the mean 0
+        # each place is a separate problem: the advantages of a group have a mean of 0
         of_groups = advantages.view(2, 3, -1)
         torch.testing.assert_close(of_groups.sum(1), torch.zeros(2, rollout.responses.shape[1]))
         given = torch.arange(float(advantages.numel())).view(advantages.shape) + 1
@@ -560,7 +560,7 @@ def test_a_checkpoint_of_an_earlier_version_is_refused(make, monkeypatch):
 
 
 class TestWhatSettingsName:
-    """It may change between a run and its continuation, and the settings with it."""
+    """The things that settings name: a run is not continued once one of them has changed."""
 
     def resume(self, make, *more):
         make(*more, "steps=2").run(resume=True)
@@ -646,7 +646,7 @@ def test_several_runs_in_one_picture(make, tmp_path, capsys):
 
 
 def test_weights_and_biases(make, tmp_path, monkeypatch):
-    """Its own offline mode: the file that it would send has every metric of every step."""
+    """In wandb's offline mode, the file that it would send has the metrics of every step."""
     pytest.importorskip("wandb", reason="needs wandb: pip install wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -671,7 +671,7 @@ def test_what_a_run_has_learnt_can_be_asked(make, tmp_path, capsys, more):
     ask = [str(tmp_path / "run"), "--temperature", "0"]
     assert COMMANDS["sample"](ask) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 16  # eight problems, an answer each
+    assert len(lines) == 16  # eight problems, each with an answer
     numbers = torch.Generator().manual_seed(0)
     held_out = list(trainer.sampler.task.held_out[:8])
     for problem, shown in zip(held_out, lines[::2], strict=True):

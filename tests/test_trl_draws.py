@@ -1,4 +1,4 @@
-"""GSPOTrainer's loss step beside GRPOTrainer's on inputs and settings drawn at random.
+"""GSPOTrainer's loss compared with GRPOTrainer's on inputs and settings drawn at random.
 
 GSPO_OPS_TRL_DRAWS=4000 draws more.
 """
@@ -23,7 +23,7 @@ from gspo_ops.trainer.tiny import character_tokenizer
 
 DRAWS = int(os.environ.get("GSPO_OPS_TRL_DRAWS", "160"))
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
-# what is closer to a border than this, the two may decide otherwise: their log-probs differ by less
+# closer to a border than this, the two may decide differently: their log-probs differ by less
 AWAY = 1e-5
 
 
@@ -69,7 +69,7 @@ def draw_settings(rng, loss_type):
         "off_policy_mask_threshold": maybe(rng, scale * rng.uniform(0, 1), 0.25),
         "use_vllm": rng.random() < 0.3,
         "vllm_importance_sampling_correction": rng.random() < 0.8,
-        # which TRL makes fp32 numbers of
+        # TRL converts these to fp32
         "sapo_temperature_pos": rng.randrange(32, 128) / 64,
         "sapo_temperature_neg": rng.randrange(32, 128) / 64,
         "vespo_k_pos": rng.uniform(1, 3), "vespo_lambda_neg": rng.uniform(1, 3),
@@ -81,7 +81,7 @@ def draw_settings(rng, loss_type):
 
 
 def apply(trainer, settings):
-    """What GRPOTrainer keeps of its config, as its __init__ does."""
+    """Set what GRPOTrainer keeps of its config, as its __init__ does."""
     fixed = {"use_adaptive_entropy": False, "entropy_coef": 0.0, "entropy_target": 0.2}
     settings = fixed | settings
     for name, value in settings.items():
@@ -128,7 +128,7 @@ def draw_inputs(rng, trainer, settings):
             sampling[0, 0] = torch.nan
         inputs["sampling_per_token_logps"] = sampling
         if settings["vllm_importance_sampling_correction"]:
-            by_token = settings["loss_type"] == "vespo" or rng.random() < 0.5  # as TRL has it
+            by_token = settings["loss_type"] == "vespo" or rng.random() < 0.5  # as in TRL
             weights = torch.exp(0.3 * torch.randn(B, T if by_token else 1))
             weights[torch.rand(weights.shape) < 0.15] = 0.0
             outside = (trained_mask(inputs) == 0) & by_token
@@ -146,7 +146,7 @@ def trained_mask(inputs):
 
 
 def is_near_a_border(inputs, new, entropy, settings):
-    """Whether a ratio, a KL or an entropy is where a decision could fall one way or the other."""
+    """Return whether a ratio, a KL or an entropy is so near a border that decisions may differ."""
     mask = trained_mask(inputs)
     valid, n = mask != 0, mask.sum(1).clamp(min=1)
     old = inputs.get("old_per_token_logps", new)
@@ -169,7 +169,7 @@ def is_near_a_border(inputs, new, entropy, settings):
 
 
 def draw(trainer, loss_type, seed):
-    """Settings and inputs, drawn again as long as they are near a border."""
+    """Draw settings and inputs, again and again as long as they are near a border."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     while True:
@@ -192,9 +192,9 @@ def log_probs_of(trainer, kind, inputs, **options):
 
 
 def step(trainer, kind, settings, inputs, of=None):
-    """Loss, gradient, metrics and the entropy's controller, of a kind of trainer.
+    """Return loss, gradient, metrics and the state of the entropy's controller.
 
-    Its log-probs are its own, or those of another.
+    They are those of a kind of trainer, with its own log-probs or those of the kind `of`.
     """
     trainer.entropy_coef = settings["entropy_coef"]
     trainer._last_world_entropy, trainer._entropy_window_stats = 2.0, None
@@ -212,9 +212,9 @@ def step(trainer, kind, settings, inputs, of=None):
 
 
 def distance(trainer, settings, inputs, of=GRPOTrainer):
-    """Relative L2 of the gradients, once loss and metrics are found equal.
+    """Check that loss and metrics are equal; return the gradients' relative L2 distance.
 
-    Those of GRPOTrainer are from its own log-probs, or from those of another.
+    Those of GRPOTrainer are from its own log-probs, or from those of the kind `of`.
     """
     expected, grad, metrics, state = step(trainer, GRPOTrainer, settings, inputs, of)
     loss, ours, our_metrics, our_state = step(trainer, GSPOTrainer, settings, inputs)
@@ -237,7 +237,7 @@ def distance(trainer, settings, inputs, of=GRPOTrainer):
 
 
 def exact_distance(trainer, settings, inputs):
-    """The same in float64, of one and the same log-probs: TRL's are of fp32 whatever the model."""
+    """Do the same in float64 with the same log-probs: TRL's are in fp32 whatever the model's."""
     trainer.model.double()
     try:
         inputs = {
@@ -252,7 +252,7 @@ def exact_distance(trainer, settings, inputs):
 @pytest.mark.filterwarnings("ignore:aggregation")
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_draws(trainer, loss_type):
-    """In fp32, but for gradients that nearly cancel, of which rounding is more; and in float64."""
+    """Gradients agree in float64, and in fp32 except for a few that nearly cancel."""
     found = []
     for seed in range(math.ceil(DRAWS / len(LOSS_TYPES))):
         settings, inputs = draw(trainer, loss_type, seed)
@@ -266,7 +266,7 @@ def test_draws(trainer, loss_type):
 
 
 def test_metrics_of_one_token(trainer):
-    """Those of the mask count, where TRL averages over all sequences."""
+    """Only tokens of the mask count, where TRL averages over all sequences."""
     settings = apply(trainer, draw_settings(random.Random(0), "grpo") | {
         "beta": 0.1, "skip": "none", "top_entropy_quantile": 1.0, "delta": None,
         "off_policy_mask_threshold": None, "entropy_coef": 0.0, "use_vllm": False,

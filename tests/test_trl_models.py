@@ -1,4 +1,4 @@
-"""Models of several kinds trained by both trainers from one seed: the same losses."""
+"""Models of several kinds have the same losses when both trainers train them from one seed."""
 
 import importlib.util
 
@@ -47,7 +47,7 @@ def gpt_oss():
 
 
 def tokenizer_with(**names):
-    """With tokens of images, each of which is an attribute too."""
+    """Return a tokenizer with tokens for images, each of which is an attribute too."""
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=character_tokenizer().backend_tokenizer, pad_token="<pad>",
         eos_token="<eos>", unk_token="<unk>", clean_up_tokenization_spaces=False,
@@ -56,7 +56,7 @@ def tokenizer_with(**names):
 
 
 class ProcessorOfImages(transformers.Qwen2_5_VLProcessor):
-    """Without videos, whose processor needs torchvision."""
+    """A processor without videos, which would need torchvision."""
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
         self.image_token, self.image_token_id = tokenizer.image_token, tokenizer.image_token_id
@@ -133,8 +133,8 @@ def reward(completions, **_):
     return [float(sum(map(ord, text)) % 7) for text in texts]
 
 
-# Without top_entropy_quantile: the first tokens of a group have one entropy, and where the quantile
-# falls among them, rounding decides. The draws have it.
+# These lack top_entropy_quantile: the first tokens of a group have one entropy, and rounding
+# decides where the quantile falls among them. test_trl_draws.py tests it.
 SETTINGS = {
     "defaults": {},
     "KL": {"beta": 0.1, "num_iterations": 2},
@@ -147,7 +147,7 @@ SETTINGS = {
 
 
 def assert_same_runs(model, processor, out, **options):
-    """Three steps, of the model saved: TRL loads the reference model from where it came from."""
+    """Check three steps of a model that is saved first, as TRL loads the reference model anew."""
     model.save_pretrained(out / "model")
     logs = []
     for kind in (GRPOTrainer, GSPOTrainer):
@@ -179,7 +179,7 @@ def test_three_steps(make, settings, tmp_path):
         gradient_checkpointing=True, **settings,
     )  # fmt: skip
     for name, before in model.named_parameters():
-        if "patch_embed" in name and name.endswith("weight"):  # of what sees
+        if "patch_embed" in name and name.endswith("weight"):  # of the vision tower
             assert not torch.equal(trained.get_parameter(name), before)
 
 

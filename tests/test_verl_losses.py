@@ -1,4 +1,4 @@
-"""Each registered loss beside verl's own, on the same tensors."""
+"""Each registered loss compared with verl's own, on the same tensors."""
 
 import importlib.util
 import logging
@@ -44,7 +44,7 @@ def make_config(mode="gspo", info=(), **options):
 
 
 def make_batch(dtype, per_token, mode="gspo"):
-    """Ratios on both sides of every border; a short sequence, an empty one, and gaps."""
+    """Make ratios on both sides of every border, a short sequence, an empty one, and gaps."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
@@ -70,7 +70,7 @@ def make_batch(dtype, per_token, mode="gspo"):
 def run(function, config, average, batch, weighted):
     old, new, advantages, weights, mask = batch
     new = new.clone().requires_grad_()
-    torch.manual_seed(0)  # of clip_cov
+    torch.manual_seed(0)  # for clip_cov
     loss, metrics = function(
         old_log_prob=old, log_prob=new, advantages=advantages, response_mask=mask,
         loss_agg_mode=average, config=config, rollout_is_weights=weights if weighted else None,
@@ -80,7 +80,7 @@ def run(function, config, average, batch, weighted):
 
 
 def both(mode, config, average, batch, weighted):
-    """By verl and by us."""
+    """Run a loss by verl and by us."""
     names = (mode, "gspo_ops" if mode == "gspo" else f"gspo_ops_{mode}")
     return (run(core_algos.get_policy_loss_fn(name), config, average, batch, weighted)
             for name in names)  # fmt: skip
@@ -112,7 +112,7 @@ def test_equals_verl_s_own(mode, average, info, per_token, weighted):
 
 @pytest.mark.parametrize(("mode", "count"), [("vanilla", 3), ("geo_mean", 3), ("cispo", 2)])
 def test_borders_are_met(mode, count):
-    """Metrics of what is clipped are not all 0, else they would be equal for nothing."""
+    """Clip metrics are not all 0, as otherwise their equality would show nothing."""
     *_, metrics = run(core_algos.get_policy_loss_fn(f"gspo_ops_{mode}"), make_config(mode),
                       "token-mean", make_batch(torch.float64, False, mode), False)  # fmt: skip
     names = ("actor/ppo_kl", "actor/pg_clipfrac", "actor/pg_clipfrac_lower")
@@ -121,7 +121,7 @@ def test_borders_are_met(mode, count):
 
 @pytest.fixture
 def logged(caplog):
-    """What the log says about losses; once, so that what was said is forgotten before."""
+    """Record warnings about losses; each is given once, so that earlier ones are forgotten."""
     verl_losses.say_once.cache_clear()
     caplog.set_level(logging.WARNING, logger=verl_losses.__name__)
     return caplog
@@ -200,7 +200,7 @@ def test_padding_may_hold_anything(mode):
 
 
 def test_a_ratio_beyond_verl_s_clamp_has_its_gradient():
-    """verl clamps log-ratios to +-20, and a gradient stops there that should not."""
+    """The gradient does not stop at +-20, where verl clamps log-ratios and loses it."""
     old, new, ones = torch.full((1, 2), -30.0), torch.tensor([[-1.0, -30.0]]), torch.ones(1, 2)
     config, batch = make_config("vanilla", clip_ratio_c=1e30), (old, new, -ones, None, ones)
     theirs, mine = both("vanilla", config, "token-mean", batch, False)

@@ -1,4 +1,4 @@
-"""log_probs_from_model and loss_from_model on wrapped models, against those models' own logits."""
+"""log_probs_from_model and loss_from_model match the own logits of wrapped models."""
 
 import contextlib
 import itertools
@@ -22,7 +22,7 @@ from gspo_ops.testing import relative
 transformers = pytest.importorskip("transformers")
 
 T = 5
-INVOCATION = [7, 3]  # of aLoRA
+INVOCATION = [7, 3]  # for aLoRA
 
 
 def make(tied=False):
@@ -62,7 +62,7 @@ def loss_of(model, batch, rows=slice(4), denominator=4):
 
 
 def assert_same(model, batch):
-    """Log-probs, and the gradients of all that is trained."""
+    """Check log-probs, and the gradients of everything that is trained."""
     weights = torch.randn(4, T, generator=torch.Generator().manual_seed(1))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     values, grads = [], []
@@ -92,7 +92,7 @@ INVOKED = {"alora_invocation_tokens": INVOCATION}
 
 
 class Kind(NamedTuple):
-    """An adapter, what is done to the model after it is put in, and what refuses it."""
+    """An adapter, what is done to the model afterwards, and the message if it is refused."""
 
     config: str
     options: dict
@@ -182,7 +182,7 @@ KINDS = {
 
 
 def adapted(kind, model=None):
-    """A model with an adapter whose every weight is random, so that leaving one out is seen."""
+    """Return a model with an adapter of random weights, so that leaving one out would show."""
     peft = pytest.importorskip("peft")
     config = getattr(peft, f"{kind.config}Config")(task_type="CAUSAL_LM", **kind.options)
     model = peft.get_peft_model(make(kind.is_tied) if model is None else model, config)
@@ -201,7 +201,7 @@ def adapted(kind, model=None):
     return model
 
 
-@pytest.mark.filterwarnings("ignore")  # of peft, about tied weights
+@pytest.mark.filterwarnings("ignore")  # peft warns about tied weights
 @pytest.mark.parametrize("name", KINDS)
 def test_adapters(name):
     kind, batch = KINDS[name], make_batch()
@@ -221,7 +221,7 @@ def test_adapters(name):
     "name", ["LoRA on the head", "LoRA on the head, merged and disabled", "IA3 on the head"]
 )
 def test_an_adapter_that_a_known_model_gets(name):
-    """What is learnt of a model at its first call is of its base, not of its adapters."""
+    """What is learnt about a model at its first call concerns its base, not its adapters."""
     kind, batch, plain = KINDS[name], make_batch(), make()
     log_probs_of(plain, batch)
     model = adapted(kind, plain)
@@ -254,7 +254,7 @@ def test_the_documented_kinds():
 
 
 class Backend:
-    """Runs graphs as they are, and counts those it gets and how often they are called."""
+    """A backend that runs graphs as they are, and counts the graphs and their calls."""
 
     def __init__(self, name):
         self.compiled = torch._dynamo.lookup_backend(name)
@@ -288,7 +288,7 @@ def test_the_compiled_body_runs(how, name):
     batch, backend = make_batch(), Backend("aot_eager")
     twin, model = (adapted(KINDS[name]) if name else make() for _ in range(2))
     eager, loss = log_probs_of(twin, batch), loss_of(twin, batch)
-    model = compiled(model, how, backend)  # before its head is learnt, which runs in no graph
+    model = compiled(model, how, backend)  # before its head is learnt, which happens outside graphs
     counts = []
     for _ in range(3):
         torch.testing.assert_close(log_probs_of(model, batch), eager)
@@ -330,7 +330,7 @@ def test_hooks_fire_once(how):
         assert fired == expected
 
 
-# Over ranks: each takes half of the rows, and together they make the gradient of all
+# Over ranks: each takes half of the rows, and together they give the gradient of all
 
 HEADS = [
     "untied", "tied", "LoRA on the head", "LoRA on the head, tied", "modules_to_save with the head"
@@ -435,7 +435,7 @@ def full(grad):
 def fsdp1(model):
     is_adapted = hasattr(model, "peft_config")
 
-    def is_unit(part):  # as in peft's policy, layers, and what is trained apart from what is frozen
+    def is_unit(part):  # as in peft's policy: layers, and trained parts apart from frozen ones
         is_trained = any(p.requires_grad for p in part.parameters(recurse=False))
         return type(part).__name__ == "LlamaDecoderLayer" or (is_adapted and is_trained)
 
@@ -458,7 +458,7 @@ def trained(model):
 
 
 class Steps:
-    """Backward and step in PyTorch, as of DeepSpeed's engine."""
+    """The methods `backward` and `step` of DeepSpeed's engine, in PyTorch."""
 
     def __init__(self, model):
         self.optimizer = torch.optim.SGD(trained(model), lr=0.1)
@@ -472,7 +472,7 @@ class Steps:
 
 
 def assert_same_steps(model, head, grads, steps):
-    """Two steps of a wrapped model are those of one process."""
+    """Check that two steps of a wrapped model are those of one process."""
     batch, of_one = make_batch(), make_head(head)
     own = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
     mine = {name: x[own] for name, x in batch.items()}
