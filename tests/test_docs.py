@@ -54,7 +54,7 @@ def test_marked_tests_have_code_to_execute():
 
 @pytest.mark.example("docs/objectives.md", "Weights and masks from the rollout")
 def test_objectives(python_blocks):
-    """The table's objectives exist, and the code leaves out what it says."""
+    """The table's objectives exist, and the code leaves out what it claims to."""
     text = (Path(__file__).parent.parent / OBJECTIVES).read_text()
     written = re.findall(r"`((?:[A-Z]\w+)\([^`]*\))`", text)
     assert len(written) == 9

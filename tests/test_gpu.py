@@ -180,7 +180,7 @@ def test_the_default_does_not_synchronise(way):
 
 
 def test_allow_sync_synchronises():
-    """The check of the test above notices a synchronisation, without which it could not fail."""
+    """The check of the test above does notice a synchronisation; otherwise, it could not fail."""
     workload, _ = make("hidden mm keep")
     loss_of(workload, allow_sync=True)
     torch.cuda.set_sync_debug_mode("error")

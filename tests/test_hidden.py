@@ -909,7 +909,7 @@ def test_log_probs_do_not_depend_on_the_number_of_threads(dtype, monkeypatch):
 @kernels
 @all_products
 def test_tiles_of_kernels_are_not_made_by_several_threads_at_once(device, products):
-    """Results are right with 3 threads, though Triton's interpreter has one state for all."""
+    """Results are right with 3 threads, though Triton's interpreter has only one state."""
     inputs = make(16, 8, 3 * 8192, device)
     targets = sample(inputs)
     before = torch.get_num_threads()
@@ -1009,7 +1009,7 @@ def test_flops_of_losses(plan, f, frozen):
 @compiled_only
 @all_loss_plans
 def test_on_policy_rows_without_advantage_cost_nothing(plan):
-    """Their gradient is known before the forward, which needs nothing else from them."""
+    """Such rows' gradient is known before the forward, which needs nothing else from them."""
     device = torch.device("cpu")
     leaves = leaves_of(make(N_WORK, H_WORK, V_WORK, device))
     targets = torch.arange(N_WORK).view(20, -1)

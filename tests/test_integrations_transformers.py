@@ -162,7 +162,7 @@ def test_what_the_head_says_is_not_overridden():
 
 
 def test_positions_of_several_axes_reach_the_first_use():
-    """The first use passes on 3D positions, which a model for images may need even without any."""
+    """The first use passes such positions, which a model for images may need even without any."""
     model, ids = make("Llama"), torch.randint(2, 50, (2, 9))
     expected = log_probs_from_model(make("Llama"), {"input_ids": ids}, T)
     own = model.forward
@@ -176,7 +176,7 @@ def test_positions_of_several_axes_reach_the_first_use():
 
 
 def test_the_check_can_be_left_out():
-    """What the model does to its logits is found out nevertheless."""
+    """Without the check, what the model does to its logits is still learnt."""
     model, (batch, _) = make("Gemma2, soft cap"), make_batch()
     seen = []
     model.lm_head.register_forward_hook(lambda *_: seen.append(1))

@@ -590,7 +590,7 @@ def test_updates_without_zero_advantages(ranks, tmp_path, python_blocks, size, l
 
 
 def on_rank_update(directory, layout, cut):
-    """Compare updates with and without zero advantages; return what ran without them."""
+    """Compare updates with and without zero advantages; return which sequences the latter ran."""
     plain, skipping = make_worker(directory), make_worker(directory, external_lib="external")
     old = old_log_probs(plain, layout, cut)
     assert torch.equal(old_log_probs(skipping, layout, cut), old)  # for all sequences

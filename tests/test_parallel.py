@@ -105,7 +105,7 @@ def assert_stats(stats: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def assert_grad(grad: Tensor, exact: Tensor, of_one_process: Tensor, bound: float) -> None:
-    """Check a gradient's error; in 16 bits, it is one process's but for the last bit."""
+    """Check a gradient's error; in 16 bits, only the last bit may be worse than in one process."""
     if grad.dtype.itemsize == 2:
         bound = ALLOWED * relative(of_one_process, exact)
     assert relative(grad, exact) <= bound

@@ -89,7 +89,7 @@ def test_replay_of_native_routing_changes_nothing(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_recorded_experts_are_used(family):
-    """They are used after an update that routes differently, with live weights and gradients."""
+    """The experts stay as recorded after an update that routes differently; routers still train."""
     model = make(family)
     routing = recorded(model)
     with torch.no_grad():

@@ -24,7 +24,7 @@ from gspo_ops import autograd, backend, chunks, hidden, logits, operators, testi
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 compiled_only = pytest.mark.skipif(
-    INTERPRETED, reason="tests torch's machinery, to which implementations do not matter"
+    INTERPRETED, reason="tests torch's machinery, which is the same for every implementation"
 )
 B, T, V, H = 3, 3, 11, 6
 
@@ -318,7 +318,7 @@ def test_gradcheck(case):
 @compiled_only
 @pytest.mark.parametrize("case", [c for c in CASES if "on_policy" in repr(c)], ids=repr)
 def test_on_policy_gradient_is_that_at_ratio_one(case):
-    """The on-policy value is constant for gradcheck, which a copy as old log-probs is not."""
+    """Gradients are those with a copy as old log-probs; gradcheck would see a constant value."""
     x = make_batch(torch.float64)
     off_policy = {
         from_log_probs_on_policy: from_log_probs,
@@ -499,7 +499,7 @@ def everything_from_hidden(x: Batch, plan: str) -> list[Tensor]:
 
 
 def opcheck_utilities(name: str, args: tuple) -> str | tuple[str, ...]:
-    """Return all utilities, except where exponentials of no row or column may hold anything."""
+    """Return all utilities, or fewer where the padding of exponentials may hold anything."""
     if name == "hidden_fwd" and args[-1] > 0:  # kept_columns
         return ("test_schema", "test_autograd_registration", "test_faketensor")
     return "ALL"

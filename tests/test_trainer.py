@@ -509,7 +509,7 @@ class TestSettings:
     def test_groups_without_advantage_are_left_out(
         self, model, tokenizer, tmp_path, objective, layout
     ):
-        """They take no row of the body, and gradients and statistics stay the same."""
+        """Such groups take no row of the body, and gradients and statistics stay the same."""
         settings = {
             "dtype": "float32", "objective__name": objective, "update__max_grad_norm": 1e9,
             "update__gradient_checkpointing": True,

@@ -147,7 +147,7 @@ SETTINGS = {
 
 
 def assert_same_runs(model, processor, out, **options):
-    """Check three steps of a model that is saved first, as TRL loads the reference model anew."""
+    """Check three steps of a saved model, as TRL loads the reference model from the same place."""
     model.save_pretrained(out / "model")
     logs = []
     for kind in (GRPOTrainer, GSPOTrainer):

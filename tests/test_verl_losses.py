@@ -121,7 +121,7 @@ def test_borders_are_met(mode, count):
 
 @pytest.fixture
 def logged(caplog):
-    """Record warnings about losses; each is given once, so that earlier ones are forgotten."""
+    """Record warnings about losses; each is given only once, so earlier ones are forgotten."""
     verl_losses.say_once.cache_clear()
     caplog.set_level(logging.WARNING, logger=verl_losses.__name__)
     return caplog

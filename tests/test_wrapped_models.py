@@ -1,4 +1,4 @@
-"""log_probs_from_model and loss_from_model match the own logits of wrapped models."""
+"""log_probs_from_model and loss_from_model match wrapped models' own logits."""
 
 import contextlib
 import itertools
