@@ -3,8 +3,8 @@
 All providers get the same tensors. A provider's loss and gradients are compared with float64 before
 it is timed: one that computes something else is refused, and one whose error of the ratio exceeds
 the clip range is marked. Rounds are interleaved, and ratios are taken within a round, because the
-speed of a machine drifts. The rates of a copy and of a product, measured in the same rounds, are
-what the machine can do at most.
+speed of a machine drifts. The rates of a copy and of a matrix product, measured in the same rounds,
+are taken as the most that the machine can do.
 """
 
 from __future__ import annotations
@@ -47,22 +47,23 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 SHAPES = {"cpu": (512, 49152, 576), "cuda": (8192, 151936, 4096)}
 FRACTIONS: dict[str, tuple[float, ...]] = {"cpu": (1, 0.5), "cuda": (1, 0.6, 0.35, 0.1)}
 ROUNDS = {"cpu": 4, "cuda": 20}
-# Relative L2 of a gradient, and absolute of a loss: beyond it a provider computes something else,
-# and beyond the tighter ones for fp32, or eager's error and an ulp for 16 bits, ours is not timed.
+# A provider computes something else if the relative L2 error of its gradient, or the error of its
+# ratios, exceeds DIFFERENT. The gradient of ours must be within FP32_ERROR, or within 1.1 times
+# eager's error plus an ulp of 16 bits if that is more.
 DIFFERENT, FP32_ERROR, ULP = 0.05, 5e-6, {2: 2**-8, 4: 0.0}
-MODEL = "model"  # in place of a path
+MODEL = "model"  # given in place of a path
 _EXAMPLES = """examples:
   gspo-ops bench                                                 default sizes, both paths
   gspo-ops bench --path hidden --shape 1024,151936,896 --f 1 0.5
   gspo-ops bench --against eager,liger --out bench.json --plot bench.png
   gspo-ops bench --path model                                    whole updates of a model
 """
-_CACHE = 256 << 20  # bytes, larger than any machine's last level
+_CACHE = 256 << 20  # bytes, larger than any machine's last-level cache
 _COPY = {"cpu": 256 << 20, "cuda": 2 << 30}
 
 
 class Sample(NamedTuple):
-    """Of one step: seconds of the forward and of the backward, bytes at the peak."""
+    """One step: seconds of its forward and of its backward, and its peak memory in bytes."""
 
     forward: float
     backward: float
@@ -75,8 +76,8 @@ class Sample(NamedTuple):
 
 class Errors(NamedTuple):
     """Attributes:
-    ratio: of s_i, as the loss shows it.
-    grad: relative L2, the largest of the gradients.
+    ratio: error of s_i, inferred from the loss.
+    grad: relative L2 error, the largest of all gradients.
     """
 
     ratio: float
@@ -87,7 +88,7 @@ class Errors(NamedTuple):
 
 
 def step(loss: Loss, workload: Workload) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Loss and gradients of the operands."""
+    """Compute the loss and the gradients of the operands."""
     operands = workload.leaves()
     value = loss(operands, workload.batch)
     value.backward()
@@ -95,7 +96,7 @@ def step(loss: Loss, workload: Workload) -> tuple[Tensor, tuple[Tensor | None, .
 
 
 def errors(loss: Loss, workload: Workload, truth: Exact) -> Errors:
-    """Against float64; also a provider's first, warming call."""
+    """Compare a provider with float64; this call also warms it up."""
     value, grads = step(loss, workload)
     off = [
         math.inf if got is None else relative(got, true)
@@ -106,7 +107,7 @@ def errors(loss: Loss, workload: Workload, truth: Exact) -> Errors:
 
 
 def refusal(name: str, found: Errors, baseline: Errors, dtype: torch.dtype) -> str | None:
-    """Why a provider is not timed, or None."""
+    """Return the reason why a provider is not timed, or None."""
     bound = DIFFERENT
     if name.startswith(OURS):
         bound = max(FP32_ERROR, 1.1 * baseline.grad + ULP[dtype.itemsize])
@@ -118,7 +119,7 @@ def refusal(name: str, found: Errors, baseline: Errors, dtype: torch.dtype) -> s
 
 
 def sample(loss: Loss, workloads: list[Workload]) -> Sample:
-    """One step; the inputs take turns, so that none is in a cache from the last time."""
+    """Measure one step; inputs take turns, so that none is still in a cache from its last step."""
     workloads.append(workloads.pop(0))
     workload = workloads[0]
     device = workload.batch.targets.device
@@ -137,7 +138,7 @@ def sample(loss: Loss, workloads: list[Workload]) -> Sample:
 
 
 def rotation(workload: Workload) -> list[Workload]:
-    """As many copies of a workload as do not fit into a cache together."""
+    """Return a workload and copies, at most four in all, that together do not fit into a cache."""
     nbytes = sum(x.nbytes for x in workload.operands)
     copies = -(-_CACHE // nbytes) if nbytes < _CACHE else 1
     return [workload] + [
@@ -152,14 +153,14 @@ def rotation(workload: Workload) -> list[Workload]:
 
 
 def copy_rate(device: torch.device) -> Callable[[], float]:
-    """Measures bytes per second, read and written."""
+    """Return a function that measures the bytes per second that a copy reads and writes."""
     source = torch.ones(_COPY[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return lambda: 2 * source.nbytes / seconds(partial(target.copy_, source), device)
 
 
 def matmul_rate(workload: Workload) -> Callable[[], float]:
-    """Measures FLOPs per second of hidden @ weight^T, rounded to its operands' dtype."""
+    """Return a function that measures FLOPs per second of hidden @ weight^T, in their dtype."""
     hidden, weight = (x.detach() for x in workload.operands)
     hidden = hidden.flatten(0, 1)
     out = hidden.new_empty(len(hidden), len(weight))
@@ -172,14 +173,14 @@ def matmul_rate(workload: Workload) -> Callable[[], float]:
 
 
 def summary(samples: list[Sample], baseline: list[Sample], returned_bytes: int) -> dict:
-    """Medians over rounds; memory is counted beyond the returned gradients."""
+    """Return medians over rounds; memory is counted beyond the returned gradients."""
     extra, extra_of_baseline = (
         [s.peak_bytes - returned_bytes for s in taken if plausible(s.peak_bytes, returned_bytes)]
         for taken in (samples, baseline)
     )
     ratios = [a.seconds / b.seconds for a, b in zip(samples, baseline, strict=True)]
     memory = None
-    if extra and extra_of_baseline:  # a CPU's system takes pages back, which hides a peak
+    if extra and extra_of_baseline:  # on a CPU, the system may take back pages, which hides a peak
         memory = statistics.median(extra)
     return {
         "median_ms": {
@@ -199,7 +200,7 @@ class Case(NamedTuple):
     """Attributes:
     path: `"logits"` or `"hidden"`.
     shape: N, V, H.
-    dtype: of the operands.
+    dtype: dtype of the operands.
     f: fraction of sequences with a gradient.
     lengths, frozen_head: as in `make_workload`.
     """
@@ -212,7 +213,7 @@ class Case(NamedTuple):
     frozen_head: bool = False
 
     def draw(self, device: torch.device) -> Drawn:
-        """The tensors, which are the same for every f."""
+        """Draw the tensors, which are the same for every f."""
         return draw(self.path, self.shape, self.dtype, device, frozen_head=self.frozen_head)  # type: ignore[arg-type]
 
 
@@ -225,20 +226,20 @@ def measure(
     progress: Callable[[str], None] = lambda line: None,
     after: Callable[[dict], object] = lambda row: None,
 ) -> dict:
-    """One row of the results: every provider on one case.
+    """Return one row of the results: every provider on one case.
 
     Args:
-        case: what is measured.
+        case: the case to measure.
         drawn: its tensors.
-        providers: the baseline and ours among them.
-        rounds: interleaved measurements of each.
-        progress: called with a line about what happens.
+        providers: all providers, including the baseline and ours.
+        rounds: number of interleaved measurements of each provider.
+        progress: called with a line about the current stage.
         after: called with the current row after each round.
 
     Raises:
-        SystemExit: ours is not exact.
+        SystemExit: the errors of ours are too large.
     """
-    torch.compiler.reset()  # or a second shape would be compiled as a dynamic one
+    torch.compiler.reset()  # otherwise, a second shape would be compiled as a dynamic one
     device = default_device()
     path, shape, dtype, f = case[:4]
     progress(f"{path} {shape}: exact gradients in float64")
@@ -253,7 +254,7 @@ def measure(
             continue
         try:
             found[name] = errors(provider.compute, workload, truth)
-        except Exception as error:  # a peer's own limits: shapes, dtypes, memory
+        except Exception as error:  # peers have limits of their own on shapes, dtypes and memory
             if name.startswith(OURS) or name == BASELINE:
                 raise
             results[name] = {"missing": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
@@ -308,7 +309,7 @@ def _plan(workload: Workload) -> str:
 
 
 def lines(row: dict) -> list[str]:
-    """A row of the results as a table for the terminal."""
+    """Return a row of the results as a table for the terminal."""
     sizes = " ".join(f"{k}={row[k]}" for k in "NVH" if k in row)
     extras = [k for k in ("lengths", "frozen_head") if row.get(k) not in (None, "square", False)]
     rates = f"copy {row['rate']['copy'] / 1e9:.1f} GB/s"
@@ -318,8 +319,8 @@ def lines(row: dict) -> list[str]:
     table = [
         f"{row['path']} {sizes} {row['dtype']} f={row['f']:g} {' '.join(extras)} "
         f"({row['live_rows']} of {row['valid_rows']} rows live); {row['rounds']} rounds; {rates}",
-        f"  {'':{width}} {'ms':>7} {'fwd':>7} {'bwd':>7}  {'of eager':18}{'of roof':>8} "
-        f"{'MiB':>7} {'of eager':>9}  {'error: s_i':>10} {'gradient':>9}",
+        f"  {'':{width}} {'ms':>7} {'fwd':>7} {'bwd':>7}  {'vs. eager':18}{'of best':>8} "
+        f"{'MiB':>7} {'vs. eager':>9}  {'error: s_i':>10} {'gradient':>9}",
     ]
     for name, of in row["providers"].items():
         if why := of.get("missing") or of.get("refused"):
@@ -339,7 +340,7 @@ def lines(row: dict) -> list[str]:
 
 
 def next_step(rows: Sequence[dict]) -> str:
-    """What to do after these results, in one line."""
+    """Return one line that says what to do after these results."""
     providers = [of for row in rows for of in row["providers"].values()]
     if any(of.get("missing") == "not installed" for of in providers):
         return "next: pip install 'gspo-ops[bench]' adds the peers that are not installed"
@@ -349,7 +350,7 @@ def next_step(rows: Sequence[dict]) -> str:
 
 
 def shape_of(text: str) -> tuple[int, int, int]:
-    """N,V,H or N,V."""
+    """Parse N,V,H or N,V."""
     try:
         N, V, H = (*map(int, text.split(",")), *([1] if text.count(",") == 1 else []))
     except ValueError:
@@ -387,7 +388,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--path", choices=[*LOSSES, MODEL], nargs="+", default=list(LOSSES),
         help=f"what is timed (default: {' and '.join(LOSSES)}); {MODEL}, which cannot be combined "
-        "with others: whole updates of a model, by each trainer",
+        "with others, times whole updates of a model by each trainer",
     )  # fmt: skip
     add("--model", default="smollm2", help=f"for --path {MODEL}: smollm2 or a local directory")
     add(
@@ -400,9 +401,9 @@ def parser() -> argparse.ArgumentParser:
         help="fractions of sequences with a gradient (default here: "
         f"{', '.join(map(str, FRACTIONS[device]))})",
     )  # fmt: skip
-    add("--lengths", choices=("square", "ragged"), default="square", help="of the sequences")
+    add("--lengths", choices=("square", "ragged"), default="square", help="lengths of sequences")
     add("--frozen-head", action="store_true", help="no gradient for the head's weight")
-    add("--rounds", type=positive, help=f"default here: {ROUNDS[device]}; 3 for models")
+    add("--rounds", type=positive, help=f"default here: {ROUNDS[device]}, or 3 for models")
     add(
         "--against", nargs="+", metavar="NAME",
         help=f"time only the providers whose names contain one of these words: {names}",
@@ -413,7 +414,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `gspo-ops bench`; returns the exit status."""
+    """Run `gspo-ops bench` and return the exit status."""
     of = parser()
     args = of.parse_args(argv)
     is_terminal = sys.stderr.isatty()
@@ -443,7 +444,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\n".join(report["environment"]), flush=True)
 
     def keep(row: dict) -> None:
-        """After every round: an interrupted run leaves what it has."""
+        """Write the results after every round, so that an interrupted run leaves what it has."""
         if args.out:
             write(args.out, report | {"results": [*report["results"], row]})
 
@@ -459,7 +460,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             progress("")
             print("\n" + "\n".join(lines(row)), flush=True)
             report["results"].append(row)
-        del drawn  # before the next ones are made
+        del drawn  # free these tensors before the next ones are made
     if args.plot:
         from . import plots
 

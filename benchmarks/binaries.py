@@ -29,12 +29,12 @@ TENSOR_CORES = {
 }  # fmt: skip
 
 
-# registers, spills by their kind, loops, and the text that they were read in
+# registers, spills by kind, loops, and the text from which they were read
 Reading = tuple[int, dict[str, int], list["Loop"], str]
 
 
 class TargetOnlyDriver:
-    """As much of a driver as compiling needs."""
+    """The part of a driver that compiling needs."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -50,7 +50,7 @@ class TargetOnlyDriver:
 
 
 class Loop(NamedTuple):
-    """An innermost loop: instructions, bytes of each access to global memory, barriers."""
+    """An innermost loop: its instructions, bytes of each access to global memory, and barriers."""
 
     instructions: int
     loads: list[int]
@@ -59,19 +59,19 @@ class Loop(NamedTuple):
 
 
 class Reduction(NamedTuple):
-    """One of a tensor along an axis, by an operation such as arith.addf."""
+    """A reduction of a tensor along an axis by an operation such as arith.addf."""
 
     operation: str
     axis: int
     elements: int
-    operand: str  # its type, with the layout spelt out
+    operand: str  # type of the operand, with its layout spelt out
 
     def is_one_order(self) -> bool:
-        """Whether the result is the same in every layout.
+        """Return whether the result is the same in every layout.
 
-        Sums of two commute, and integers and maxima in any number. What is within a thread is added
-        up in the order of registers: `ReduceOpConversion` of Triton appends them one by one, and a
-        blocked layout numbers them so that elements along an axis ascend.
+        Sums of two elements commute, as do integer sums and maxima of any number. Elements within a
+        thread are added up in the order of its registers: `ReduceOpConversion` of Triton appends
+        them one by one, and a blocked layout numbers them so that elements along an axis ascend.
         """
         if self.elements <= 2 or self.operation != "arith.addf":
             return True
@@ -79,7 +79,7 @@ class Reduction(NamedTuple):
         return (lanes, warps) == (1, 1)
 
     def _along_axis(self, name: str) -> int | None:
-        """A number of a blocked layout, or of slices of one; None for other layouts."""
+        """Return an entry of a blocked layout, or of its slices; None for other layouts."""
         found = re.search(rf"#ttg\.blocked<{{.*\b{name} = \[([\d, ]+)\]", self.operand)
         if not found:
             return None
@@ -91,29 +91,29 @@ class Reduction(NamedTuple):
 
 class Compiled(NamedTuple):
     registers: int
-    spills: str  # empty when there are none
+    spills: str  # empty if there are none
     shared: int
     loops: list[Loop]
     has_f64: bool
-    matrix_instructions: int  # of the kind that the target is fast with
-    narrow_products: list[list[str]]  # of integers: `read_narrow_products`
+    matrix_instructions: int  # those of the target's fast kind
+    narrow_products: list[list[str]]  # products of integers: `read_narrow_products`
     reductions: list[Reduction]
-    fused: list[str]  # additions that may swallow a product: `read_fusions`
-    handed_over: int  # numbers that the last program may rely on: `read_handover`
+    fused: list[str]  # additions that may be fused with a product: `read_fusions`
+    handed_over: int  # stores that the last program may rely on: `read_handover`
     instructions: int  # of all threads of a program, if it has no loop
     boxes_loaded: int  # instructions that copy boxes from and to global memory
     boxes_stored: int
 
     def orders(self) -> set[Reduction]:
-        """What else than the kernel decides in which order elements are added up."""
+        """Return the reductions whose order of addition is not decided by the kernel alone."""
         return {of for of in self.reductions if not of.is_one_order()}
 
 
 @contextmanager
 def compiling(target: str) -> Iterator[list[tuple[str, Any]]]:
-    """Launches inside compile for a target and run nothing: name and binary of each kernel.
+    """Compile launches inside for a target without running them; yield each name and binary.
 
-    Of what would be tuned by timing, the first configuration is taken.
+    Kernels that would be tuned by timing take their first configuration.
     """
     binaries: list[tuple[str, Any]] = []
     run = JITFunction.run
@@ -129,7 +129,7 @@ def compiling(target: str) -> Iterator[list[tuple[str, Any]]]:
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(Autotuner, "run", first),
         mock.patch.object(driver, "_active", TargetOnlyDriver(TARGETS[target])),
-        # what a launcher may look at to tell the machines apart
+        # launchers may look at this to distinguish the machines
         mock.patch.object(torch.version, "hip", hip),
     ):
         yield binaries
@@ -154,13 +154,13 @@ def read_binary(binary: Any, target: str) -> Compiled:
 
 
 def count_instructions(text: str) -> int:
-    """Of a disassembly, SASS or amdgcn."""
+    """Count the instructions of a disassembly, SASS or amdgcn."""
     sass, amdgcn = r"/\*[0-9a-f]{4,}\*/\s+\S.*;", r"^\t(?:s|v|ds|global|buffer|flat)_"
     return len(re.findall(f"{sass}|{amdgcn}", text, re.MULTILINE))
 
 
 def read_narrow_products(ttir: str) -> list[list[str]]:
-    """Of each product of integers in 32 bits, the factors that are no constants."""
+    """Return the factors of each 32-bit integer product that are not constants."""
     constants = set(re.findall(r"(%\S+) = arith\.constant", ttir))
     product = re.compile(
         r"arith\.muli (%\S+), (%\S+?)(?: \{.*\})? : (?:i32|tensor<[\dx]+xi32>)(?: |$)", re.M
@@ -188,9 +188,9 @@ def read_reductions(ttgir: str) -> list[Reduction]:
 
 
 def read_fusions(ttgir: str) -> list[str]:
-    """Additions behind a product of tensors, in the same thread or in a sum over elements.
+    """Return additions that follow a product of tensors, in a thread or in a sum over elements.
 
-    Whether a compiler rounds in between depends on what it has side by side.
+    Whether a compiler rounds in between depends on which instructions it finds side by side.
     """
     products: set[str] = set()
     additions = []
@@ -205,7 +205,7 @@ def read_fusions(ttgir: str) -> list[str]:
             continue
         behind = not products.isdisjoint(operands)
         reduced = operands[0] if operation == "tt.reduce" else ""
-        # names are used again in other blocks
+        # other blocks reuse names
         products.difference_update(names)
         if operation in ("arith.addf", "arith.subf") and behind:
             additions.append(line.strip())
@@ -216,8 +216,8 @@ def read_fusions(ttgir: str) -> list[str]:
     return additions
 
 
-# An atomic that releases what its thread has stored before, and acquires what others have; nothing
-# is read until a barrier has told the other threads.
+# An atomic that releases what its thread has stored before, and acquires what others have stored.
+# Nothing is read until a barrier has synchronised the other threads.
 PTX_HANDOVER = r"""
     @(%p\d+) \s atom\.global\.gpu\.acq_rel\.add (?: (?! ld\.global) .)*? bar\.sync
 """
@@ -229,10 +229,10 @@ AMD_HANDOVER = r"""
 
 
 def read_handover(asm: dict[str, Any]) -> int:
-    """Stores that the program which takes the last ticket sees of the others.
+    """Count the stores that the program with the last ticket sees from the others.
 
-    These are the stores of the thread that takes the ticket, so that its release covers them: those
-    of other threads, of other waves on AMD, may not have arrived by then.
+    Only stores of the thread that takes the ticket count, because its release covers them. Those of
+    other threads (of other waves on AMD) may not have arrived by then.
     """
     is_ptx = "ptx" in asm
     pattern, text = (PTX_HANDOVER, asm["ptx"]) if is_ptx else (AMD_HANDOVER, asm["amdgcn"])
@@ -241,7 +241,7 @@ def read_handover(asm: dict[str, Any]) -> int:
         return 0
     if is_ptx:
         return text[: handover.start()].count(f"@{handover.group(1)} st.global")
-    # in LLVM's text, blocks that are entered under the condition under which the atomic's is
+    # in LLVM's text, the blocks that are entered under the same condition as the atomic's block
     parts = re.split(r"^([\w.]+):.*$", asm["llir"].partition(" atomicrmw ")[0], flags=re.M)
     blocks = dict(zip(parts[1::2], parts[2::2], strict=True))
     (condition,) = re.findall(rf"br i1 (%\d+), label %{re.escape(parts[-2])}\b", parts[-3])
@@ -252,7 +252,7 @@ def read_handover(asm: dict[str, Any]) -> int:
 def measure(
     body: list[str], load: str, store: str, width: Callable[[str], int], barrier: str
 ) -> Loop:
-    """A loop from its instructions and the patterns of its machine."""
+    """Describe a loop from its instructions and the patterns of its machine."""
     accesses: dict[str, list[int]] = {"load": [], "store": []}
     for line in body:
         for kind, pattern in (("load", load), ("store", store)):
@@ -263,7 +263,7 @@ def measure(
 
 
 def read_cubin(asm: dict[str, Any]) -> Reading:
-    """Registers, spills, loops, text; a loop runs from a label to the last branch back to it."""
+    """Read a cubin; a loop runs from a label to the last branch back to it."""
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
@@ -307,7 +307,7 @@ def sass_width(suffix: str) -> int:
 
 
 def read_amdgcn(asm: dict[str, Any]) -> Reading:
-    """Registers, spills, loops, which the compiler marks in comments, and text."""
+    """Read amdgcn, in which the compiler marks loops in comments."""
     text = asm["amdgcn"]
     bodies: dict[str, list[str]] = {}
     loop = None
@@ -340,7 +340,7 @@ def amd_width(suffix: str) -> int:
 
 
 def main_loops(name: str, compiled: Compiled) -> list[Loop]:
-    """The loops that read logits."""
+    """Return the loops that read logits."""
     return [] if name.startswith("loss") else [loop for loop in compiled.loops if loop.loads]
 
 

@@ -2,9 +2,10 @@
 
     python -m gspo_ops.benchmarks.clip_error --out NAME.json
 
-A model samples responses; its bf16 hidden states and its bf16 head go into every method, and into
-float64. The old policy is the head before a small update. The error is that of s_i. A decision is
-flipped if the error carries s_i over the edge of the clip range that applies to its advantage.
+A model samples responses. Its bf16 hidden states and its bf16 head are the inputs of every method
+and of float64. The old policy has the head before a small update. The error is that of s_i. A
+decision is flipped if the error carries s_i over the edge of the clip range that applies to its
+advantage.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from .plots import CASES
 from .providers import METHODS, Method, versions
 
 LENGTHS = (64, 128, 256, 512, 1024)
-# Exact log-ratios are taken as normal, of a spread at which 15% of sequences are clipped: the share
-# that the GSPO paper reports.
+# Exact log-ratios are taken to be normal. With this standard deviation, 15% of the sequences are
+# clipped, which is the fraction that the GSPO paper reports.
 SPREAD = 3.4e-4
-# Change of every head weight between the old policy and the new: some steps of Adam at lr 1e-6.
+# Every head weight changes by this much between the two policies: a few steps of Adam at lr 1e-6.
 UPDATE = 4e-6
 PROMPTS = (
     "Write a long story about a lighthouse keeper who finds a map in a bottle.",
@@ -52,7 +53,7 @@ class Sampled(NamedTuple):
 def sample_tokens(
     name: str, sequences: int, length: int, generator: torch.Generator
 ) -> tuple[Any, Tensor, int]:
-    """A model, (S, P + T) tokens of its responses at temperature 1, which no token ends, and P."""
+    """Return a model, (S, P + T) tokens sampled from it at temperature 1 without a stop, and P."""
     from gspo_ops.trainer.model import load_model
     from gspo_ops.trainer.rollout import generate
 
@@ -73,7 +74,7 @@ def sample_tokens(
 
 @torch.no_grad()
 def sample(name: str, sequences: int, length: int, device: torch.device) -> Sampled:
-    """Its hidden states, one sequence at a time, and a head before and after a small update."""
+    """Sample, and return hidden states with the head before and after a small update."""
     generator = torch.Generator(device).manual_seed(0)
     model, tokens, prompt = sample_tokens(name, sequences, length, generator)
     hidden = torch.cat([
@@ -87,7 +88,7 @@ def sample(name: str, sequences: int, length: int, device: torch.device) -> Samp
 
 @torch.no_grad()
 def log_probs(method: Method, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """(S, T) in float64, one sequence at a time."""
+    """Compute (S, T) log-probs one sequence at a time, and return them in float64."""
     rows = [method(h[None], weight, y[None]).double() for h, y in zip(hidden, targets, strict=True)]
     return torch.cat(rows)
 
@@ -97,24 +98,24 @@ def exact(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def log_ratios(new: Tensor, old: Tensor, length: int) -> Tensor:
-    """l_i of every piece of `length` tokens, pieces as responses of their own."""
+    """Return l_i of every piece of `length` tokens, each taken as a response of its own."""
     return (new - old).unflatten(1, (-1, length)).mean(-1).flatten()
 
 
 def flipped(errors: Tensor) -> float:
-    """Share of clip decisions that the errors of l_i change, over the exact l_i of SPREAD."""
+    """Return the fraction of clip decisions that errors of l_i change, for l_i spread by SPREAD."""
     normal = NormalDist(0, SPREAD)
     quantiles = [normal.inv_cdf((k + 0.5) / 1024) for k in range(1024)]
     log_ratio = torch.tensor(quantiles, dtype=torch.float64)
     true, seen = log_ratio.exp(), (log_ratio + errors.cpu()[:, None]).exp()
     high, low = 1 + GSPO().clip_high, 1 - GSPO().clip_low
-    # advantages of both signs, as many of each
+    # advantages of both signs are equally frequent
     changed = ((seen > high) != (true > high)).double() + ((seen < low) != (true < low)).double()
     return changed.mean().item() / 2
 
 
 def by_length(new: Tensor, old: Tensor, exact_new: Tensor, exact_old: Tensor) -> dict[str, dict]:
-    """Errors of s_i and flipped decisions at each length that fits."""
+    """Return errors of s_i and flipped decisions at each length that divides T."""
     results = {}
     for length in (n for n in LENGTHS if new.shape[1] % n == 0):
         true = log_ratios(exact_new, exact_old, length)
@@ -129,10 +130,10 @@ def by_length(new: Tensor, old: Tensor, exact_new: Tensor, exact_old: Tensor) ->
 
 
 def measure(sampled: Sampled) -> Iterator[tuple[str, dict]]:
-    """Each method's results, as they come."""
+    """Yield the rms of exact log-ratios, then the results of each method as they are found."""
     hidden, targets, weight, old_weight = sampled
     exact_new, exact_old = (log_probs(exact, hidden, w, targets) for w in (weight, old_weight))
-    # what a caller would hand over: float32
+    # a caller would pass them in float32
     given_old = exact_old.float().double()
     yield "exact", {"log_ratio_rms": _log_ratio_rms(exact_new, exact_old)}
     for name, provider in METHODS.items():
@@ -157,7 +158,7 @@ def _log_ratio_rms(new: Tensor, old: Tensor) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2", help="or a local model directory")
+    parser.add_argument("--model", default="smollm2", help="smollm2 or a local model directory")
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--length", type=int, default=1024, help="tokens sampled per sequence")
     parser.add_argument("--out", type=Path, help="JSON file to write")

@@ -2,9 +2,9 @@
 
     python -m gspo_ops.benchmarks.experiments PART --out NAME.jsonl
 
-A finding is a line of JSON, written as soon as it is known: a part that is cut off, or that crashes
-with a kernel, leaves what it has found. Without a GPU, the parts run at tiny sizes in Triton's
-interpreter, to show that they work.
+A finding is a line of JSON, written as soon as it is known, so that a part that is cut off, or that
+crashes in a kernel, leaves what it has found. Without a GPU, the parts run at tiny sizes in the
+interpreter of Triton, to show that they work.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def draw_bf16(*size: int, scale: float = 1.0) -> Tensor:
 
 
 def rate(flops: float, run: Callable[[], object], calls: int = 10) -> float:
-    """TFLOP/s."""
+    """Return TFLOP/s of a call."""
     return flops / seconds_each(run, DEVICE, calls) / 1e12
 
 
@@ -63,7 +63,7 @@ def rate(flops: float, run: Callable[[], object], calls: int = 10) -> float:
 
 
 def probe() -> Iterator[Finding]:
-    """The device, and its memory's bandwidth in GB/s."""
+    """Yield the device's properties and its memory's bandwidth in GB/s."""
     yield device_properties(DEVICE)
     source = torch.ones(1 << (31 if IS_GPU else 20), dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
@@ -73,7 +73,7 @@ def probe() -> Iterator[Finding]:
 
 
 def products() -> Iterator[Finding]:
-    """TFLOP/s of torch.mm at the shapes that the ops give it."""
+    """Yield TFLOP/s of torch.mm at the shapes that the ops give it."""
     x, w = draw_bf16(N, H), draw_bf16(V, H, scale=H**-0.5)
     for rows, columns in ((1024, 8192), (2048, 4096), (2048, 8192), (4096, 8192), (8192, 8192)):
         if not IS_GPU:
@@ -108,7 +108,7 @@ def products() -> Iterator[Finding]:
 
 
 def fold() -> Iterator[Finding]:
-    """Milliseconds of product and fold for 1e9 logits, as the size of a tile varies."""
+    """Yield milliseconds of product and fold for 1e9 logits, by size of a tile."""
     n, vocabulary = (N, 65536) if IS_GPU else (N, V)
     head = Head(draw_bf16(n, H), draw_bf16(vocabulary, H, scale=H**-0.5), None, None, None)
     targets = torch.randint(vocabulary, (n,), device=DEVICE)
@@ -133,7 +133,7 @@ def fold() -> Iterator[Finding]:
 
 
 def whole() -> Iterator[Finding]:
-    """Milliseconds of a loss from hidden states, forward and backward, and what is faster."""
+    """Yield milliseconds of forward and backward of a loss from hidden states, by `products`."""
     for dtype, n in ((BF16, N), (FP16, N // 4), (FP32, N // 8)):
         n = max(n, 16)
         drawn = draw("hidden", (n, V, H), dtype, DEVICE)
@@ -150,7 +150,7 @@ def whole() -> Iterator[Finding]:
 
 
 def accuracy() -> Iterator[Finding]:
-    """Errors of logits and log-probs against float64, by H; and what has to be the same bits."""
+    """Yield errors of logits and log-probs against float64 by H, and what is bitwise equal."""
     n, vocabulary = (256, 32768) if IS_GPU else (16, 200)
     for hidden_size in (64, 896, 2048, 4096) if IS_GPU else (16,):
         drawn = draw("hidden", (n, vocabulary, hidden_size), BF16, DEVICE)
@@ -169,7 +169,7 @@ def accuracy() -> Iterator[Finding]:
 
 
 def host() -> Iterator[Finding]:
-    """Milliseconds of a small call, and of its kernels alone: the rest is the host's."""
+    """Yield milliseconds of a small call and of its kernels alone; the rest is the host's time."""
     n, hidden_size = (512, 896) if IS_GPU else (16, 16)
     workload = draw("hidden", (n, V, hidden_size), BF16, DEVICE).at(1.0)
     for name in PRODUCTS:
@@ -204,8 +204,10 @@ def _loss(name: Products, operands: tuple[Tensor, ...], batch: Batch) -> Tensor:
 
 
 def _same_bits(name: Products, hidden: Tensor, weight: Tensor, targets: Tensor) -> dict[str, bool]:
-    """Whether repeats, a call under no_grad, another place in the batch, and the process's wish
-    for TF32 leave log-probs as they are."""
+    """Return whether log-probs stay bitwise equal under each change that must not matter.
+
+    The changes are a repeat, no_grad, another place in the batch, and the process's TF32 setting.
+    """
     of = partial(gspo_ops.log_probs_from_hidden, products=name)
     leaf = hidden.clone().requires_grad_()
     trained = of(leaf, weight, targets).detach()
@@ -238,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--out", type=Path, required=True, help="a file that lines are added to")
+    parser.add_argument("--out", type=Path, required=True, help="file to which lines are appended")
     args = parser.parse_args(argv)
     as_a_gpu_computes()
     with args.out.open("a") as out:
@@ -252,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def faster(findings: Sequence[Finding], f: float = 0.5) -> dict[str, str]:
-    """Of each dtype, what takes less time when a fraction f of the rows has a gradient."""
+    """Return the faster products of each dtype when a fraction f of the rows has a gradient."""
     least: dict[str, tuple[float, str]] = {}
     for of in findings:
         if of.get("part") == "whole" and of["f"] == f:

@@ -34,13 +34,13 @@ from gspo_ops.head import PRODUCTS_TABLE
 from .experiments import faster
 from .measure import write
 
-MODULE = "gspo_ops.benchmarks.gpu"  # __name__ is another where it is run
+MODULE = "gspo_ops.benchmarks.gpu"  # __name__ differs when this file is run as a program
 LIMIT = 540.0  # seconds in all
-_DRY = 4.0  # times that an interpreter on two cores takes
+_DRY = 4.0  # factor on all limits for an interpreter on two cores
 SHAPES = {"logits": "8192,151936", "hidden": "8192,151936,4096"}
-TINY = {"logits": "16,300", "hidden": "16,300,16"}  # for a dry run
+TINY = {"logits": "16,300", "hidden": "16,300,16"}  # sizes for a dry run
 PEERS = ["TRL", "Liger", "verl", "cut"]
-TESTS_PART = "GSPO_OPS_TESTS_PART"  # which tests a process runs, as 0/4
+TESTS_PART = "GSPO_OPS_TESTS_PART"  # variable that says which tests a process runs, such as 0/4
 _TAIL = 3000  # characters of a step's output that are kept
 
 
@@ -60,14 +60,14 @@ def run_steps(
     least: float = 3.0,
     environment: Mapping[str, str] | None = None,
 ) -> None:
-    """Run one after the other.
+    """Run the steps one after the other.
 
     Args:
-        steps: what to run.
-        limit: seconds for all of them; a step gets what is left, if that is less than its own.
-        done: is told the name, result, status, seconds and last output of each step.
+        steps: steps to run.
+        limit: seconds for all steps; a step gets the remaining time if its own limit is longer.
+        done: called with the name, result, status, seconds and last output of each step.
         least: seconds below which a step is not begun.
-        environment: variables that the steps get in addition.
+        environment: additional environment variables of the steps.
     """
     start = time.monotonic()
     for step in steps:
@@ -89,7 +89,7 @@ def _run(command: Sequence[str], limit: float, environment: Mapping[str, str]) -
             status: int | None = process.wait(limit)
             result = "passed" if status == 0 else f"failed with status {status}"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)  # and what it has started
+            os.killpg(process.pid, 9)  # also kills the processes that it has started
             process.wait()
             status, result = None, f"cut off after {limit:.0f} s"
         output.seek(0)
@@ -101,11 +101,11 @@ def _run(command: Sequence[str], limit: float, environment: Mapping[str, str]) -
 
 
 def plan(folder: Path, *, is_dry: bool = False) -> list[Step]:
-    """What is run on a GPU, the most important first; benchmarks write into the folder.
+    """Return the steps to run on a GPU, the most important first.
 
     Args:
-        folder: for what the steps find.
-        is_dry: sizes for the interpreter; tests are collected, and not run.
+        folder: folder into which the steps write their results.
+        is_dry: whether sizes are those for the interpreter, and tests are only collected.
     """
     python, rounds = sys.executable, "1" if is_dry else "10"
     shapes = TINY if is_dry else SHAPES
@@ -146,14 +146,14 @@ def plan(folder: Path, *, is_dry: bool = False) -> list[Step]:
 
 
 def run_tests(options: Sequence[str], processes: int = 4) -> int:
-    """The GPU tests in a few processes, with pytest alone; returns the worst status."""
+    """Run the GPU tests in a few processes, with plain pytest; return the worst status."""
     if importlib.util.find_spec("pytest") is None:
         print("pytest is not installed")
         return 1
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/test_gpu.py"]
 
     def run(i: int) -> int:
-        """Tells its lines as they come, each whole."""
+        """Run one process and print its lines as they come, each one whole."""
         process = subprocess.Popen(
             [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             env={**os.environ, TESTS_PART: f"{i}/{processes}"},
@@ -168,7 +168,7 @@ def run_tests(options: Sequence[str], processes: int = 4) -> int:
 
 
 def profile(out: Path) -> None:
-    """Achieved GB/s and TFLOP/s of our kernels."""
+    """Write the achieved GB/s and TFLOP/s of our kernels."""
     from gspo_ops.kernels.logits import logits_bwd_kernel, logits_fwd_kernel
 
     from .bench import step
@@ -179,7 +179,7 @@ def profile(out: Path) -> None:
     as_a_gpu_computes()
     device = default_device()
     found: dict[str, dict] = {}
-    # these read or write 2 bytes per logit and pass
+    # number of times that they read or write 2 bytes per logit
     passes_over_logits = {logits_fwd_kernel.__name__: 1, logits_bwd_kernel.__name__: 2}
     for path, names in (
         ("logits", ["gspo_ops"]), ("hidden", ["gspo_ops", "gspo_ops, products=triton"]),
@@ -205,14 +205,14 @@ def profile(out: Path) -> None:
             if path == "hidden":
                 found[f"{path}, {name}"]["TFLOP/s at 6NVH"] = 6 * N * V * H / total / 1e9
             write(out, {"profiles": found})
-        del workload  # before the next one is made
+        del workload  # free it before the next one is made
     print(json.dumps(found, indent=1))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all steps; returns 0 if all passed, 1 if one did not, 2 without a GPU."""
+    """Run all steps; return 0 if all passed, 1 if one did not, and 2 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds in all")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for all steps")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu-DEVICE.json")
     parser.add_argument("--dry-run", action="store_true", help="take every step without a GPU")
     parser.add_argument("--profile", type=Path, help=argparse.SUPPRESS)
@@ -226,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         profile(args.profile)
         return 0
     if not (args.dry_run or torch.cuda.is_available()):
-        print("make gpu needs a CUDA or ROCm device, and torch sees none here", file=sys.stderr)
+        print("make gpu needs a CUDA or ROCm device, but torch finds none", file=sys.stderr)
         return 2
     device = "dry run" if args.dry_run else torch.cuda.get_device_name()
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
@@ -255,19 +255,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def remember(device: str, products: dict[str, str]) -> None:
-    """What is faster there becomes the default there."""
+    """Make the faster products the default on that device."""
     table = json.loads(PRODUCTS_TABLE.read_text())
     table.setdefault(device, {}).update(products)
     write(PRODUCTS_TABLE, table)
 
 
 def collected(folder: Path) -> dict:
-    """What the steps have written so far."""
+    """Collect what the steps have written so far."""
     files = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
     found = [json.loads(path.read_text()) for path in files]
     lines = folder / "experiments.jsonl"
     text = lines.read_text() if lines.exists() else ""
-    # one that was cut off may have left half a line
+    # a step that was cut off may have left an incomplete line
     experiments = [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
     return {
         "experiments": experiments,

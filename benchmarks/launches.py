@@ -24,7 +24,7 @@ from gspo_ops.testing import FURTHER_OBJECTIVES, said
 from gspo_ops.tiles import Kept, RowGrads, RowSums, Sums, Tile, Tiles, Weighting
 from gspo_ops.tiles_gpu import BLOCKS
 
-# more than 2 GiB of logits: below that, AMD's compiler assumes 32-bit offsets
+# These make more than 2 GiB of logits: below that, AMD's compiler assumes 32-bit offsets.
 B, T, V = 8, 4096, 49152
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -119,7 +119,7 @@ def launch_loss(
 
 
 FWD, BWD, LOSS = launch_fwd, launch_bwd, launch_loss
-# shown for every target: a launch, and its options
+# shown for every target, each with a launch and its options
 VARIANTS = {
     "fwd bf16": (FWD, {"dtype": BF16}),
     "fwd fp16": (FWD, {"dtype": FP16}),
@@ -145,7 +145,7 @@ VARIANTS = {
         {"objective": GRPO(kl_coef=0.1), "has_mask": True, "ref": True, "weights": "token"},
     ),
 }
-# optional arguments change what is compiled, and the interpreter accepts more than the compiler
+# Optional arguments change what is compiled, and the interpreter accepts more than the compiler.
 COMBINATIONS = {
     "fwd no mask": (FWD, {"dtype": BF16, "has_mask": False}),
     "fwd V%4 first row apart": (FWD, {"dtype": BF16, "V": V + 4, "first": 1}),
@@ -245,7 +245,7 @@ def make_kept(tiles: Tiles, columns: int = HEAD_V) -> Kept:
 
 
 def call_from_hidden(products: str, n: int, hidden_size: int) -> None:
-    """Forward, everything kept, and backward of one call, n rows of which all may be dead."""
+    """Run forward and backward of one call that keeps everything; all of its n rows may be dead."""
     shape, vocabulary = (n, hidden_size), (HEAD_V, hidden_size)
     operands = Head(empty(*shape, dtype=BF16), empty(*vocabulary, dtype=BF16), None, None, None)
     options = HeadOptions(softmax(), products, False, 1.0, HEAD_V)

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 def as_a_gpu_computes() -> None:
-    """For kernels in Triton's interpreter, which has no bfloat16 products of its own."""
+    """Patch Triton's interpreter, if kernels run in it, because it has no bfloat16 products."""
     if IS_INTERPRETED:
         patch_interpreter()
 
@@ -49,14 +49,14 @@ def seconds(step: Step, device: torch.device) -> float:
 
 
 def peak_bytes(step: Step, device: torch.device) -> int:
-    """Extra memory of one step at its peak, what it returns included."""
+    """Measure the peak of one step's extra memory, including what it returns."""
     gc.collect()
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated() - before
-    # the kernel's high-water mark of the resident set, reset first: the allocator keeps none
+    # the allocator keeps no peak, but the kernel has a high-water mark of the resident set
     Path("/proc/self/clear_refs").write_text("5")
     before = _high_water_mark()
     step()
@@ -64,7 +64,7 @@ def peak_bytes(step: Step, device: torch.device) -> int:
 
 
 def peak_tensor_bytes(step: Step, device: torch.device) -> int:
-    """The same of tensors alone, without what libraries take for themselves."""
+    """Measure the same for tensors alone, without what libraries take for themselves."""
     if device.type == "cuda":
         return peak_bytes(step, device)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
@@ -75,12 +75,12 @@ def peak_tensor_bytes(step: Step, device: torch.device) -> int:
 
 
 def plausible(peak: int, returned_bytes: int) -> bool:
-    """A peak below the size of what the step returns was not one: pages were taken meanwhile."""
+    """Return whether a peak is plausible; below what is returned, pages were taken meanwhile."""
     return peak > 0.99 * returned_bytes
 
 
 def release_memory() -> None:
-    """Give back what the C allocator has kept of earlier steps, which would hide a peak."""
+    """Return what the C allocator has kept from earlier steps, which would hide a peak."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
@@ -95,19 +95,19 @@ def interleaved(
     rounds: int,
     after: Callable[[dict[str, list[T]]], object] = lambda taken: None,
 ) -> dict[str, list[T]]:
-    """Everything once per round, in alternating order; `after` is told after each round."""
+    """Measure everything once per round, in alternating order; call `after` after each round."""
     taken: dict[str, list[T]] = {name: [] for name in measurements}
     order = list(measurements.items())
     for _ in range(rounds):
         for name, take in order:
             taken[name].append(take())
-        order.reverse()  # neither always pays for what the other has left behind
+        order.reverse()  # so that none always pays for what another has left behind
         after(taken)
     return taken
 
 
 def in_a_process(module: str, arguments: list[str]) -> dict:
-    """The last line, JSON, that a module run as a program prints; its peak memory is its own."""
+    """Run a module in a process with its own peak memory; return the JSON of its last line."""
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, text=True, check=True
     )
@@ -115,23 +115,23 @@ def in_a_process(module: str, arguments: list[str]) -> dict:
 
 
 def process_peak_bytes() -> int:
-    """Of this process so far, libraries included."""
+    """Return the peak memory of this process so far, including libraries."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def write(path: Path, report: dict) -> None:
-    """All or nothing: a reader never finds half of it."""
+    """Write a report atomically: a reader never finds half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(report, indent=1) + "\n")
     partial.replace(path)
 
 
-# What a GPU alone has, and what stands for it elsewhere
+# What only a GPU has, and its substitutes elsewhere
 
 
 def device_properties(device: torch.device) -> dict[str, object]:
-    """Name, multiprocessors, and bytes of its L2 cache and of its memory."""
+    """Return name, multiprocessors, and bytes of the L2 cache and of the memory."""
     if device.type != "cuda":
         return {"name": "none, this is a dry run", "multiprocessors": 1, "l2": 1 << 25, "bytes": 0}
     of = torch.cuda.get_device_properties(device)
@@ -142,7 +142,7 @@ def device_properties(device: torch.device) -> dict[str, object]:
 
 
 def seconds_each(step: Step, device: torch.device, calls: int = 10) -> float:
-    """Of a step by the device's clock: the median of three runs of so many calls."""
+    """Time a step by the device's clock: the median of three runs of `calls` calls each."""
     if device.type != "cuda":
         return seconds(step, device)
     for _ in range(2):
@@ -160,7 +160,7 @@ def seconds_each(step: Step, device: torch.device, calls: int = 10) -> float:
 
 
 def kernel_seconds(step: Step, device: torch.device) -> dict[str, tuple[float, int]]:
-    """Seconds and calls of each kernel of a step, by a profiler."""
+    """Profile a step and return seconds and calls of each kernel."""
     is_gpu = device.type == "cuda"
     activity = ProfilerActivity.CUDA if is_gpu else ProfilerActivity.CPU
     with profile(activities=[activity]) as seen:

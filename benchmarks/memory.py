@@ -1,8 +1,8 @@
-"""Peak memory of each plan beside the gradients it returns, against the plan's own estimate.
+"""Peak memory of each plan beyond the gradients it returns, against the plan's own estimate.
 
     python -m gspo_ops.benchmarks.memory --out benchmarks/results/NAME.json
 
-H is small, so that memory proportional to N * V dominates, and a CPU finishes in minutes.
+H is small, so that memory proportional to N * V dominates and a CPU finishes within minutes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gspo_ops.plan import PlanName
 from .measure import default_device, peak_tensor_bytes, provenance, write
 
 V, H, SEQUENCES = 151936, 64, 16
-BUDGET = 642_500_000  # of the chunks: 2048 rows of bf16 exponentials, and dweight in fp32
+BUDGET = 642_500_000  # bytes: 2048 rows of bf16 exponentials, and dweight in fp32
 
 
 def make_inputs(N: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
@@ -32,7 +32,7 @@ def make_inputs(N: int, dtype: torch.dtype, device: torch.device) -> tuple[Tenso
     with torch.no_grad():
         new = gspo_ops.log_probs_from_hidden(hidden, weight, targets)
     advantages = torch.randn(SEQUENCES, generator=generator).to(device)
-    # on the side of the clip range where no sequence is clipped
+    # ratios lie on the side of the clip range where no sequence is clipped
     return hidden, weight, targets, new + 0.1 * advantages.sign()[:, None], advantages
 
 

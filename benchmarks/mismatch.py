@@ -2,10 +2,10 @@
 
     python -m gspo_ops.benchmarks.mismatch --out NAME.json
 
-A model samples responses. Their log-probs are computed twice, with one change: the padding, the
+A model samples responses. Their log-probs are computed twice, with one difference: the padding, the
 other rows of the batch, decoding with a cache instead of one forward, the rounding of the head, or
-the dtype of the body. GSPO's ratio mistakes the difference, averaged over a response, for a change
-of the policy.
+the dtype of the body. GSPO's ratio mistakes the resulting change, averaged over a response, for a
+change of the policy.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BODIES = ("float32", "bfloat16")
 
 
 class Sampled(NamedTuple):
-    """A model, (S, P + T) tokens, and P."""
+    """A model, (S, P + T) tokens of prompts and responses, and P."""
 
     model: Any
     tokens: Tensor
@@ -51,7 +51,7 @@ def body(dtype: str, device: torch.device) -> AbstractContextManager:
 
 
 def one_forward(of: Sampled, dtype: str) -> Tensor:
-    """As an update does it: the whole batch, no padding."""
+    """Run the whole batch without padding, as an update does."""
     with body(dtype, of.tokens.device):
         hidden = of.model.base_model(of.tokens[:, :-1], use_cache=False).last_hidden_state
     return hidden[:, of.prompt - 1 :]
@@ -75,7 +75,7 @@ def alone(of: Sampled, dtype: str) -> Tensor:
 
 
 def cached(of: Sampled, dtype: str) -> Tensor:
-    """Token by token, as an engine decodes."""
+    """Run token by token with a cache, as an engine decodes."""
     from transformers import DynamicCache
 
     cache = DynamicCache(config=of.model.config)
@@ -98,7 +98,7 @@ def exact_head(of: Sampled, hidden: Tensor) -> Tensor:
 
 
 def rounded_head(of: Sampled, hidden: Tensor) -> Tensor:
-    """A bf16 head with bf16 logits, as most engines have it."""
+    """Apply a bf16 head with bf16 logits, as most engines do."""
     weight = of.model.get_output_embeddings().weight.detach().bfloat16()
     method = METHODS["eager, bf16 logits"].compute
     rows = zip(hidden.bfloat16(), of.targets, strict=True)
@@ -107,7 +107,7 @@ def rounded_head(of: Sampled, hidden: Tensor) -> Tensor:
 
 @torch.no_grad()
 def differences(of: Sampled) -> dict[str, dict[str, Tensor]]:
-    """By dtype of the body and source: what one changed thing does to (S, T) log-probs."""
+    """Return the changes of (S, T) log-probs by dtype of the body and by source."""
     found: dict[str, dict[str, Tensor]] = {}
     training = {}
     ways: dict[str, Callable[[Sampled, str], Tensor]] = {
@@ -121,14 +121,14 @@ def differences(of: Sampled) -> dict[str, dict[str, Tensor]]:
             other = way(of, dtype)
             found[dtype][name] = exact_head(of, other) - training[dtype]
         found[dtype]["head rounding"] = rounded_head(of, hidden) - training[dtype]
-        # cached is the last of the ways
+        # `other` is from cached decoding, the last of the ways
         found[dtype]["engine: cached, rounded head"] = rounded_head(of, other) - training[dtype]
     found["bfloat16"]["body in bf16, training in fp32"] = training["bfloat16"] - training["float32"]
     return found
 
 
 def summary(difference: Tensor) -> dict[str, Any]:
-    """By length: error of s_i and decisions flipped; by token: what leaves GRPO's clip range."""
+    """Return errors of s_i and flipped decisions by length, and what leaves GRPO's clip range."""
     by_length = {}
     for length in (n for n in LENGTHS if difference.shape[1] % n == 0):
         error = log_ratios(difference.double(), torch.zeros_like(difference).double(), length)
@@ -144,19 +144,19 @@ def summary(difference: Tensor) -> dict[str, Any]:
 
 
 def _outside(log_ratio: Tensor, low: float, high: float) -> float:
-    """Share that the clip range cuts off, for advantages of both signs alike."""
+    """Return the fraction of ratios that is clipped when half of the advantages are positive."""
     ratio = log_ratio.exp()
     return ((ratio > 1 + high).double() + (ratio < 1 - low).double()).mean().item() / 2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2", help="or a local model directory")
+    parser.add_argument("--model", default="smollm2", help="smollm2 or a local model directory")
     parser.add_argument("--sequences", type=int, default=16, help="a multiple of 4")
     parser.add_argument("--length", type=int, default=512, help="tokens sampled per sequence")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
-    made = provenance()  # of the start: the commit may change meanwhile
+    made = provenance()  # taken now, as the commit may change during the run
     generator = torch.Generator(default_device()).manual_seed(0)
     of = Sampled(*sample_tokens(args.model, args.sequences, args.length, generator))
     report = {

@@ -8,13 +8,24 @@ from types import ModuleType
 from gspo_ops import GSPO
 
 CASES = {
-    "exact": "old log-probs exact",
-    "same": "old log-probs by the same method",
+    "exact": "exact old log-probs",
+    "same": "old log-probs from the same method",
+}
+# names in older results files, and those that they have now
+_LABELS = {
+    "eager, softmax as the logits": "eager, softmax in input dtype",
+    "eager, logits as the inputs": "eager, logits in input dtype",
+    'gspo_ops, products="triton", without': 'gspo_ops, products="triton", without TMA',
 }
 
 
+def shown(name: str) -> str:
+    """Return the name under which tables and pictures show one of a results file."""
+    return _LABELS.get(name, name)
+
+
 def groups(report: dict) -> dict[str, list[dict]]:
-    """Rows of `gspo-ops bench` that differ in f alone, by a title."""
+    """Group rows of `gspo-ops bench` that differ only in f, under a title for each group."""
     found: dict[str, list[dict]] = {}
     for row in report["results"]:
         sizes = ", ".join(f"{k}={row[k]}" for k in "NVH" if k in row)
@@ -34,7 +45,7 @@ _COLORS = (
 
 
 def bench(report: dict, path: Path) -> None:
-    """Time, memory and share of the roof against f, and error against the clip range."""
+    """Draw time, memory and fraction of the best rate against f, and errors with the clip range."""
     tables = groups(report)
     figure, axes = pyplot().subplots(
         len(tables), 4, figsize=(16, 4.4 * len(tables)), layout="constrained", squeeze=False
@@ -52,7 +63,8 @@ def bench(report: dict, path: Path) -> None:
         row[0].set_title(title, loc="left", fontsize=10)
         errors = [max(e for _, e in _points(rows, n, "error", "ratio")) for n in names]
         colors = [_style(name, place)["color"] for place, name in enumerate(names)]
-        row[3].barh(names, errors, color=colors, height=0.6)  # also tells whose lines are whose
+        # these bars are also the legend of the lines
+        row[3].barh([*map(shown, names)], errors, color=colors, height=0.6)
         row[3].axvline(GSPO().clip_low, color="black", ls="--", label="clip range, lower side")
         row[3].set(xscale="log", xlabel="error of $s_i$ against float64")
         row[3].invert_yaxis()
@@ -62,14 +74,14 @@ def bench(report: dict, path: Path) -> None:
 
 
 _PANELS = {
-    "time_ratio": "time, fraction of eager",
-    "memory_ratio": "extra memory, fraction of eager",
-    "of_roof": "share of what the machine can do",
+    "time_ratio": "time relative to eager",
+    "memory_ratio": "extra memory relative to eager",
+    "of_roof": "fraction of the machine's best rate",
 }
 
 
 def _points(rows: list[dict], name: str, *keys: str) -> list[tuple[float, float]]:
-    """(f, value) of a provider where it was measured."""
+    """Return (f, value) of a provider wherever it was measured."""
     found = []
     for row in rows:
         value = row["providers"][name]
@@ -90,7 +102,7 @@ def _style(name: str, place: int) -> dict:
 
 
 def memory(report: dict, path: Path) -> None:
-    """Peak memory of each plan against N, measured and predicted."""
+    """Draw the peak memory of each plan against N, measured and predicted."""
     figure, axis = pyplot().subplots(figsize=(6.4, 4.2), layout="constrained")
     plans = dict.fromkeys(row["plan"] for row in report["results"])
     for place, plan in enumerate(plans):
@@ -114,14 +126,14 @@ def memory(report: dict, path: Path) -> None:
 
 
 def clip_error(report: dict, path: Path) -> None:
-    """Error of s_i by length, with the clip range's narrower side as a line."""
+    """Draw the error of s_i against the length, with the clip range's narrower side as a line."""
     methods = {n: of for n, of in report["methods"].items() if "exact" in of}
     figure, axes = pyplot().subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
     for axis, (case, title) in zip(axes, CASES.items(), strict=True):
         for place, (name, of) in enumerate(methods.items()):
             lengths = [int(n) for n in of[case]]
             errors = [point["rms_error"] for point in of[case].values()]
-            # smaller and smaller: methods that round alike lie on one another
+            # markers shrink because methods that round alike lie on top of each other
             size = 13 - 1.5 * place
             axis.plot(lengths, errors, "ov^Dsx*"[place % 7] + "-", ms=size, mfc="none", label=name)
         axis.axhline(GSPO().clip_low, color="black", linestyle="--", label="clip range, lower side")
@@ -137,7 +149,7 @@ def clip_error(report: dict, path: Path) -> None:
 
 
 def mismatch(report: dict, path: Path) -> None:
-    """Noise of s_i by source and length, for each dtype of the body."""
+    """Draw the noise of s_i by source and length, for each dtype of the body."""
     figure, axes = pyplot().subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
     names = dict.fromkeys(name for of in report["bodies"].values() for name in of)
     for axis, (dtype, sources) in zip(axes, report["bodies"].items(), strict=True):

@@ -27,9 +27,10 @@ Loss = Callable[[tuple[Tensor, ...], Batch], Tensor]
 class Provider(NamedTuple):
     """Attributes:
     compute: the method or loss.
-    module: that it comes in, and after a colon what must be in there; None for what is everywhere.
-    gpu: it runs on no CPU.
-    capability: of the only NVIDIA GPU that it runs on, if there is only one.
+    module: module that it needs, and after a colon a name that the module must have; None if it
+        needs no peer.
+    gpu: whether it needs a GPU.
+    capability: the only compute capability of NVIDIA GPUs on which it runs, or None for any.
     """
 
     compute: Callable[..., Tensor]
@@ -38,7 +39,7 @@ class Provider(NamedTuple):
     capability: tuple[int, int] | None = None
 
     def missing(self, device: torch.device) -> str | None:
-        """Why it can't run there, or None."""
+        """Return the reason why it cannot run on the device, or None."""
         if self.gpu and device.type != "cuda":
             return "needs a GPU"
         if self.capability is not None and _capability(device) != self.capability:
@@ -52,7 +53,7 @@ class Provider(NamedTuple):
             found = importlib.import_module(module)
         except ImportError as error:
             return f"import fails: {error}"
-        return None if not attribute or hasattr(found, attribute) else f"{module} has it not"
+        return None if not attribute or hasattr(found, attribute) else f"not in {module}"
 
 
 def _capability(device: torch.device) -> tuple[int, int] | None:
@@ -70,7 +71,7 @@ DISTRIBUTIONS = {
 
 
 def installed(distribution: str) -> str | None:
-    """Its version."""
+    """Return the version of a distribution, or None if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -78,7 +79,7 @@ def installed(distribution: str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Of the peers' distributions."""
+    """Return the versions of the peers' distributions."""
     return {name: installed(name) or "not installed" for name in DISTRIBUTIONS.values()}
 
 
@@ -86,7 +87,7 @@ def versions() -> dict[str, str]:
 
 
 def gathered(logits: Tensor, targets: Tensor) -> Tensor:
-    """In the logits' dtype."""
+    """Compute log-probs in the logits' dtype."""
     return logits.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
@@ -104,12 +105,12 @@ def trl_selective(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """With fp32 logits."""
+    """Compute log-probs from fp32 logits."""
     return gathered(hidden.float() @ weight.float().T, targets)
 
 
 def eager_narrow(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """With logits in the inputs' dtype and a softmax in fp32, as most trainers have it."""
+    """Compute log-probs with logits in the inputs' dtype and a softmax in fp32, as trainers do."""
     return gathered_fp32(hidden @ weight.T, targets)
 
 
@@ -133,7 +134,7 @@ def trl_chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """What LigerFusedLinearGRPOLoss calls for a chunk's log-probs."""
+    """Call what LigerFusedLinearGRPOLoss calls for a chunk's log-probs."""
     from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
 
     return LigerFusedLinearPPOBase.chunk_forward(hidden, weight, targets)
@@ -151,7 +152,7 @@ def liger_sm90(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def verl(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Its Triton kernels on a GPU, its chunks of 512 tokens elsewhere."""
+    """Call verl's Triton kernels on a GPU, and its chunks of 512 tokens elsewhere."""
     if hidden.is_cuda:
         from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
@@ -183,7 +184,7 @@ def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def gspo(log_probs: Tensor, batch: Batch) -> Tensor:
-    """GSPO as trainers write it."""
+    """Compute GSPO's loss as trainers write it."""
     log_ratio = torch.where(batch.mask, log_probs - batch.old, 0.0).sum(-1) / batch.mask.sum(-1)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - GSPO().clip_low, 1 + GSPO().clip_high)
@@ -202,7 +203,7 @@ def compiled(loss: Loss) -> Loss:
 
 
 def liger_triton(operands: tuple[Tensor, ...], batch: Batch) -> Tensor:
-    """Its Triton kernels; they take a row of logits more than there are targets."""
+    """Call Liger's Triton kernels, which take one more row of logits than there are targets."""
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
     return triton_grpo_loss(
@@ -214,10 +215,10 @@ def liger_triton(operands: tuple[Tensor, ...], batch: Batch) -> Tensor:
 
 
 def liger_chunked(chunk_size: int) -> Loss:
-    """Liger's fused loss, `chunk_size` sequences at a time.
+    """Return Liger's fused loss, which takes `chunk_size` sequences at a time.
 
-    Its "grpo" reduction at the level of sequences is GSPO's. On a CPU its compiled form builds the
-    loss anew at each call and is slower than the plain one: there it runs the plain one.
+    Its "grpo" reduction at the level of sequences is GSPO's. On a CPU, the plain form is run: the
+    compiled one is rebuilt at each call and is slower.
     """
 
     def loss(operands: tuple[Tensor, ...], batch: Batch) -> Tensor:
@@ -267,12 +268,12 @@ METHODS: dict[str, Provider] = {
     "gspo_ops": Provider(ours),
 }
 
-# The first is what the others are compared with.
+# The first provider is the baseline of the others.
 LOSSES: dict[str, dict[str, Provider]] = {
     "logits": {
         BASELINE: Provider(loss_of(gathered_fp32)),
         "torch.compile": Provider(compiled(loss_of(gathered_fp32))),
-        "eager, softmax as the logits": Provider(loss_of(gathered)),
+        "eager, softmax in input dtype": Provider(loss_of(gathered)),
         "TRL selective_log_softmax": Provider(loss_of(trl_selective), "trl.trainer.utils"),
         "Liger Triton GRPO": Provider(
             liger_triton, "liger_kernel.transformers.grpo_loss", gpu=True
@@ -282,7 +283,7 @@ LOSSES: dict[str, dict[str, Provider]] = {
     "hidden": {
         BASELINE: Provider(loss_of(eager)),
         "torch.compile": Provider(compiled(loss_of(eager))),
-        "eager, logits as the inputs": Provider(loss_of(eager_narrow)),
+        "eager, logits in input dtype": Provider(loss_of(eager_narrow)),
         "TRL selective_log_softmax": Provider(loss_of(trl_selective_fp32), "trl.trainer.utils"),
         "TRL ChunkedLogProbFunction": Provider(loss_of(trl_chunked), "trl.kernels"),
         "Liger, chunk_size=1": Provider(liger_chunked(1), "liger_kernel.chunked_loss"),
@@ -303,14 +304,14 @@ LOSSES: dict[str, dict[str, Provider]] = {
 
 
 def select(path: str, wanted: list[str] | None) -> dict[str, Provider]:
-    """The baseline, ours, and every provider with a wanted word in its name.
+    """Return the baseline, ours, and every provider with a wanted word in its name.
 
     Args:
         path: a key of `LOSSES`.
-        wanted: words, whatever their case; None for all but named plans of ours.
+        wanted: words in any case; None for all providers but named plans of ours.
 
     Raises:
-        ValueError: a word is in no name.
+        ValueError: no provider has one of the words in its name.
     """
     table = LOSSES[path]
     everywhere = [name for of in LOSSES.values() for name in of]

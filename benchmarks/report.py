@@ -1,4 +1,4 @@
-"""Tables and plots from results files: `make report` writes those of README.md and docs/.
+"""Tables and plots of results files; `make report` writes those of README.md and docs/.
 
 python -m gspo_ops.benchmarks.report [--check]
 """
@@ -26,25 +26,30 @@ BLOCK = re.compile(
 
 
 def render(report: dict, table: str | None = None) -> str:
-    """A results file as Markdown with its provenance; as a table other than its own on demand."""
+    """Return a results file as Markdown with its provenance, as its own table or a named one."""
     lines = TABLES[table or report["benchmark"]](report)
     peers = [f"{name} {version}" for name, version in report.get("peers", {}).items()]
     where = "; ".join([*report["environment"], *peers])
-    last = f"{where}; {report['threads']} threads; commit {report['commit']}, {report['date']}."
+    threads = f"{report['threads']} thread{'s' * (report['threads'] != 1)}"
+    last = f"{where}; {threads}; commit {report['commit']}, {report['date']}."
     return "\n".join([*lines, "", last, ""])
 
 
 def bench_table(report: dict) -> list[str]:
-    """Of `gspo-ops bench`: one table for every path, shape and dtype."""
+    """Build the tables of `gspo-ops bench`, one for every path, shape and dtype."""
     rounds = sorted({row["rounds"] for row in report["results"]})
     lines = [
-        f"Forward and backward of GSPO, each provider against eager PyTorch with fp32 logits: "
-        f"time, and peak memory beyond the returned gradients. Medians of "
-        f"{' to '.join(map(str, rounds))} interleaved rounds, ratios round by round. f is the "
-        f"fraction of sequences with a gradient; % is the share of what this machine can do, the "
-        f"least possible bytes (logits) or FLOPs (hidden) at the rate of a copy or a product "
-        f"measured in the same rounds. Errors against float64: of s_i as the loss shows it (bold: "
-        f"beyond the clip range, 3e-4), and of the gradients, relative L2.",
+        f"The first columns give the time of forward and backward of GSPO's loss and the peak "
+        f"memory beyond the returned gradients, when a fraction f of the sequences has a gradient. "
+        f"The first row has those of eager PyTorch with fp32 logits, and the other rows are "
+        f"relative to it. Numbers are medians over {' to '.join(map(str, rounds))} interleaved "
+        f"rounds, and ratios of times are taken within a round. The last three columns cover all "
+        f"f. % is the least possible time as a percentage of the measured time: the least possible "
+        f"time is that of the bytes (from logits) or FLOPs (from hidden states) that no "
+        f"implementation can avoid, at the rate of a copy or a matrix product measured in the same "
+        f"rounds. s_i is the largest error of the ratio s_i against float64, inferred from the "
+        f"loss, in bold if it exceeds the clip range of 3e-4. The last column is the largest "
+        f"relative L2 error of a gradient against float64.",
     ]
     for key, rows in plots.groups(report).items():
         fs = [f"f={row['f']:g}" for row in rows]
@@ -78,25 +83,27 @@ def _bench_line(name: str, rows: list[dict]) -> str:
         ratio.append(of["error"]["ratio"])
         grad.append(of["error"]["grad"])
     if not of_roof:
-        return f"| {name} | {cells[0]} |{' |' * (len(cells) + 2)}"
+        return f"| {plots.shown(name)} | {cells[0]} |{' |' * (len(cells) + 2)}"
     roof = "-".join(dict.fromkeys(f"{100 * x:.0f}" for x in (min(of_roof), max(of_roof))))
     bold = "**" if max(ratio) > GSPO().clip_low else ""
     return (
-        f"| {name} | {' | '.join(cells)} | {roof} | {bold}{max(ratio):.0e}{bold} "
+        f"| {plots.shown(name)} | {' | '.join(cells)} | {roof} | {bold}{max(ratio):.0e}{bold} "
         f"| {max(grad):.0e} |"
     )
 
 
 def bench_summary(report: dict) -> list[str]:
-    """Of `gspo-ops bench`: one line for each input, with the fastest provider beside ours."""
+    """Build a table of `gspo-ops bench`: a line per input, ours and the fastest other provider."""
     groups = plots.groups(report)
     first, *_ = groups.values()
     fs = [first[0]["f"], first[len(first) // 2]["f"]]
-    columns = [f"{name}, f={f:g}" for name in ("gspo_ops", "fastest of the others") for f in fs]
+    columns = [f"{name}, f={f:g}" for name in ("gspo_ops", "fastest other provider") for f in fs]
     lines = [
-        "Forward and backward of GSPO: time, and extra memory, relative to eager PyTorch with fp32 "
-        "logits, at a fraction f of responses with a gradient. In parentheses: the error of s_i "
-        "against float64, in bold if it exceeds the clip range of 3e-4.",
+        "Each cell gives the time and the extra memory of forward and backward, both relative to "
+        "eager PyTorch with fp32 logits, when a fraction f of the responses has a gradient. The "
+        "number in parentheses is the error of the ratio s_i against float64, in bold if it "
+        "exceeds the clip range of 3e-4. N is the number of tokens, V the vocabulary size and H "
+        "the hidden size.",
         "",
         f"| | {' | '.join(columns)} |",
         f"|{'---|' * (1 + len(columns))}",
@@ -106,7 +113,7 @@ def bench_summary(report: dict) -> list[str]:
         ours = [_summary_cell("gspo_ops", of, rows) for of in shown]
         names = [_fastest_other(of) for of in shown]
         others = [
-            f"{name}: {_summary_cell(name, of, rows)}"
+            f"{plots.shown(name)}: {_summary_cell(name, of, rows)}"
             for name, of in zip(names, shown, strict=True)
         ]
         lines.append(f"| {key} | {' | '.join([*ours, *others])} |")
@@ -131,20 +138,23 @@ def _summary_cell(name: str, providers: dict[str, dict], rows: list[dict]) -> st
 
 
 def clip_error_table(report: dict) -> list[str]:
-    """Of `benchmarks/clip_error.py`."""
+    """Build the table of `benchmarks/clip_error.py`."""
     lengths = list(report["log_ratio_rms"])
     lines = [
-        f"Error of the ratio s_i against float64 (root mean square) and share of clip decisions "
-        f"flipped, by length of the response. bf16 hidden states and a bf16 head: "
+        f"Each cell gives the error of the ratio s_i against float64 (root mean square) and the "
+        f"percentage of clip decisions that this error flips, for responses of the length that "
+        f"the column names. Every method gets the same bf16 hidden states and bf16 head, for "
         f"{report['sequences']} responses of {report['length']} tokens sampled from "
-        f"{report['model']}, whole and in pieces. Exact log-ratios are spread (standard deviation "
-        f"{report['spread']:.1e}) such that the clip range, 3e-4 below 1 to 4e-4 above, clips 15% "
-        f"of the sequences. Log-probs are averaged in float64.",
+        f"{report['model']}, whole and cut into shorter pieces. The old log-probs are exact, or "
+        f"come from the same method as the new ones. Decisions are counted for normally "
+        f"distributed log-ratios with a standard deviation of {report['spread']:.1e}, of which the "
+        f"clip range, from 3e-4 below 1 to 4e-4 above, clips 15%. Log-probs are averaged in "
+        f"float64.",
         "",
         f"| old log-probs | method | {' | '.join(lengths)} |",
         f"|{'---|' * (2 + len(lengths))}",
     ]
-    for case, title in (("exact", "exact"), ("same", "by the same method")):
+    for case, title in (("exact", "exact"), ("same", "from the same method")):
         for name, of in report["methods"].items():
             points = [of["missing"]] * len(lengths) if "missing" in of else [
                 f"{at['rms_error']:.1e}, {at['flipped']:.1%}" for at in of[case].values()
@@ -154,11 +164,12 @@ def clip_error_table(report: dict) -> list[str]:
 
 
 def memory_table(report: dict) -> list[str]:
-    """Of `benchmarks/memory.py`."""
+    """Build the table of `benchmarks/memory.py`."""
     first = report["results"][0]
     lines = [
-        f"Peak memory beside the returned gradients, V={first['V']}, H={first['H']}, "
-        f"{first['dtype']}: of tensors, and what the plan predicts, MiB.",
+        f"The table compares the measured peak memory of all tensors with the plan's prediction, "
+        f"in MiB beyond the returned gradients, for N rows, V={first['V']}, H={first['H']} and "
+        f"{first['dtype']}.",
         "",
         "| plan | N | measured | predicted | ratio |",
         "|---|---|---|---|---|",
@@ -173,29 +184,34 @@ def memory_table(report: dict) -> list[str]:
 
 
 def static_table(report: dict) -> list[str]:
-    """Of `benchmarks/static.py`."""
+    """Build the tables of `benchmarks/static.py`."""
     targets = list(dict.fromkeys(row["target"] for row in report["ours"]))
     given = report["given"]
     lines = [
-        f"For {', '.join(targets)}: registers / spills / shared memory in KB; for kernels on "
-        f"logits bits of a load and instructions per logit, for products instructions that "
-        f"multiply matrices and that copy boxes. Compiled, not run.",
+        "The kernels were compiled for each architecture, but not run. Each cell gives registers "
+        "per thread / spills / shared memory in KiB. Kernels that process logits add the width of "
+        "the loads in their loops, if they have any, and the number of instructions per logit. "
+        "Matrix products add the number of matrix instructions and, if there are any, of TMA "
+        "instructions, which copy boxes of a tensor. An error message replaces the numbers of "
+        "kernels that do not compile, and an empty cell means that the kernel does not exist for "
+        "that architecture.",
         "",
         f"| | kernel | {' | '.join(targets)} |",
         f"|{'---|' * (2 + len(targets))}",
     ]
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for row in [{"peer": "gspo_ops", **row} for row in report["ours"]] + report["others"]:
-        key = row["peer"], row.get("kernel", "the others" if _compiles(report, row) else "")
+        key = row["peer"], row.get("kernel", "its other kernels" if _compiles(report, row) else "")
         cells.setdefault(key, {})[row["target"]] = _static_cell(row)
     for (peer, kernel), of in cells.items():
         lines.append(f"| {peer} | {kernel} | {' | '.join(of.get(t, '') for t in targets)} |")
     fs = list(dict.fromkeys(row["f"] for row in report["predictions"]))
     lines += [
         "",
-        f"**Predicted, not measured**: milliseconds of forward and backward, N={report['N']}, "
-        f"V={report['V']}, H={report['H']}, bf16, if nothing but {given['bandwidth']:g} GB/s (from "
-        f"logits) or {given['matmul']:g} TFLOP/s (from hidden states) held it up.",
+        f"**Predicted, not measured**: forward and backward would take these milliseconds for "
+        f"N={report['N']}, V={report['V']}, H={report['H']} and bf16, when a fraction f of the "
+        f"rows has a gradient, if the only limit were {given['bandwidth']:g} GB/s (from logits) or "
+        f"{given['matmul']:g} TFLOP/s (from hidden states).",
         "",
         f"| | bytes or FLOPs, f=1 | {' | '.join(f'f={f:g}' for f in fs)} |",
         f"|{'---|' * (2 + len(fs))}",
@@ -209,19 +225,20 @@ def static_table(report: dict) -> list[str]:
         lines.append(f"| {op} | {much} | {' | '.join(format(r['ms'], '.2f') for r in rows)} |")
     lines += [
         "",
-        "**Predicted, not measured**: milliseconds of each way from hidden states to gradients, "
-        "from the rates that `designs` in `benchmarks/static.py` assumes.",
+        "**Predicted, not measured**: each way to compute gradients from hidden states would take "
+        "these milliseconds at the rates that `designs` in `benchmarks/static.py` assumes.",
         "",
         f"| | {' | '.join(f'f={f:g}' for f in fs)} |",
         f"|{'---|' * (1 + len(fs))}",
     ]
     for way in dict.fromkeys(row["way"] for row in report["designs"]):
         times = [format(row["ms"], ".1f") for row in report["designs"] if row["way"] == way]
-        lines.append(f"| {way} | {' | '.join(times)} |")
+        lines.append(f"| {plots.shown(way)} | {' | '.join(times)} |")
     lines += [
         "",
-        "Kernels that a call from hidden states launches, forward and backward, and the host time "
-        "of Python and of torch's dispatcher, on meta tensors and without the driver's share.",
+        "The table counts the kernels of Triton and of torch that one forward and backward from "
+        "hidden states launches, and gives the host time of Python and of torch's dispatcher. That "
+        "time was measured on meta tensors and does not include the driver's.",
         "",
         "| products | N | H | Triton | torch | host, ms |",
         f"|{'---|' * 6}",
@@ -253,13 +270,16 @@ def _static_cell(row: dict) -> str:
 
 
 def mismatch_table(report: dict) -> list[str]:
-    """Of `benchmarks/mismatch.py`."""
+    """Build the table of `benchmarks/mismatch.py`."""
     lengths = list(next(iter(report["bodies"]["float32"].values()))["by_length"])
     lines = [
-        f"{report['sequences']} responses of {report['length']} tokens sampled from "
-        f"{report['model']}, whole and in pieces. Error of s_i (root mean square), and share of "
-        f"clip decisions that it flips, by length; then the share of tokens whose ratio leaves "
-        f"GRPO's clip range by noise alone.",
+        f"The {report['sequences']} responses of {report['length']} tokens were sampled from "
+        f"{report['model']}, and are taken whole and cut into shorter pieces. The body is the "
+        f"model without its head, and the source is what changes between the two computations. "
+        f"Each numbered column gives, for responses of that many tokens, the error of the ratio "
+        f"s_i (root mean square) and the percentage of clip decisions that it flips. The last "
+        f"column gives the percentage of tokens whose ratio leaves GRPO's clip range because of "
+        f"the noise alone.",
         "",
         f"| body | source | {' | '.join(lengths)} | GRPO |",
         f"|{'---|' * (3 + len(lengths))}",
@@ -274,14 +294,16 @@ def mismatch_table(report: dict) -> list[str]:
 
 
 def trainer_table(report: dict) -> list[str]:
-    """Of `benchmarks/trainer.py`."""
+    """Build the tables of `benchmarks/trainer.py`."""
     seeds = len(report["seeds"])
     lines = [
-        f"Runs from {seeds} seeds, interleaved seed by seed; medians over steps, the "
-        f"first left out, and seeds, the ratio to eager seed by seed. Peak memory is that of the "
-        f"whole process, model, optimizer and libraries included. Reward by step, mean over seeds.",
+        f"Both losses ran from {seeds} seeds, in turns. Times are medians over all steps but the "
+        f"first, and then over seeds; their ratio to eager is taken within a seed. Peak memory is "
+        f"that of the whole process, including the model, the optimizer and libraries. Rewards are "
+        f"means over seeds. The difference is the reward with hidden minus that with eager, with "
+        f"its standard error over seeds.",
         "",
-        "| | loss from | updates of a step, s | to eager | old log-probs, s | peak, MiB "
+        "| | loss from | updates of a step, s | ratio to eager | old log-probs, s | peak, MiB "
         "| reward by step |",
         f"|{'---|' * 7}",
     ]
@@ -289,13 +311,14 @@ def trainer_table(report: dict) -> list[str]:
         lines += _trainer_lines(case, of)
     lines += [
         "",
-        f"Sampling in bf16, training in fp32, medians over 2 steps of {seeds} seeds. Absolute "
-        "difference of the two log-probs of a token, and of a response's mean; tokens that the "
-        "difference alone clips; tokens clipped in all updates; largest error of a ratio before "
-        "the first update.",
+        f"Here, sampling is in bf16 and training in fp32, and numbers are medians over 2 steps and "
+        f"{seeds} seeds. The first four numbers of a row are the absolute difference between the "
+        "log-probs of sampling and of training, for tokens and for the means over a response. The "
+        "others are the percentage of tokens that this difference alone clips, the percentage that "
+        "is clipped in all updates, and the largest error of a ratio before the first update.",
         "",
         "| objective | old log-probs from | token, mean | token, max | response, mean "
-        "| response, max | clipped by it | clipped | first ratios |",
+        "| response, max | clipped by difference | clipped in updates | error of first ratios |",
         f"|{'---|' * 9}",
     ]
     for row in report["engine"]:
@@ -312,7 +335,7 @@ def trainer_table(report: dict) -> list[str]:
 
 
 def _trainer_lines(case: str, of: dict[str, list[dict]]) -> list[str]:
-    """A line per loss, and what tells their rewards apart."""
+    """Build a line for each loss and one with the difference of their rewards."""
     lines = []
     for loss, runs in of.items():
         pairs = zip(runs, of["eager"], strict=True)
@@ -335,19 +358,21 @@ def _trainer_lines(case: str, of: dict[str, list[dict]]) -> list[str]:
 
 
 def trl_table(report: dict) -> list[str]:
-    """Of `benchmarks/trl_run.py`."""
+    """Build the tables of `benchmarks/trl_run.py`."""
     of = report["settings"]
     lines = [
-        f"{report['model']} in fp32: {of['max_steps']} steps, {of['num_iterations']} updates of "
-        f"each {of['per_device_train_batch_size']} responses of at most "
-        f"{of['max_completion_length']} tokens. Between the two runs from one seed: whether all "
-        f"sampled tokens are the same, the largest difference of a step's loss, and of its "
-        f"gradient's norm, relative. Then one gradient, at the weights after the last update: the "
-        f"share that is clipped, the range of the importance weights, and the distances (relative "
-        f"L2) of both trainers from TRL's loss in float64, and from each other.",
+        f"Each run trains {report['model']} in fp32 for {of['max_steps']} steps, with "
+        f"{of['num_iterations']} updates on every {of['per_device_train_batch_size']} responses of "
+        f"at most {of['max_completion_length']} tokens. The first three columns compare the two "
+        f"trainers' runs from one seed: whether all sampled tokens are the same, and how many "
+        f"there are; the largest difference between the losses of a step; and the largest relative "
+        f"difference between the norms of its gradients. The other columns describe one gradient, "
+        f"at the weights after the last update: the percentage of clipped ratios, the range of the "
+        f"importance weights, and the relative L2 distances of both trainers' gradients from that "
+        f"of TRL's loss in float64, and from each other.",
         "",
-        "| | same tokens | loss | norm | clipped | weights | TRL from float64 | ours from float64 "
-        "| ours from TRL |",
+        "| | same tokens | loss | norm | clipped | weights | TRL to float64 | ours to float64 "
+        "| ours to TRL |",
         f"|{'---|' * 9}",
     ]
     for case, at in report["results"].items():
@@ -363,9 +388,10 @@ def trl_table(report: dict) -> list[str]:
         )
     lines += [
         "",
-        f"Seconds of a step, of one that only updates, and of the whole process its peak memory. "
-        f"{report['rounds']} runs of each, in turns: medians, and medians of the ratios step by "
-        f"step.",
+        f"The next table gives the seconds of a step, the seconds of a step that trains on "
+        f"responses sampled before (an update), and the peak memory of the whole process. They are "
+        f"medians over {report['rounds']} runs of each trainer, which take turns. Ratios of times "
+        f"are taken step by step.",
         "",
         "| | step, TRL | ours / TRL | update, TRL | ours / TRL | peak, TRL, MiB | ours / TRL |",
         f"|{'---|' * 7}",
@@ -381,19 +407,22 @@ def trl_table(report: dict) -> list[str]:
 
 
 def updates_table(report: dict) -> list[str]:
-    """Of `gspo-ops bench --path model`."""
+    """Build the table of `gspo-ops bench --path model`."""
     lines = [
-        f"Updates of {report['model']} in {report['dtype']}: loss, backward with activation "
-        f"checkpointing, clipping of the gradient, AdamW; {report['sequences']} responses of "
-        f"{report['tokens']} tokens, sampled by the model after a prompt of {report['prompt']}. A "
-        f"fraction f of them has a gradient; the others have no advantage, or are clipped. Medians "
-        f"of {report['rounds']} rounds, in which a contender's updates follow each other: seconds, "
-        f"the time relative to f=1 of the same contender and to the first contender at the same f, "
-        f"both round by round, "
-        f"peak memory beyond what stands there before, and the distance (relative L2) of the "
-        f"gradient from that of the reference trainer's fused loss with nothing left out.",
+        f"Each update trains {report['model']} in {report['dtype']} on {report['sequences']} "
+        f"responses of {report['tokens']} tokens that the model sampled after a prompt of "
+        f"{report['prompt']}. It consists of the loss, its backward with activation checkpointing, "
+        f"gradient clipping and a step of AdamW. A fraction f of the responses has a gradient, and "
+        f"the first column says why the others have none: they have no advantage, or they are "
+        f"clipped. Times and memory are medians over {report['rounds']} rounds, in each of which a "
+        f"trainer's updates follow one another. The columns give the seconds of an update; its "
+        f"time relative to the same trainer at f=1 and to the first trainer at the same f, both "
+        f"taken within a round; the peak memory beyond what was in use before the update; and the "
+        f"relative L2 distance of the gradient from that of the reference trainer's fused loss, "
+        f"computed over every response.",
         "",
-        "| the others | | f | s | to its f=1 | to the first | MiB | gradient |",
+        "| why no gradient | trainer | f | s | relative to f=1 | relative to first trainer | MiB "
+        "| gradient |",
         f"|{'---|' * 8}",
     ]
     for dead in updates.DEAD:
@@ -412,13 +441,15 @@ def updates_table(report: dict) -> list[str]:
 
 
 def left_out_table(report: dict) -> list[str]:
-    """Of `benchmarks/left_out.py`."""
+    """Build the table of `benchmarks/left_out.py`."""
     lines = [
-        f"The demo's training from {len(report['seeds'])} seeds, with groups that have no gradient "
-        f"left out of body and head, and without. Held-out accuracy and its standard error; then "
-        f"seconds of old log-probs and updates over the run, mean over seeds.",
+        f"The demo ran from {len(report['seeds'])} seeds, with groups that have no "
+        f"gradient either left out of body and head, or computed. The accuracy is that on held-out "
+        f"problems, with its standard error, before and after training from each seed. Times are "
+        f"the seconds that old log-probs and updates took in the whole run, averaged over seeds.",
         "",
-        "| groups without a gradient | accuracy before | after | old log-probs, s | updates, s |",
+        "| groups without a gradient | accuracy before | accuracy after | old log-probs, s "
+        "| updates, s |",
         f"|{'---|' * 5}",
     ]
     for arm, runs in report["runs"].items():
@@ -436,9 +467,9 @@ def left_out_table(report: dict) -> list[str]:
     ]
     lines += [
         "",
-        f"Left out: {share[0]:.0%} of the responses in the first step, {share[-1]:.0%} in the last "
-        f"one, {mean(share):.0%} on average; saved are {saved[0]:.1f} s, {saved[-1]:.1f} s and "
-        f"{sum(saved):.0f} s in all.",
+        f"In the first step, {share[0]:.0%} of the responses are left out; in the last one, "
+        f"{share[-1]:.0%}; and on average, {mean(share):.0%}. This saves {saved[0]:.1f} s in the "
+        f"first step, {saved[-1]:.1f} s in the last one and {sum(saved):.0f} s in the whole run.",
     ]
     return lines
 
@@ -453,8 +484,8 @@ _STAGES = ("old_log_probs", "update")
 
 
 def gpu_table(report: dict) -> list[str]:
-    """Of `make gpu`: what each step came to."""
-    lines = ["| step | | s |", "|---|---|---|"]
+    """Build the tables of `make gpu`: the result of each step, then its benchmarks."""
+    lines = ["| step | result | s |", "|---|---|---|"]
     for step in report["steps"]:
         lines.append(f"| {step['name']} | {step['result']} | {step['seconds']:.0f} |")
     for benchmark in report["benchmarks"]:
@@ -479,11 +510,11 @@ TABLES: dict[str, Callable[[dict], list[str]]] = {
 }
 
 
-# What is generated from what
+# Generated files and their sources
 
 
 def pictures() -> dict[Path, tuple[Path, Callable[[dict, Path], None]]]:
-    """Pictures in docs/, with the results file and the function that they are made from."""
+    """Return the pictures in docs/, each with its results file and the function that draws it."""
     drawn = {
         "bench.png": ("cpu-bench.json", plots.bench),
         "memory.png": ("cpu-memory.json", plots.memory),
@@ -500,12 +531,12 @@ def pictures() -> dict[Path, tuple[Path, Callable[[dict, Path], None]]]:
 
 
 def updated(text: str) -> str:
-    """A document with every marked block written anew."""
+    """Return a document with every marked block regenerated."""
 
     def block(match: re.Match[str]) -> str:
         report = json.loads((ROOT / match[2]).read_text())
         if report.get("dry_run"):
-            raise SystemExit(f"{match[2]} is of a dry run: nothing was measured")
+            raise SystemExit(f"{match[2]} comes from a dry run: nothing was measured")
         return match[1] + render(report, match[3]) + match[4]
 
     text = SETTINGS.sub(lambda match: f"{match[1]}{trl_settings.table()}\n\n{match[2]}", text)
@@ -513,7 +544,7 @@ def updated(text: str) -> str:
 
 
 def documents() -> list[Path]:
-    """What may have marked blocks."""
+    """Return the paths of all documents that may have marked blocks."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -522,7 +553,7 @@ def main() -> int:
     if "--check" in sys.argv[1:]:
         stale = [path for path, text in texts.items() if updated(text) != text]
         for path in stale:
-            print(f"{path.relative_to(ROOT)} is not what its results files say: run make report")
+            print(f"{path.relative_to(ROOT)} does not match its results files: run make report")
         return len(stale)
     for path, text in texts.items():
         path.write_text(updated(text))

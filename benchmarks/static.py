@@ -4,8 +4,8 @@
 
 Launchers run on meta tensors under a driver that only names a target, so that the kernels compile
 with the specialisation of a real launch. Registers, spills, shared memory, access widths,
-instruction counts and matrix instructions are read from the result. Times are predictions: bytes
-and FLOPs from formulas, at a given bandwidth and a given rate of products.
+instruction counts and matrix instructions are read from the result. Times are predictions from
+formulas for bytes and FLOPs, at a given bandwidth and a given rate of matrix products.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ from .providers import versions
 
 @cache
 def compile_variant(name: str, target: str) -> Compiled:
-    """One of ours."""
+    """Compile one of our kernels."""
     launch: Callable[..., None]
     options: dict[str, Any]
     launch, options = ALL[name]  # type: ignore[assignment]
     with compiling(target) as binaries:
         launch(**options)
-    *_, (_, binary) = binaries  # what it needs beforehand stands in front
+    *_, (_, binary) = binaries  # launches that it needs come before it
     return read_binary(binary, target)
 
 
@@ -119,7 +119,7 @@ def _cut_cross_entropy() -> None:
     )
 
 
-# package, launches: bf16, the shapes of ours; for logits, the bytes of one
+# package, and a function that launches its kernels in bf16 with our kernels' shapes
 PEERS: dict[str, tuple[str, Callable[[], None]]] = {
     "Liger GRPO, sequence level": ("liger_kernel", _liger),
     "TRL log-prob and entropy": ("trl", _trl),
@@ -130,7 +130,7 @@ PEERS: dict[str, tuple[str, Callable[[], None]]] = {
 
 
 def compile_peer(name: str, target: str) -> tuple[dict[str, Compiled], str | None]:
-    """Kernels of a peer by name, as far as they compile, and why not all do."""
+    """Return the kernels of a peer that compile, by name, and the error that stopped it, if any."""
     package, launch = PEERS[name]
     if importlib.util.find_spec(package) is None:
         return {}, "not installed"
@@ -138,7 +138,7 @@ def compile_peer(name: str, target: str) -> tuple[dict[str, Compiled], str | Non
     with compiling(target) as binaries:
         try:
             launch()
-        except Exception as error:  # whatever a peer raises is its row of the table
+        except Exception as error:  # whatever a peer raises is reported in the table
             first = str(error).strip().splitlines() or [""]
             why = f"{type(error).__name__}: {first[0][:120]}"
     found: dict[str, Compiled] = {}
@@ -151,7 +151,7 @@ def compile_peer(name: str, target: str) -> tuple[dict[str, Compiled], str | Non
 
 
 class Launched(TorchDispatchMode):
-    """Counts what torch would launch: all that is neither a view nor memory alone."""
+    """A counter of what torch would launch: every op that is neither a view nor an allocation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class Launched(TorchDispatchMode):
 
 
 def launches_from_hidden(products: str, n: int, hidden_size: int, calls: int = 9) -> dict:
-    """What one call costs its host: kernels that are launched, and time on meta tensors.
+    """Return what one call costs its host: kernels that are launched, and time on meta tensors.
 
     The time is that of the Python code and of torch's dispatcher, without what a driver takes for a
     launch.
@@ -191,20 +191,21 @@ def launches_from_hidden(products: str, n: int, hidden_size: int, calls: int = 9
 
 
 def predictions(bandwidth: float, matmul: float, fractions: tuple[float, ...]) -> list[dict]:
-    """Least time of each op from its bytes or FLOPs.
+    """Compute the least time of each op from its bytes or FLOPs.
 
     Args:
         bandwidth: bytes per second.
         matmul: FLOPs per second.
-        fractions: f, of rows with a gradient.
+        fractions: values of f, the fraction of rows with a gradient.
 
     Returns:
         Rows with op, f, bytes or FLOPs, and milliseconds.
 
-    Formulas, bf16: from logits 2 bytes read forward; in the backward 2 f read and 2 written. From
-    hidden states (2 + 4f) N V H FLOPs with exponentials kept or in chunks, (2 + 6f) recomputed.
-    Peers: Liger reads logits twice forward and once backward for every row, and writes; TRL's
-    log-prob is as ours at f=1; verl, cut-cross-entropy and TRL's chunks take 8 N V H.
+    The formulas are for bf16. From logits, the forward reads 2 bytes per logit; the backward reads
+    2 f and writes 2. From hidden states, the FLOPs are (2 + 4f) N V H if exponentials are kept or
+    computed in chunks, and (2 + 6f) N V H if they are recomputed. Among the peers, Liger reads the
+    logits of every row twice in the forward and once in the backward, and writes them once; TRL's
+    log-prob equals ours at f=1; verl, cut-cross-entropy and TRL's chunks take 8 N V H.
     """
     logits = N * HEAD_V
     unit = N * HEAD_V * H
@@ -228,14 +229,15 @@ def predictions(bandwidth: float, matmul: float, fractions: tuple[float, ...]) -
 
 
 def designs(bandwidth: float, matmul: float, fractions: tuple[float, ...]) -> list[dict]:
-    """Time of the phases of each way from hidden states to gradients, ours and the peers'.
+    """Predict the time of the phases of each way from hidden states to gradients, ours and peers'.
 
-    Assumed, of `matmul`: torch.mm reaches 0.94 of it at these shapes, Triton 0.79 with TMA and 0.61
-    without (0.43 where operands are transposed), and the peers what they publish. Of `bandwidth`:
-    tiles of 32 MiB of fp32 logits are written, and read from the L2 cache.
+    At these shapes, torch.mm is assumed to reach 0.94 of `matmul`, and Triton 0.79 with TMA (0.83
+    in the backward) and 0.61 without it (0.43 where operands are transposed). The peers are assumed
+    to reach what they publish. Tiles of 32 MiB of fp32 logits are written at `bandwidth`, and read
+    from the L2 cache.
     """
     logits, unit = N * HEAD_V, 2.0 * N * HEAD_V * H
-    parts = -(-HEAD_V // 8192)  # of the vocabulary, where a peer goes through it
+    parts = -(-HEAD_V // 8192)  # parts of the vocabulary in which a peer processes it
 
     def product(rate: float) -> float:
         return unit / (rate * matmul)
@@ -252,7 +254,7 @@ def designs(bandwidth: float, matmul: float, fractions: tuple[float, ...]) -> li
             "logits": product(0.79), "sums": moved(8 * logits / 128), "dhidden": f * product(0.83),
             "dweight": f * product(0.83),
         },
-        'gspo_ops, products="triton", without': lambda f: {
+        'gspo_ops, products="triton", without TMA': lambda f: {
             "logits": product(0.61), "sums": moved(8 * logits / 128), "dhidden": f * product(0.61),
             "dweight": f * product(0.43),
         },
@@ -285,14 +287,14 @@ SHOWN = (
 
 
 def can_compile(name: str, target: str) -> bool:
-    """Whether there is such a kernel: Triton compiles none for sm_100 that caps and has TMA."""
+    """Return whether the kernel exists: with TMA, Triton compiles no soft cap for sm_100."""
     return name not in TMA or target == "sm_90" or (target == "sm_100" and "softcap" not in name)
 
 
 def row(kernel: str, target: str, compiled: Compiled, itemsize: int, per_logit: bool) -> dict:
     loops = [loop for loop in compiled.loops if loop.loads] if per_logit else []
     per_logit_of_all = None
-    if kernel in ("fold", "weigh"):  # no loop: all that a program does, for the columns that it has
+    if kernel in ("fold", "weigh"):  # without a loop: all instructions of a program, per column
         columns = {"fold": SUMS, "weigh": EPILOGUE}[kernel]
         per_logit_of_all = compiled.instructions / columns
     return {
@@ -309,8 +311,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--targets", nargs="+", choices=TARGETS, default=["sm_90", "sm_100", "gfx942"])
-    add("--bandwidth", type=float, default=3000, help="GB/s, for the predictions")
-    add("--matmul", type=float, default=790, help="TFLOP/s, for the predictions")
+    add("--bandwidth", type=float, default=3000, help="GB/s that the predictions assume")
+    add("--matmul", type=float, default=790, help="TFLOP/s that the predictions assume")
     add("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     report: dict = {

@@ -21,7 +21,7 @@ PLANS = [name for name in LOSSES["hidden"] if name.startswith(OURS)]
 
 @pytest.fixture(scope="module")
 def workloads():
-    """Made once, by path and f."""
+    """Return a function that makes each workload once, by path and f."""
     made = {}
 
     def workload(path, f=1.0):

@@ -1,4 +1,4 @@
-"""The reference trainer with the fused loss and with eager PyTorch, and with an engine's log-probs.
+"""The reference trainer with the fused loss, with eager PyTorch, and with an engine's log-probs.
 
     python -m gspo_ops.benchmarks.trainer --out NAME.json
 
@@ -41,7 +41,7 @@ SEEN = (
 
 
 def train(arguments: list[str]) -> tuple[list[Row], dict]:
-    """Run `gspo-ops train` here: the metrics of its steps, and its summary."""
+    """Run `gspo-ops train` here; return the metrics of its steps and its summary."""
     from gspo_ops.trainer import COMMANDS
     from gspo_ops.trainer.report import read_metrics
 
@@ -90,7 +90,7 @@ def main() -> None:
                 found = run([*arguments, f"update.loss_from={loss}", f"seed={seed}"])
                 of.setdefault(loss, []).append(found)
                 print(
-                    f"{case:28} {loss:8} seed {seed} update {found['update_s']:.2f} s, old "
+                    f"{case:28} {loss:8} seed {seed}: update {found['update_s']:.2f} s, old "
                     f"log-probs {found['old_log_probs_s']:.2f} s, peak "
                     f"{found['peak_bytes'] / 2**20:.0f} MiB, last reward {found['reward'][-1]:.3f}",
                     flush=True,

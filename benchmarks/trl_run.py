@@ -1,10 +1,10 @@
-"""GSPOTrainer beside trl.GRPOTrainer: the same run from one seed, and one gradient against float64.
+"""GSPOTrainer and trl.GRPOTrainer: the same run from one seed, and one gradient against float64.
 
     python -m gspo_ops.benchmarks.trl_run --out NAME.json
 
 Each run has a process of its own, so that peak memory can be attributed to it. The two trainers
-take turns. The gradient is that of the last batch at the weights after the last update, for both
-trainers' losses and for TRL's loss in float64.
+take turns. The gradient is that of the last batch, at the weights after the last update: of both
+trainers' losses, and of TRL's loss in float64.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .clip_error import PROMPTS
 from .measure import in_a_process, interleaved, process_peak_bytes, provenance, write
 
 KINDS = {"TRL": GRPOTrainer, "ours": GSPOTrainer}
-# learning rates at which two updates of Adam carry some ratios over the edges, and not all
+# learning rates at which two updates of Adam carry some ratios, but not all, out of the clip range
 _GSPO = {
     "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4,
     "learning_rate": 3e-8,
@@ -45,7 +45,7 @@ _GRPO = {
 CASES: dict[str, dict[str, Any]] = {
     "GSPO": _GSPO,
     "GRPO": _GRPO,
-    # so few updates from the reference, a smaller beta would hardly be felt
+    # after so few updates from the reference, a smaller beta would hardly have an effect
     "GSPO, KL": {**_GSPO, "beta": 1.0, "use_bias_correction_kl": False},
     "GSPO, importance sampling correction": {**_GSPO, "use_vllm": True},
 }
@@ -59,7 +59,7 @@ SETTINGS = {
 
 
 class Engine:
-    """Stands where vLLM would: samples with the policy's weights rounded to bf16."""
+    """A replacement for vLLM that samples with the policy's weights rounded to bf16."""
 
     def __init__(self, directory: Path, trainer: GRPOTrainer) -> None:
         self.trainer = trainer
@@ -75,7 +75,7 @@ class Engine:
             own.copy_(new.bfloat16())
 
     def generate(self, prompts: list[list[int]], **_: Any) -> tuple:
-        """Nothing, responses, the log-prob of each of their tokens, nothing: as TRL expects it."""
+        """Return None, responses, the log-prob of each of their tokens and None, as TRL expects."""
         batch = self.trainer.processing_class.pad(
             {"input_ids": prompts}, padding_side="left", return_tensors="pt"
         )
@@ -96,7 +96,7 @@ class Engine:
 
 
 class Recorder:
-    """In front of a trainer: keeps what it sampled, its losses, and its last batch."""
+    """A mixin for a trainer that keeps what it sampled, its losses and its last batch."""
 
     def __init__(self, **options: Any) -> None:
         self.responses: list[list[int]] = []
@@ -104,7 +104,7 @@ class Recorder:
         super().__init__(**options | {"reward_funcs": self._reward})
 
     def _reward(self, completions: list[str], completion_ids: list, **_: Any) -> list[float]:
-        """Anything in which responses to one prompt differ: how varied the letters are."""
+        """Reward varied letters: any reward will do in which responses to one prompt differ."""
         self.responses += completion_ids
         return [len(set(text)) / (1 + len(text)) for text in completions]
 
@@ -123,14 +123,14 @@ def make_trainer(kind: str, case: str, directory: Path, out: str) -> Any:
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
     )  # fmt: skip
     if with_engine:
-        # after the constructor, which would start vLLM
+        # set after the constructor, which would otherwise start vLLM
         trainer.use_vllm, trainer._last_loaded_step = True, -1
         trainer.vllm_generation = Engine(directory, trainer)
     return trainer
 
 
 def run(kind: str, case: str, directory: Path) -> dict:
-    """Train here, and tell what came of it."""
+    """Train in this process and return what the comparison needs."""
     with tempfile.TemporaryDirectory() as out:
         trainer = make_trainer(kind, case, directory, out)
         trainer.train()
@@ -144,11 +144,11 @@ def run(kind: str, case: str, directory: Path) -> dict:
     return found | ({"gradient": compare_gradients(trainer)} if kind == "ours" else {})
 
 
-# One gradient, three times
+# One gradient, computed three times
 
 
 def compare_gradients(trainer: Any) -> dict:
-    """Loss, clipped share and gradient of both trainers, and how far they are from float64."""
+    """Compare loss, clipped fraction and gradient of both trainers with float64."""
     found = {
         name: _gradient(trainer, kind, partial(kind._get_per_token_logps_and_entropies, trainer))
         for name, kind in KINDS.items()
@@ -175,7 +175,7 @@ def compare_gradients(trainer: Any) -> dict:
 
 
 def _gradient(trainer: Any, kind: Any, log_probs: Callable[..., tuple]) -> dict:
-    """With the loss of that kind of trainer, of the log-probs given."""
+    """Return loss, clipped fraction and gradient of one kind of trainer, from given log-probs."""
     trainer._get_per_token_logps_and_entropies = log_probs
     trainer.model.zero_grad()
     loss = kind._compute_loss(trainer, trainer.model, trainer.batch)
@@ -188,7 +188,7 @@ def _gradient(trainer: Any, kind: Any, log_probs: Callable[..., tuple]) -> dict:
 def _to_float64(model: Any) -> None:
     model.double()
     for module in model.modules():
-        if hasattr(module, "variance_epsilon"):  # RMSNorm, which rounds to fp32 on the way
+        if hasattr(module, "variance_epsilon"):  # RMSNorm, which would round to fp32
             module.forward = partial(
                 torch.nn.functional.rms_norm, normalized_shape=module.weight.shape,
                 weight=module.weight, eps=module.variance_epsilon,
@@ -204,7 +204,7 @@ def _from_logits(model: Any, ids: Tensor, mask: Tensor, count: int, **_: Any) ->
 
 
 def compare(runs: dict[str, list[dict]]) -> dict:
-    """Of one case: how the runs differ, and what each trainer takes."""
+    """Return how the runs of one case differ, and the time and memory of each trainer."""
     theirs, ours = (runs[name][0] for name in KINDS)
     return {
         "same_responses": all(
@@ -217,13 +217,13 @@ def compare(runs: dict[str, list[dict]]) -> dict:
         ),
         "gradient": ours["gradient"],
         "step": _times(runs, slice(None)),
-        "update": _times(runs, slice(1, None, 2)),  # steps that train on what is already sampled
+        "update": _times(runs, slice(1, None, 2)),  # steps that train on responses sampled before
         "peak_bytes": {name: [of["peak_bytes"] for of in runs[name]] for name in KINDS},
     }  # fmt: skip
 
 
 def _times(runs: dict[str, list[dict]], steps: slice) -> dict:
-    """Median seconds of a step, and median ratio of steps that stand beside each other."""
+    """Return the median seconds of a step, and the median ratio of corresponding steps."""
     seconds = {name: [x for of in runs[name] for x in of["seconds"][steps]] for name in KINDS}
     ratios = [ours / theirs for theirs, ours in zip(*seconds.values(), strict=True)]
     return {name: median(of) for name, of in seconds.items()} | {"ratio": median(ratios)}
@@ -231,7 +231,7 @@ def _times(runs: dict[str, list[dict]], steps: slice) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=SMOLLM2, help="or a local model directory")
+    parser.add_argument("--model", default=SMOLLM2, help="smollm2 or a local model directory")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each trainer")
     parser.add_argument("--run", nargs=2, metavar=("KIND", "CASE"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="JSON file to write")

@@ -1,9 +1,9 @@
-"""`gspo-ops bench --path model`: whole updates of a real model, whose sequences are partly dead.
+"""`gspo-ops bench --path model`: whole updates of a real model when some sequences are dead.
 
-Loss, backward, clipping of the gradient and a step of AdamW, with activation checkpointing, on
-responses that the model has sampled. A fraction f of them has a gradient; the others have no
-advantage, or are clipped. Everybody gets the same tokens and weights, which an update leaves as
-they are: the learning rate is next to nothing. Rounds are interleaved over all cases.
+An update is the loss, its backward with activation checkpointing, gradient clipping and a step of
+AdamW, on responses that the model has sampled. A fraction f of them has a gradient; the others have
+no advantage, or are clipped. All contenders get the same tokens and weights. An update does not
+change the weights, because the learning rate is negligible. Rounds are interleaved over all cases.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _STILL = 1e-30  # a learning rate that changes no weight
 
 class Sampled(NamedTuple):
     """Attributes:
-    model: fp32, which has sampled; is copied.
+    model: the fp32 model that sampled the responses; each contender copies it.
     ids: (B, P + T) prompts of P tokens and responses.
     prompt: P.
-    log_probs: (B, T) of the responses.
+    log_probs: (B, T) log-probs of the responses.
     """
 
     model: Any
@@ -49,8 +49,8 @@ class Sampled(NamedTuple):
 
 class Case(NamedTuple):
     """Attributes:
-    dead: why sequences have no gradient.
-    f: fraction of those that have one.
+    dead: why the dead sequences have no gradient.
+    f: fraction of sequences that have one.
     advantages: (B,).
     old_log_probs: (B, T).
     """
@@ -62,7 +62,7 @@ class Case(NamedTuple):
 
 
 def sampled(name: str, sequences: int = SEQUENCES, tokens: int = TOKENS) -> Sampled:
-    """Responses of a model, by its name or directory, none of which ends."""
+    """Sample responses of a model, given by name or directory; none of them ends early."""
     from .clip_error import sample_tokens
 
     model, ids, prompt = sample_tokens(name, sequences, tokens, torch.Generator().manual_seed(0))
@@ -72,7 +72,7 @@ def sampled(name: str, sequences: int = SEQUENCES, tokens: int = TOKENS) -> Samp
 
 
 def make_case(data: Sampled, dead: str, f: float) -> Case:
-    """Ratios of live sequences are within the clip range, those of clipped ones far outside."""
+    """Make a case with live ratios inside the clip range and clipped ones far outside."""
     generator = torch.Generator().manual_seed(1)
     count = len(data.ids)
     advantages = torch.randn(count, generator=generator)
@@ -88,8 +88,8 @@ def make_case(data: Sampled, dead: str, f: float) -> Case:
 
 class Contender(NamedTuple):
     """Attributes:
-    optimizer: of its own copy of the model.
-    update: makes of a case one update of it.
+    optimizer: the optimizer of its own copy of the model.
+    update: function that turns a case into a callable that makes one update.
     """
 
     optimizer: torch.optim.Optimizer
@@ -97,7 +97,7 @@ class Contender(NamedTuple):
 
 
 def of_trl(data: Sampled, out: str, kind: Any, **options: Any) -> Contender:
-    """The loss step of one of TRL's trainers."""
+    """Make a contender of the loss step of one of TRL's trainers."""
     from datasets import Dataset
     from trl import GRPOConfig
 
@@ -116,7 +116,7 @@ def of_trl(data: Sampled, out: str, kind: Any, **options: Any) -> Contender:
         **options,
     )  # fmt: skip
     model = trainer.model.train()
-    model.activation_checkpointing_enable()  # TRL's default, which its train() makes so
+    model.activation_checkpointing_enable()  # TRL's default, which only its train() applies
     optimizer = torch.optim.AdamW(model.parameters(), lr=_STILL, weight_decay=0.0, fused=True)
     trainer.current_gradient_accumulation_steps = 1
     shared = {
@@ -142,7 +142,7 @@ def of_trl(data: Sampled, out: str, kind: Any, **options: Any) -> Contender:
 
 
 def of_reference_trainer(data: Sampled, *options: str) -> Contender:
-    """An update of `gspo_ops.trainer`."""
+    """Make a contender of an update of `gspo_ops.trainer`."""
     from gspo_ops.trainer.config import load_config
     from gspo_ops.trainer.learner import Learner
     from gspo_ops.trainer.ranks import Ranks
@@ -170,7 +170,7 @@ def of_reference_trainer(data: Sampled, *options: str) -> Contender:
 
 
 def contenders(data: Sampled, out: str) -> dict[str, Contender]:
-    """By name; those of TRL where it is installed."""
+    """Return all contenders by name, with those of TRL if it is installed."""
     found = {}
     if importlib.util.find_spec("trl") is not None:
         from trl import GRPOTrainer
@@ -186,7 +186,7 @@ def contenders(data: Sampled, out: str) -> dict[str, Contender]:
 
 
 class Sample(NamedTuple):
-    """Of one update: seconds, and bytes at the peak beyond what stands there before."""
+    """One update: its seconds, and its peak memory beyond what was in use before."""
 
     seconds: float
     peak_bytes: int
@@ -200,7 +200,7 @@ def sample(step: Callable[[], object], device: torch.device) -> Sample:
 
 
 def gradient(contender: Contender, step: Callable[[], object]) -> Tensor:
-    """(parameters,) of an update; also its first, warming call."""
+    """Return the gradient of an update, flattened; this call also warms it up."""
     optimizer = contender.optimizer
     found: list[Tensor] = []
 
@@ -223,9 +223,10 @@ def measure(
     rounds: int,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[dict]:
-    """A row for each case: every contender's time, memory and distance in the gradient.
+    """Return a row for each case: every contender's time, memory and distance of its gradient.
 
-    The distance is that from an update that leaves nothing out, in the same fp32.
+    The distance is that from the reference trainer's gradient when it computes every response, also
+    in fp32.
     """
     device = data.ids.device
     everybody = contenders(data, out)
@@ -239,7 +240,7 @@ def measure(
             errors[case, name] = relative(gradient(contender, step), expected)
     del exact
     progress(f"{rounds} rounds of {len(steps)} updates")
-    # A contender's updates follow each other: the ratio to its own at f=1 is of the same minute.
+    # A contender's updates follow one another, so that it is compared with its own recent f=1.
     names = {
         f"{case.dead} {name} {case.f}": (case, name)
         for dead in DEAD for name in everybody for case in cases if case.dead == dead
@@ -265,20 +266,20 @@ def measure(
 
 
 def ratio(row: dict, name: str, base: dict, of: str) -> float:
-    """Median over rounds of a contender's time to another's, maybe in another case."""
+    """Return the median over rounds of a contender's time relative to that of a row's contender."""
     pairs = zip(row["contenders"][name]["seconds"], base["contenders"][of]["seconds"], strict=True)
     return statistics.median(a / b for a, b in pairs)
 
 
 def lines(report: dict) -> list[str]:
-    """The results as a table for the terminal."""
+    """Return the results as a table for the terminal."""
     found = []
     for dead in DEAD:
         rows = [row for row in report["results"] if row["dead"] == dead]
         if not rows:
             continue
         fs = "".join(f"{row['f']:>8g}" for row in rows)
-        found += ["", f"{dead}; seconds, then of its own time at f={rows[0]['f']:g}; f =", ""]
+        found += ["", f"{dead}: seconds, then time relative to f={rows[0]['f']:g}; f =", ""]
         found.append(f"{'':46}{fs}")
         for name in rows[0]["contenders"]:
             times = [statistics.median(row["contenders"][name]["seconds"]) for row in rows]
@@ -289,7 +290,7 @@ def lines(report: dict) -> list[str]:
 
 
 def draw(report: dict, path: Path) -> None:
-    """Time of an update against f, for sequences that are dead for either reason."""
+    """Draw the time of an update against f, for both reasons why sequences are dead."""
 
     figure, axes = pyplot().subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
     theory = {DEAD[0]: (lambda f: f, "f"), DEAD[1]: (lambda f: (1 + 3 * f) / 4, "(1 + 3f) / 4")}
@@ -312,11 +313,13 @@ def draw(report: dict, path: Path) -> None:
             fs, [ours * function(f) / function(top["f"]) for f in fs], ":", color="grey",
             label=f"proportional to {label}",
         )  # fmt: skip
-        axis.set(xlabel="f, fraction of sequences with a gradient", title=f"The others: {dead}")
+        axis.set(
+            xlabel="f, fraction of sequences with a gradient", title=f"Remaining sequences: {dead}"
+        )
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, loc="lower right")
-    axes[0].set_ylabel(f"time of an update, fraction of {names[0]}'s")
+    axes[0].set_ylabel(f"time of an update relative to {names[0]}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
@@ -325,8 +328,8 @@ def run(
     model: str, fractions: Sequence[float], rounds: int, out: Path | None, plot: Path | None,
     progress: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """`gspo-ops bench --path model`."""
-    progress(f"{model}: {SEQUENCES} responses of {TOKENS} tokens")
+    """Run `gspo-ops bench --path model`."""
+    progress(f"{model}: sampling {SEQUENCES} responses of {TOKENS} tokens")
     data = sampled(model)
     cases = [make_case(data, dead, f) for dead in DEAD for f in fractions]
     with tempfile.TemporaryDirectory() as folder:

@@ -13,7 +13,7 @@ from gspo_ops import reference
 Path = Literal["logits", "hidden"]
 Lengths = Literal["square", "ragged"]
 SEQUENCES = 16
-_PART = 1 << 26  # elements that are drawn at a time
+_PART = 1 << 26  # number of elements that are drawn at a time
 
 
 class Batch(NamedTuple):
@@ -30,15 +30,15 @@ class Batch(NamedTuple):
     advantages: Tensor
 
     def of(self, sequence: int) -> Batch:
-        """One sequence as a batch."""
+        """Return one sequence as a batch."""
         return Batch(*(x[sequence : sequence + 1] for x in self))
 
 
 class Workload(NamedTuple):
     """Attributes:
     operands: logits (B, T, V) alone; or hidden states (B, T, H) and the head's weight (V, H).
-    batch: what else the loss takes.
-    live: (B,) bool, which sequences have a gradient.
+    batch: further arguments of the loss.
+    live: (B,) bool, True for sequences with a gradient.
     """
 
     operands: tuple[Tensor, ...]
@@ -47,16 +47,16 @@ class Workload(NamedTuple):
 
     @property
     def rows(self) -> tuple[int, int, int]:
-        """All, those of a response, and those with a gradient."""
+        """The numbers of all rows, of rows of responses, and of rows with a gradient."""
         lengths = self.batch.mask.sum(1)
         return self.batch.mask.numel(), int(lengths.sum()), int(lengths[self.live].sum())
 
     def leaves(self) -> tuple[Tensor, ...]:
-        """The operands, each that had a gradient with a new one."""
+        """Return the operands as new leaves, which require a gradient if the operands do."""
         return tuple(x.detach().requires_grad_(x.requires_grad) for x in self.operands)
 
     def one(self, sequence: int) -> tuple[Tensor, ...]:
-        """The operands of one sequence, in float64."""
+        """Return the operands of one sequence in float64."""
         x, *rest = self.operands
         parts = x[sequence : sequence + 1], *rest
         return tuple(
@@ -75,15 +75,15 @@ def make_workload(
     lengths: Lengths = "square",
     frozen_head: bool = False,
 ) -> Workload:
-    """`draw`, and a fraction f of the sequences with a gradient."""
+    """Call `draw` and give a fraction f of the sequences a gradient."""
     return draw(path, shape, dtype, device, frozen_head=frozen_head).at(f, lengths)
 
 
 class Drawn(NamedTuple):
     """Attributes:
-    operands: of a `Workload`.
-    targets: (B, T) tokens sampled from their distributions.
-    log_probs: (B, T) of these, in fp32.
+    operands: operands of a `Workload`.
+    targets: (B, T) tokens sampled from the operands' distributions.
+    log_probs: (B, T) fp32 log-probs of the targets.
     """
 
     operands: tuple[Tensor, ...]
@@ -91,14 +91,14 @@ class Drawn(NamedTuple):
     log_probs: Tensor
 
     def at(self, f: float, lengths: Lengths = "square") -> Workload:
-        """A workload with these tensors, a fraction f of whose sequences have a gradient.
+        """Return a workload of these tensors in which a fraction f of the sequences has a gradient.
 
-        The others have no advantage, or are clipped, in turn. Ratios are far on either side of the
-        clip range: whatever the rounding of a provider, all have the same live rows.
+        The others alternately have no advantage and are clipped. Ratios are far outside the clip
+        range, so that all providers have the same live rows, whatever their rounding.
 
         Args:
-            f: fraction of the sequences.
-            lengths: `"square"`, or `"ragged"`: log-normal lengths with a long tail, padded.
+            f: fraction of sequences with a gradient.
+            lengths: `"square"`, or `"ragged"` for log-normal lengths with a long tail, padded.
         """
         device, T = self.targets.device, self.targets.shape[1]
         generator = torch.Generator().manual_seed(1)
@@ -126,14 +126,14 @@ def draw(
     *,
     frozen_head: bool = False,
 ) -> Drawn:
-    """16 sequences of sampled tokens, drawn where they are used.
+    """Draw 16 sequences of sampled tokens on the device that uses them.
 
     Args:
-        path: what the operands are.
-        shape: N, V and H; N is a multiple of 16, and H of no account from logits.
-        dtype: of the operands.
-        device: where they are.
-        frozen_head: the weight has no gradient.
+        path: kind of the operands.
+        shape: N, V and H; N is a multiple of 16, and H is ignored for logits.
+        dtype: dtype of the operands.
+        device: device of the operands.
+        frozen_head: whether the weight has no gradient.
     """
     N, V, H = shape
     T = N // SEQUENCES
@@ -149,7 +149,7 @@ def draw(
 
 
 def normal(*size: int, scale: float, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Drawn on the generator's device, part by part: all of it in fp32 would double the memory."""
+    """Draw on the generator's device in parts: all of it in fp32 would double the memory."""
     out = torch.empty(size, dtype=dtype, device=generator.device)
     for part in out.split(max(_PART // out[0].numel(), 1)):
         part.copy_(torch.randn(part.shape, generator=generator, device=out.device) * scale)
@@ -158,7 +158,7 @@ def normal(*size: int, scale: float, dtype: torch.dtype, generator: torch.Genera
 
 @torch.no_grad()
 def _sample(operands: tuple[Tensor, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Tokens (B, T) drawn from the operands' distributions, and their log-probs in fp32."""
+    """Draw tokens (B, T) from the operands' distributions; return them and their fp32 log-probs."""
     x, *head = (x.detach() for x in operands)
     targets = torch.empty(x.shape[:-1], dtype=torch.long, device=x.device)
     new = torch.empty(x.shape[:-1], device=x.device)
@@ -173,8 +173,8 @@ def _sample(operands: tuple[Tensor, ...], generator: torch.Generator) -> tuple[T
 
 class Exact(NamedTuple):
     """Attributes:
-    loss: in float64.
-    grads: of the operands, in float64; None where there is none.
+    loss: the loss in float64.
+    grads: gradients of the operands in float64; None for an operand without one.
     noise: standard deviation of the loss when each ratio has an independent error of 1.
     """
 
@@ -184,7 +184,7 @@ class Exact(NamedTuple):
 
 
 def exact(workload: Workload) -> Exact:
-    """In float64, sequence after sequence."""
+    """Compute the exact results in float64, one sequence after the other."""
     from_logits = len(workload.operands) == 1
     of: Callable[..., tuple[Tensor, dict]] = (
         reference.policy_loss_from_logits if from_logits else reference.policy_loss_from_hidden
@@ -218,14 +218,16 @@ class Floor(NamedTuple):
     flops: float
 
     def seconds(self, bandwidth: float, rate: float) -> float:
-        """At so many bytes and FLOPs per second."""
+        """Return the time at given rates, in bytes per second and FLOPs per second."""
         return max(self.bytes / bandwidth, self.flops / rate)
 
 
 def floor(workload: Workload) -> Floor:
-    """From logits: the forward reads them, the backward reads those of live rows and writes all.
+    """Return the least work of a workload.
 
-    From hidden states: 2 N V H for the logits, as much for each gradient of live rows.
+    From logits, the forward reads those of responses, and the backward reads those of live rows and
+    writes all gradients. From hidden states, the logits of responses take 2 N V H FLOPs, and each
+    gradient takes as many over the live rows.
     """
     every, valid, live = workload.rows
     if len(workload.operands) == 1:

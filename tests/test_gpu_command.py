@@ -186,7 +186,7 @@ def test_a_dry_run_takes_the_steps_that_a_gpu_would(tmp_path, monkeypatch):
     assert report["profiles"].keys() >= {"logits, gspo_ops", "hidden, gspo_ops"}
     monkeypatch.setattr("gspo_ops.benchmarks.report.ROOT", tmp_path)
     block = "<!-- results: gpu.json -->\nold\n<!-- end of results -->"
-    with pytest.raises(SystemExit, match=r"gpu\.json is of a dry run"):
+    with pytest.raises(SystemExit, match=r"gpu\.json comes from a dry run"):
         updated(block)
 
 

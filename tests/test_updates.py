@@ -85,6 +85,6 @@ def test_what_the_demo_saves(tmp_path):
     assert left_out.saved(runs) == [2.0, 0.5]
     table = "\n".join(report.left_out_table({"seeds": [0], "runs": runs}))
     assert "| left out | 0.100 ± 0.010 | 0.500 ± 0.020 | 2 | 3 |" in table
-    assert "saved are 2.0 s, 0.5 s and 2 s in all" in table
+    assert "saves 2.0 s in the first step, 0.5 s in the last one and 2 s in the whole" in table
     left_out.draw({"runs": runs}, tmp_path / "found.png")
     assert (tmp_path / "found.png").stat().st_size > 10_000
