@@ -1,4 +1,4 @@
-"""Which axes of the arguments of a model's layers count sequences, and which count tokens.
+"""The axes of sequences and of tokens in the arguments of a model's layers.
 
 Names and layouts differ between models. The axes are therefore learnt: the model runs on a few
 tokens in batches of three sizes, and the sizes that change with the batch reveal them.
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-# sequences and tokens of the batches on which axes are learnt
+# (sequences, tokens) of the batches from which axes are learnt
 _SIZES = (2, 5), (3, 5), (2, 7)
-PLAIN = type(None), bool, int, float, str  # what is the same for all sequences
-BORDERS = "cu_seq_lens_q", "cu_seq_lens_k"  # of packed sequences, for FlashAttention
+PLAIN = type(None), bool, int, float, str  # types of values that all sequences share
+BORDERS = "cu_seq_lens_q", "cu_seq_lens_k"  # borders of packed sequences, for FlashAttention
 
 
 class Axes(NamedTuple):
@@ -37,27 +37,27 @@ class Axes(NamedTuple):
 
 
 UNKNOWN = Axes(is_known=False)
-# by class of the layer, path of the tensor and number of its dimensions
+# keys: class of the layer, path of the tensor, number of its dimensions
 KnownAxes = dict[tuple[str, str, int], Axes]
 
 
 def leaves_of(tree: Any) -> list[tuple[str, Any]]:
-    """Path and value of every leaf of nested tuples, lists and dictionaries."""
+    """Return the path and value of every leaf of nested tuples, lists and dictionaries."""
     return [(keystr(path), x) for path, x in tree_flatten_with_path(tree)[0]]
 
 
 def class_of(layer: nn.Module) -> str:
-    """The name of a class, also where FSDP2 has derived a class from it."""
+    """Return the name of a layer's class, or of the one from which FSDP2 has derived it."""
     names = (kind.__name__ for kind in type(layer).__mro__)
     return next(name for name in names if not name.startswith("FSDP"))
 
 
 @torch.no_grad()
 def learn_axes(model: Any, layers: Sequence[nn.Module]) -> KnownAxes:
-    """Axes of all arguments and results of these layers of a model that are tensors.
+    """Learn the axes of all tensors among the arguments and results of a model's layers.
 
     Args:
-        model: takes `input_ids` (B, S), and `attention_mask` if it has this argument.
+        model: a model that takes `input_ids` (B, S), and `attention_mask` if it has this argument.
         layers: layers of the model.
 
     Returns:
@@ -75,7 +75,7 @@ def learn_axes(model: Any, layers: Sequence[nn.Module]) -> KnownAxes:
     device = next(model.parameters()).device
     try:
         with (
-            torch.random.fork_rng([device] if device.type == "cuda" else []),  # dropout's
+            torch.random.fork_rng([device] if device.type == "cuda" else []),  # dropout draws
             torch.compiler.set_stance("force_eager"),
         ):
             for size in _SIZES:
@@ -93,9 +93,9 @@ def learn_axes(model: Any, layers: Sequence[nn.Module]) -> KnownAxes:
 
 
 def _batches(model: Any, size: tuple[int, int], device: torch.device) -> Iterator[dict[str, Any]]:
-    """Text as the model takes it, with positions of all rows, and with its own."""
+    """Yield text with the model's own positions and, if it takes them, with those of all rows."""
     mask = torch.ones(size, dtype=torch.long, device=device)
-    mask[0, 0] = 0  # some models make no mask of tokens without padding
+    mask[0, 0] = 0  # without padding, some models make no mask
     parameters = inspect.signature(type(model).forward).parameters.values()
     known = {p.name for p in parameters}
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
@@ -108,7 +108,7 @@ def _batches(model: Any, size: tuple[int, int], device: torch.device) -> Iterato
 
 
 def _axes(shape: torch.Size, more_sequences: torch.Size, more_tokens: torch.Size) -> Axes:
-    """Of a tensor that has these shapes in the three batches."""
+    """Return the axes of a tensor that has these shapes in the three batches."""
     (b, s), (more_b, _), (_, more_s) = _SIZES
     follows_b = [i for i, n in enumerate(shape) if more_sequences[i] != n]
     follows_s = [i for i, n in enumerate(shape) if more_tokens[i] != n]
@@ -121,7 +121,7 @@ def _axes(shape: torch.Size, more_sequences: torch.Size, more_tokens: torch.Size
 
 
 def _agreed(found: list[Axes]) -> Axes:
-    """Of a tensor in several calls; in some, the axis of sequences may have size 1."""
+    """Return a tensor's axes in several calls; in some, the axis of sequences may have size 1."""
     sequences = {axes.sequences for axes in found} - {None}
     tokens = {axes.tokens for axes in found}
     if any(not axes.is_known for axes in found) or len(sequences) > 1 or len(tokens) > 1:
@@ -158,7 +158,7 @@ class Units(NamedTuple):
 
     @classmethod
     def of(cls, given: Sequence[tuple[Place, Tensor]]) -> Units:
-        """The units of a call with these arguments."""
+        """Return the units of a call with these arguments."""
         rows = (
             (x.shape[of.axes.sequences], x.shape[of.axes.tokens[0]])
             for of, x in given
@@ -176,13 +176,13 @@ class Units(NamedTuple):
         return cls(sequences)
 
     def axes(self, of: Place) -> tuple[int, ...]:
-        """The axes along which a tensor is split."""
+        """Return the axes along which a tensor is split."""
         if self.sequence is not None:
             return of.axes.tokens
         return () if of.axes.sequences is None else (of.axes.sequences,)
 
     def fit(self, x: Tensor, of: Place) -> bool:
-        """Whether the tensor can be split, or belongs to all units."""
+        """Return whether the tensor can be split, or belongs to all units."""
         if of.is_called(*BORDERS):
             return True
         axes, (sequences, tokens, others, is_known) = self.axes(of), of.axes
@@ -193,7 +193,7 @@ class Units(NamedTuple):
         )
 
     def take(self, x: Tensor, of: Place, index: Tensor) -> Tensor:
-        """The part of the units in `index`."""
+        """Return the part of the units in `index`."""
         if self.sequence is not None and of.is_called(*BORDERS):
             lengths = torch.zeros_like(x[1:], dtype=torch.long)
             lengths.scatter_add_(0, self.sequence[index], torch.ones_like(index))
@@ -205,7 +205,7 @@ class Units(NamedTuple):
         return x
 
     def put(self, part: Tensor, of: Place, index: Tensor, shape: torch.Size) -> Tensor:
-        """A tensor of this shape with that part, and 0 elsewhere."""
+        """Return a tensor of this shape with that part, and 0 elsewhere."""
         for axis in self.axes(of):
             if shape[axis] >= self.number:
                 part = part.unflatten(axis, (len(index), -1))
@@ -214,7 +214,7 @@ class Units(NamedTuple):
         return part
 
     def are_live(self, gradient: Tensor, of: Place) -> Tensor:
-        """(number,) bool: whether the gradient is not 0 somewhere in the unit's sequence."""
+        """Return (number,) bool: whether the gradient is non-zero anywhere in a unit's sequence."""
         live, axes = gradient != 0, self.axes(of)
         if not axes or live.shape[axes[0]] < self.number:
             return live.any().expand(self.number)
@@ -227,10 +227,10 @@ class Units(NamedTuple):
 
 
 def _sequence_of(positions: Tensor) -> Tensor:
-    """(S,) the sequence of each token of one row, by its positions (n, S).
+    """Return the sequence (S,) of each token in one row, given the row's positions (n, S).
 
-    They are 0, 1, 2, ... in each sequence. Where they are not, as in a tree of responses to one
-    prompt, or around images, all tokens are one sequence.
+    Positions are 0, 1, 2, ... in each sequence. Where they are not, as in a tree of responses to
+    one prompt, or around images, all tokens are one sequence.
     """
     starts = positions[0] == 0
     sequence = starts.cumsum(0).sub(1).clamp(min=0)

@@ -14,7 +14,7 @@ from ..constants import IGNORED
 from .axes import BORDERS, PLAIN, Axes, Place, Units
 from .heads import hidden_to, unwrapped
 
-# of a model's arguments, by name and number of dimensions
+# axes of a model's arguments, by name and number of dimensions
 _ANY: frozenset[int] = frozenset()
 _ROWS = Axes(sequences=0, tokens=(1,))
 _AXES = {
@@ -22,7 +22,7 @@ _AXES = {
         "input_ids", "attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids",
         "seq_idx",
     )},
-    ("position_ids", 3): Axes(1, (2,), (frozenset([3, 4]), *2 * [_ANY])),  # by axis of images
+    ("position_ids", 3): Axes(1, (2,), (frozenset([3, 4]), *2 * [_ANY])),  # per axis of images
     ("attention_mask", 4): Axes(0, (2, 3), (_ANY, frozenset([1]), *2 * [_ANY])),
     ("cu_seq_lens_q", 1): Axes(),
     ("cu_seq_lens_k", 1): Axes(),
@@ -36,7 +36,7 @@ _OF_TOKENS = (
     "clip_frac_dual",
     "active_token_frac",
 )
-_FEW = 4  # tokens of a sequence with which it is found out what packed sequences see
+_FEW = 4  # tokens per sequence in the test whether packed sequences see each other
 _separate: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -57,7 +57,7 @@ class Batch(NamedTuple):
     def of(
         cls, arguments: Mapping[str, Any], width: int | None, cu_seqlens: Tensor | None
     ) -> Batch:
-        """Check the arguments.
+        """Check the arguments and make a batch of them.
 
         Raises:
             ValueError: an argument is invalid; the message names it.
@@ -99,13 +99,13 @@ class Batch(NamedTuple):
     # Rows of hidden states, each of which predicts a token
 
     def hidden(self, hidden: Tensor) -> Tensor:
-        """The hidden states, out of (B, S, H) or more in front of S, that predict tokens."""
+        """Select from (B, S, H) the states that predict tokens; S may include prepended tokens."""
         if self.width is None:
             return hidden[0, -self.ids.shape[1] :]
         return hidden[:, -self.width - 1 : -1]
 
     def targets(self) -> Tensor:
-        """The token that each of these hidden states predicts."""
+        """Return the token that each of these hidden states predicts."""
         if self.width is not None:
             return self.ids[:, -self.width :]
         assert self.cu_seqlens is not None
@@ -113,11 +113,11 @@ class Batch(NamedTuple):
         return self.of_rows(firsts)
 
     def of_rows(self, x: Tensor) -> Tensor:
-        """Values per token or sequence, by row."""
+        """Convert values per token to values per row; values per sequence stay."""
         return x if self.width is not None or not self._is_per_token(x) else x.roll(-1, -1)
 
     def of_tokens(self, x: Tensor) -> Tensor:
-        """Values per row, by token."""
+        """Convert values per row to values per token."""
         return x if self.width is not None else x.roll(1, -1)
 
     def _is_per_token(self, x: Tensor) -> bool:
@@ -126,7 +126,7 @@ class Batch(NamedTuple):
     # Some of the sequences
 
     def obstacle(self) -> str | None:
-        """The name of an argument that cannot be split into sequences."""
+        """Return the name of an argument that cannot be split into sequences, if there is one."""
         units = self._units()
         for name, x in self.arguments.items():
             if isinstance(x, Tensor) and x.ndim:
@@ -149,7 +149,7 @@ class Batch(NamedTuple):
         return Units(len(token), sequence)
 
     def some(self, is_live: Tensor) -> Part:
-        """The sequences for which this is True. It synchronises once."""
+        """Select the sequences for which this is True, with one host synchronisation."""
         borders = [] if self.cu_seqlens is None else [self.cu_seqlens.long()]
         found = torch.cat([is_live.long(), *borders]).tolist()
         index = [b for b, live in enumerate(found[: self.number]) if live]
@@ -167,7 +167,7 @@ class Batch(NamedTuple):
         return Part(self, batch, sequences, tokens)
 
     def twice(self) -> Batch:
-        """The first tokens of the first packed sequence, twice."""
+        """Return a batch that has the first tokens of the first packed sequence twice."""
         assert self.cu_seqlens is not None
         n = min(int(self.cu_seqlens[1]), _FEW)
         tokens = torch.arange(n, device=self.ids.device).repeat(2)
@@ -175,7 +175,7 @@ class Batch(NamedTuple):
         return Batch(self._arguments_of(tokens, cu_seqlens), None, cu_seqlens)
 
     def _arguments_of(self, index: Tensor, cu_seqlens: Tensor | None) -> dict[str, Any]:
-        """Those of some sequences, or of some tokens where they are packed."""
+        """Return the arguments of some sequences, or of some tokens if they are packed."""
         units, arguments = self._units(), dict(self.arguments)
         for name, x in self.arguments.items():
             place = self._place(name, x) if isinstance(x, Tensor) else None
@@ -186,7 +186,7 @@ class Batch(NamedTuple):
         return arguments
 
     def stand_in(self) -> Batch:
-        """Two tokens for a loss with a gradient of 0 in every parameter.
+        """Return two tokens for a loss with a gradient of 0 in every parameter.
 
         A rank without a live sequence thus takes part in its model's collectives, and the optimizer
         receives the zeros that it would have received.
@@ -197,7 +197,7 @@ class Batch(NamedTuple):
         return Batch(few, 1, None)
 
     def sequences_with(self, tokens: Tensor) -> Tensor:
-        """(B,) bool: whether a token of the response is True."""
+        """Return (B,) bool: whether any token of the response is True."""
         if self.width is not None:
             return tokens.any(1)
         sequence = self._units().sequence
@@ -206,7 +206,7 @@ class Batch(NamedTuple):
         return found != 0
 
     def by_token(self, x: Tensor) -> Tensor:
-        """Values per sequence or per token, by token."""
+        """Make values per sequence or per token broadcast over tokens."""
         if self.width is not None:
             return x[:, None] if x.ndim == 1 else x
         sequence = self._units().sequence
@@ -220,7 +220,7 @@ class Part(NamedTuple):
     Attributes:
         whole, batch: all sequences, and the sequences for which the model runs.
         sequences: (b,) indices of the latter.
-        tokens: (s,) indices of their tokens if they are packed; otherwise the same.
+        tokens: (s,) indices of their tokens if they are packed; otherwise `sequences`.
     """
 
     whole: Batch
@@ -233,22 +233,22 @@ class Part(NamedTuple):
         return not len(self.sequences)
 
     def take(self, x: Tensor) -> Tensor:
-        """Of what has a value per token or sequence."""
+        """Take the part's values of a tensor with one per token or sequence."""
         if self.whole.width is None and self.whole._is_per_token(x):
             return x[..., self.tokens]
         return x[self.sequences]
 
     def by_token(self, x: Tensor) -> Tensor:
-        """Values per token of the part, by token of the whole; NaN elsewhere."""
+        """Spread values per token of the part over the tokens of the whole, NaN elsewhere."""
         width = self.whole.width
         tokens = self.whole.ids if width is None else self.whole.ids[:, -width:]
         whole = x.new_full(tokens.shape[width is None :], torch.nan)
         if self.is_stand_in:
-            return whole + 0.0 * x.sum()  # whose gradient reaches the model
+            return whole + 0.0 * x.sum()  # so that the gradient reaches the model
         return whole.index_copy(0, self.tokens, x)
 
     def by_sequence(self, x: Tensor) -> Tensor:
-        """The same for values per sequence."""
+        """Spread values per sequence of the part over those of the whole, NaN elsewhere."""
         whole = x.new_full((self.whole.number,), torch.nan)
         return whole.index_copy(0, self.sequences, x[: len(self.sequences)])
 
@@ -256,13 +256,13 @@ class Part(NamedTuple):
 def fractions_of_all(
     stats: Mapping[str, Tensor], sequences: Sequence[Tensor], tokens: Sequence[Tensor]
 ) -> dict[str, Tensor]:
-    """Statistics of some sequences, with fractions converted to those of all sequences.
+    """Convert fractions among the statistics of some sequences to those of all sequences.
 
-    Sequences that are left out are neither clipped nor have a gradient.
+    A sequence that is left out is not clipped and has no gradient.
 
     Args:
         stats: statistics of a loss.
-        sequences, tokens: numbers of these in some sequences, and in all.
+        sequences, tokens: their numbers in these sequences, and in all.
     """
     found = dict(stats)
     for counts, names in ((sequences, _OF_SEQUENCES), (tokens, _OF_TOKENS)):
@@ -290,7 +290,7 @@ def require_separate(model: Any, batch: Batch) -> None:
 
     training = [part for part in inner.modules() if part.training]
     for part in training:
-        part.training = False  # whose dropout would differ
+        part.training = False  # dropout would differ
     try:
         together, expected = last(both), last(alone)
     finally:

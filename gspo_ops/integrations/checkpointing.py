@@ -26,8 +26,8 @@ from .axes import PLAIN, UNKNOWN, KnownAxes, Place, Units, class_of, learn_axes,
 from .heads import unwrapped
 from .surroundings import Surroundings
 
-# Of the squared L2 norm of what a layer adds to its input, how much rounding may change it when it
-# is computed for fewer sequences; experts that rounding has changed for a token included.
+# How far rounding may move what a layer adds to its input when it runs on fewer sequences, for each
+# itemsize: a squared L2 distance over the squared norm. Rounding may also change a token's experts.
 _ROUNDING = {4: 1e-4, 2: 0.02}
 
 
@@ -81,7 +81,7 @@ def _set(
     live: _LiveCheckpointing, model: Any, enable: bool = True,
     gradient_checkpointing_func: Callable[..., Any] = checkpoint, **options: Any,
 ) -> None:  # fmt: skip
-    """transformers' method of this name, with another function of the layers."""
+    """Call transformers' `_set_gradient_checkpointing` with `live` as the checkpoint function."""
     live.ordinary = gradient_checkpointing_func
     type(model)._set_gradient_checkpointing(model, enable, live, **options)
 
@@ -104,20 +104,20 @@ def _require_independent(model: Any, layers: list[nn.Module]) -> None:
 def _learnt(model: Any, layers: list[nn.Module]) -> KnownAxes:
     try:
         return learn_axes(model, layers)
-    except Exception as error:  # of the model's own code
+    except Exception as error:  # the model's code may raise anything
         raise ValueError(f"it fails on a few tokens: {error}") from error
 
 
 class _LiveCheckpointing:
-    """What transformers calls in place of `torch.utils.checkpoint.checkpoint`.
+    """The function that transformers calls in place of `torch.utils.checkpoint.checkpoint`.
 
     Attributes:
-        ordinary: the function in whose place this is.
-        traced: layers whose gradients are those of their arguments and parameters alone.
-        tested: layers whose results for some sequences are those for all, with padded sequences
-            (False) and with packed ones (True).
-        uncut: layers that are left to `ordinary`, since theirs are not.
-        last: the gradient that a layer has returned last.
+        ordinary: the function that this one replaces.
+        traced: layers found to have gradients only for their own arguments and parameters.
+        tested: layers whose results for some sequences were found to equal those for all, with
+            padded sequences (False) and with packed ones (True).
+        uncut: layers that cannot be split, and are left to `ordinary`.
+        last: the gradient that a layer returned last.
     """
 
     def __init__(self, axes: KnownAxes, strict: bool) -> None:
@@ -164,18 +164,22 @@ class _LiveCheckpointing:
 
 
 def _captures() -> bool:
-    """Whether transformers takes results from within layers, router logits for example, to which
-    a layer that is run without a graph would give no gradient."""
+    """Return whether transformers captures results within layers, such as router logits.
+
+    These would have no gradient, because a layer's first run makes no graph.
+    """
     module = sys.modules.get("transformers.utils.output_capturing")
     collector = getattr(module, "_active_collector", None)
     return bool(((collector and collector.get()) or {}).keys() - {"hidden_states"})
 
 
 class _Gradient(NamedTuple):
-    """Attributes:
-    tensor: one that a layer has returned.
-    version: of the tensor.
-    live: units in which it is not zero; None for all.
+    """A gradient that a layer has returned.
+
+    Attributes:
+        tensor: a weak reference to it.
+        version: its version at that time; a change in place would increase it.
+        live: units in which it is not zero; None for all.
     """
 
     tensor: weakref.ref[Tensor]
@@ -187,7 +191,7 @@ class _Gradient(NamedTuple):
 
 
 class _Function(torch.autograd.Function):
-    """A call without a graph, of which the backward makes one for live sequences."""
+    """A call that makes no graph; the backward makes one, of the live sequences."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *inputs: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
@@ -214,10 +218,10 @@ class _Call:
     """One call of a layer.
 
     Attributes:
-        leaves: its arguments, but for tensors, in the structure `spec`.
-        given: where the tensors among them stand, by their index.
-        returned: the same of its results that are tensors; the rest is in `others`.
-        units: what the batch is cut into.
+        leaves: leaves of its arguments, None for tensors; `spec` is their structure.
+        given: places of the tensors among the arguments, by their index in `leaves`.
+        returned: the same for the results; those that are not tensors are in `others`.
+        units: the units into which the batch is split.
     """
 
     def __init__(
@@ -234,7 +238,7 @@ class _Call:
         self.paths = [path for path, _ in found]
 
     def _places(self, leaves: list[tuple[str, Any]]) -> dict[int, Place]:
-        """Of those that are tensors."""
+        """Return the places of the leaves that are tensors, by their index."""
         kind, axes = class_of(self.layer), self.owner.axes
         return {
             i: Place(path, axes.get((kind, path, x.ndim), UNKNOWN))
@@ -243,7 +247,7 @@ class _Call:
         }
 
     def obstacle(self) -> str | None:
-        """Why the call cannot be split, if it cannot."""
+        """Return why the call cannot be split, if it cannot."""
         for path, x in zip(self.paths, self.leaves, strict=True):
             if not isinstance(x, PLAIN) and not (isinstance(x, Mapping) and not x):
                 return f"is given {path}, a {type(x).__name__}, which cannot be split"
@@ -253,7 +257,7 @@ class _Call:
         return None if self.layer in self.owner.traced else self._foreign()
 
     def _foreign(self) -> str | None:
-        """What has a gradient beside arguments and parameters, as a run of its own shows."""
+        """Return how the layer involves tensors that are not its own, which a trial run shows."""
         if any(hasattr(p, "ds_id") for p in self.layer.parameters()):
             return "has weights that ZeRO-3 has sharded"
         given = [x.detach().requires_grad_(x.requires_grad) for x in self.tensors]
@@ -271,7 +275,7 @@ class _Call:
     # Running it
 
     def run(self, given: Iterable[Tensor]) -> list[Tensor]:
-        """The results that are tensors."""
+        """Run the layer, and return the results that are tensors."""
         leaves = list(self.leaves)
         for i, x in zip(self.given, given, strict=True):
             leaves[i] = x
@@ -294,7 +298,7 @@ class _Call:
         return outputs
 
     def result(self, outputs: tuple[Tensor, ...]) -> Any:
-        """The layer's own result, made of these tensors."""
+        """Rebuild the layer's own result from these tensors."""
         leaves = list(self.others)
         for i, x in zip(self.returned, outputs, strict=True):
             leaves[i] = x
@@ -306,7 +310,7 @@ class _Call:
         self, given: list[Tensor], parameters: tuple[Tensor, ...],
         grads: tuple[Tensor | None, ...],
     ) -> list[Tensor | None]:  # fmt: skip
-        """Gradients with respect to arguments and parameters, from those of the results."""
+        """Return gradients with respect to arguments and parameters, given those of the results."""
         live = self._live(grads)
         if live is None:
             found = self._whole(given, parameters, grads)
@@ -321,7 +325,7 @@ class _Call:
         return found
 
     def _live(self, grads: tuple[Tensor | None, ...]) -> Tensor | None:
-        """Units whose sequence has a gradient; None for all."""
+        """Return the units whose sequence has a gradient; None for all."""
         if not self.is_cut or self.layer in self.owner.uncut:
             return None
         places = self.returned.values()
@@ -345,7 +349,7 @@ class _Call:
         self, given: list[Tensor], parameters: tuple[Tensor, ...],
         grads: tuple[Tensor | None, ...], live: Tensor,
     ) -> list[Tensor | None]:  # fmt: skip
-        """From the live units alone."""
+        """Compute the gradients from the live units alone."""
 
         def take(x: Tensor | None, of: Place) -> Tensor | None:
             return None if x is None else self.units.take(x, of, live)
@@ -367,7 +371,7 @@ class _Call:
         return found
 
     def _is_same(self, some: list[Tensor], outputs: list[Tensor], live: Tensor) -> bool:
-        """Whether the results are those for all, up to rounding; looked at once for each layer."""
+        """Return whether the results equal those for all, up to rounding; test each layer once."""
         tested = self.owner.tested[self.units.are_packed]
         if self.layer in tested:
             return True
@@ -385,7 +389,7 @@ class _Call:
 def _gradients(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """With respect to each input that needs one."""
+    """Return the gradient with respect to each input; None for an input that needs none."""
     both = zip(outputs, grads, strict=True)
     pairs = [(x, grad) for x, grad in both if grad is not None and x.requires_grad]
     wanted = [x for x in inputs if x.requires_grad]
@@ -396,7 +400,7 @@ def _gradients(
 
 
 def _variables(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Leaves of the graph of these."""
+    """Yield the leaves of the graph that made these tensors."""
     nodes = [x.grad_fn for x in outputs if x.grad_fn is not None]
     seen = set(nodes)
     while nodes:
@@ -409,7 +413,7 @@ def _variables(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def _is_close(x: Tensor, expected: Tensor, given: Tensor, is_narrow: bool) -> bool:
-    """Up to rounding, of the result and of what the layer has added to its input."""
+    """Return whether x is as expected, up to rounding of it and of what the layer has added."""
     if x.shape != expected.shape or not x.is_floating_point():
         return torch.equal(x, expected)
     eps, rounding = torch.finfo(x.dtype).eps, _ROUNDING[2 if is_narrow else min(x.itemsize, 4)]

@@ -23,15 +23,15 @@ from ..head import LoRA
 
 Result = TypeVar("Result")
 
-# logits that a model is given: 0, one that is nearly not capped, usual ones, one that caps fully
+# logits that a model is given: 0, one that a cap hardly changes, usual ones, one it caps fully
 _PROBES = (0.0, 2.0**-20, -1.0, 2.0, -8.0, 30.0, -100.0, 2.0**15)
-_TOKENS = 8  # on which a head is compared with its model
+_TOKENS = 8  # the number of tokens on which a head is compared with its model
 _OF_TEXT = {
     "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache",
     "output_router_logits",
 }  # fmt: skip
-_COLUMNS = 1024  # of the vocabulary, evenly spread, that are compared
-_INSTEAD = "use the ops from logits for it"  # the end of what a refused model's user is told
+_COLUMNS = 1024  # the number of tokens of the vocabulary, evenly spread, that are compared
+_INSTEAD = "use the ops from logits for it"  # the end of an error's message
 
 
 class Transform(NamedTuple):
@@ -68,7 +68,7 @@ class OutputHead(NamedTuple):
     transform: Transform
 
     def options(self, temperature: float) -> dict[str, Any]:
-        """The head's share of the options of the ops from hidden states.
+        """Return the head's part of the options of the ops from hidden states.
 
         The op computes softcap * tanh(z / softcap) / temperature, so a gain divides both options.
         """
@@ -79,7 +79,7 @@ class OutputHead(NamedTuple):
         }  # fmt: skip
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., V) in fp32, or float64 for float64.
+        """Compute logits (..., V) in fp32, or in float64 for float64.
 
         A bf16 head would round them, which alone moves a sequence's ratio by the width of GSPO's
         clip range.
@@ -94,7 +94,7 @@ class OutputHead(NamedTuple):
 
 
 def output_head(model: Any) -> OutputHead:
-    """The head of a causal language model, wrapped or not.
+    """Return the head of a causal language model, wrapped or not.
 
     The first call for a model runs it on a few tokens; the result is kept.
 
@@ -119,7 +119,7 @@ def hidden_to(
     *,
     within: Callable[..., Any] | None = None,
 ) -> Result:
-    """function(head, hidden, output) as the result of the model's forward.
+    """Return function(head, hidden, output) as the result of the model's forward.
 
     DDP, FSDP, DeepSpeed, peft and torch.compile work as in any forward: they gather weights, reduce
     gradients, and add trained prompts and adapters.
@@ -127,8 +127,8 @@ def hidden_to(
     Args:
         model: a causal language model of transformers, wrapped or not.
         batch: arguments of its forward, with `input_ids` (B, S).
-        function: takes the head, its hidden states (B, S, H) (more than S if a wrapper prepends
-            tokens), and the model's output, without logits.
+        function: function of the head, its hidden states (B, S, H) (more than S if a wrapper
+            prepends tokens), and the model's output, without logits.
         check: whether the head's logits are compared with the model's own, before the first use.
         within: the model's own forward, if it is called by a forward that replaces it.
 
@@ -149,11 +149,11 @@ def hidden_to(
 
 
 class _Tap(nn.Module):
-    """Stands in a head's place, takes its hidden states, and returns next to nothing as logits."""
+    """A layer in a head's place, which keeps the hidden states and returns one 0 per token."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
-        vars(self)["head"] = head  # not as a part of it
+        vars(self)["head"] = head  # not as a submodule
         self.calls = 0
         self.hidden: Tensor | None = None
 
@@ -167,13 +167,13 @@ class _Tap(nn.Module):
 
 
 class _Probe(_Tap):
-    """Returns, of the first row, logits of the last tokens and then `_PROBES`, in float64."""
+    """A tap that returns logits of the first row's last tokens and then `_PROBES`, in float64."""
 
-    is_real = True  # whether there are logits
+    is_real = True  # whether the former are computed
 
     def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         nothing = super().forward(hidden)
-        if hidden.ndim != 3:  # it is refused once the model is done
+        if hidden.ndim != 3:  # refused once the model is done
             return nothing
         head = vars(self)["head"]
         probes = torch.tensor(_PROBES, dtype=torch.float64, device=hidden.device)[:, None]
@@ -186,7 +186,7 @@ class _Probe(_Tap):
 class _Seam:
     """A model's forward with another layer in its head's place, and a function of hidden states.
 
-    One for each model, which stays, so that torch.compile compiles the forward once.
+    Each model keeps one, so that torch.compile compiles the forward once.
     """
 
     def __init__(self, model: Any, last: nn.Module, tap: _Tap) -> None:
@@ -204,7 +204,7 @@ class _Seam:
         finish: Callable[[Tensor, Any], Result],
         within: Callable[..., Any] | None,
     ) -> Result:
-        """finish(hidden, output) as the result of the model's forward, by way of its wrappers."""
+        """Return finish(hidden, output) as the result of the model's forward, via its wrappers."""
         model, arguments = unwrapped(wrapped), dict(batch)
         if arguments.get("adapter_names") is not None and _base(self.last) is not self.last:
             raise ValueError(
@@ -216,7 +216,7 @@ class _Seam:
         if any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in parameters):
             arguments = {"use_cache": False} | arguments
         was, own = vars(model).get("forward"), model.forward
-        # peft has it in its own's place for a prompt that is disabled
+        # while a prompt is disabled, peft has the model's forward in place of its own
         by_wrappers = [part for part in _around(wrapped) if vars(part).get("forward") == own]
         self._put(model, self.tap)
         for part in (model, *by_wrappers):
@@ -270,7 +270,7 @@ _transforms: weakref.WeakKeyDictionary[nn.Module, Transform] = weakref.WeakKeyDi
 _seams: weakref.WeakKeyDictionary[nn.Module, _Seam] = weakref.WeakKeyDictionary()
 
 
-# Learning what a model makes of its logits
+# Learning how a model transforms its logits
 
 
 def learn(
@@ -312,7 +312,7 @@ def learn(
     device = _device(inner)
     with (
         torch.no_grad(),
-        torch.random.fork_rng([device] if device.type == "cuda" else []),  # dropout's
+        torch.random.fork_rng([device] if device.type == "cuda" else []),  # dropout draws
         torch.compiler.set_stance("force_eager"),
     ):
         _Seam(inner, last, probe).run(model, batch, finish, within)
@@ -321,12 +321,12 @@ def learn(
 
 def _is_text(batch: Mapping[str, Any]) -> bool:
     positions = batch.get("position_ids")
-    # positions of several axes are those of models for images, which may not do without them
+    # models for images have positions of several axes, and may need them
     return batch.keys() <= _OF_TEXT and (positions is None or positions.ndim < 3)
 
 
 def _fitted(model: Any, logits: Tensor) -> Transform:
-    """The transform of which these are the values at `_PROBES`."""
+    """Return the transform that has these values at `_PROBES`."""
     name = type(model).__name__
     values = logits.double()
     of_columns = values[:, 0]
@@ -361,7 +361,7 @@ def _compare(model: Any, transform: Transform, hidden: Tensor, logits: Tensor) -
     expected = some.logits(hidden.double())
     got = logits[: len(hidden), columns].double()
     difference = (got - expected).abs().max().item()
-    # products in the model's dtype, rounded to it
+    # the model computes products in its own dtype, and rounds to it
     size = hidden.double().norm(dim=1).max() * some.weight.double().norm(dim=1).max()
     narrow = (
         torch.get_autocast_dtype(hidden.device.type)
@@ -380,14 +380,14 @@ def _compare(model: Any, transform: Transform, hidden: Tensor, logits: Tensor) -
 
 
 def unwrapped(model: Any) -> Any:
-    """The model of transformers inside of torch.compile, DDP, FSDP, DeepSpeed and peft."""
+    """Return the model of transformers inside torch.compile, DDP, FSDP, DeepSpeed and peft."""
     while (inside := _inside(model)) is not None:
         model = inside
     return model
 
 
 def _inside(wrapper: Any) -> Any:
-    """What a module wraps, or None."""
+    """Return the module that a module wraps, or None."""
     parts = getattr(wrapper, "_modules", {})
     inside = {"_orig_mod", "module", "_fsdp_wrapped_module"} & parts.keys()
     if inside:
@@ -396,20 +396,20 @@ def _inside(wrapper: Any) -> Any:
 
 
 def _around(model: Any) -> Iterator[Any]:
-    """The wrappers of a model, from the outside."""
+    """Yield the wrappers of a model, from the outermost in."""
     while (inside := _inside(model)) is not None:
         yield model
         model = inside
 
 
 def last_layer(model: Any) -> Any:
-    """The layer that makes logits.
+    """Return the layer that makes logits.
 
     Raises:
         ValueError: there is none, or the ops cannot apply it.
     """
     name = type(model).__name__
-    # of the model, or else of a model in it, as in some of those that see images
+    # the model's own, or else that of a model in it, as in some that see images
     parts = model.modules() if isinstance(model, nn.Module) else ()
     found = (getattr(part, "get_output_embeddings", lambda: None)() for part in parts)
     last = next((layer for layer in found if layer is not None), None)
@@ -417,7 +417,7 @@ def last_layer(model: Any) -> Any:
     if not hasattr(last, "forward"):
         raise ValueError(f"{name} has no output embeddings, which make logits: {_INSTEAD}")
     weight = getattr(_base(last), "weight", None)
-    if weight is None or weight.ndim not in (1, 2):  # 1: of ZeRO-3, before it is gathered
+    if weight is None or weight.ndim not in (1, 2):  # 1: with ZeRO-3, before it is gathered
         raise ValueError(
             f"the head of {name}, {type(last).__name__}, has no weight (V, H): {_INSTEAD}"
         )
@@ -430,38 +430,38 @@ def last_layer(model: Any) -> Any:
 
 
 def _layer(last: Any) -> Any:
-    """The layer that does a head's work, where peft has put another or a wrapper in its place."""
-    last = unwrapped(last)  # of FSDP1, which may have wrapped it by itself
+    """Return the layer that does a head's work, where peft may have replaced or wrapped it."""
+    last = unwrapped(last)  # FSDP1 may have wrapped it on its own
     if hasattr(last, "modules_to_save") and hasattr(last, "original_module"):
         name = next(iter(last.active_adapters), None)
         is_saved = not last.disable_adapters and name in last.modules_to_save
         last = last.modules_to_save[name] if is_saved else last.original_module
-    return getattr(last, "token_adapter", last)  # of trainable_token_indices
+    return getattr(last, "token_adapter", last)  # with trainable_token_indices
 
 
 def _base(last: Any) -> Any:
-    """The layer itself, without peft's adapters."""
+    """Return the layer itself, without peft's adapters."""
     layer = _layer(last)
     return getattr(layer, "base_layer", layer)
 
 
 def _kind(layer: Any) -> str:
-    """The class of a layer of peft, of which FSDP2 makes a class of its own; or nothing."""
+    """Return the name of a peft layer's class, also if FSDP2 has derived one from it, or ''."""
     names = (f"{kind.__module__}.{kind.__name__}" for kind in type(layer).__mro__)
     return next((name for name in names if name.startswith("peft.tuners.")), "")
 
 
 def _active(layer: Any) -> list[str]:
-    """Adapters that the forward of a layer of peft applies; merged ones are in its weight."""
+    """Return the adapters that a peft layer's forward applies; merged ones are in its weight."""
     if not _kind(layer):
         return []
     if layer.disable_adapters and layer.merged:
-        layer.unmerge()  # as its forward does, in whose place the tap is
+        layer.unmerge()  # as its forward does, which the tap replaces
     return [] if layer.disable_adapters or layer.merged else list(layer.active_adapters)
 
 
 def _weights(last: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a head, without LoRA."""
+    """Return weight and bias of a head, without LoRA."""
     layer, base = _layer(last), _base(last)
     names = _active(layer)
     if names and hasattr(layer, "get_merged_weights"):  # trained tokens; peft adds no bias to them
@@ -481,12 +481,12 @@ def _head(model: Any, transform: Transform) -> OutputHead:
 
 
 def _lora(model: Any, layer: Any) -> LoRA | None:
-    """The active adapters of peft on the head, as one."""
+    """Return the active adapters of peft on the head, as one."""
     names = _active(layer)
     if not names or hasattr(layer, "get_merged_weights"):
         return None
     what = f"the head of {type(model).__name__} has an adapter of peft"
-    # by its name: layers of other kinds have a lora_A too
+    # check the name, since layers of other kinds have a lora_A too
     if _kind(layer) != "peft.tuners.lora.layer.Linear":
         raise ValueError(f"{what}, {_kind(layer)}, which the ops cannot apply")
     names = [name for name in names if name in layer.lora_A]
@@ -534,7 +534,7 @@ def as_forward(module: Any, function: Callable[[], Result]) -> Result:
 
 
 def _at_head(last: Any, function: Callable[[], Result]) -> Result:
-    """function() as the forward of a head and of its parts: ZeRO-3 gathers what each owns."""
+    """Run function() as the forward of a head and of its parts: ZeRO-3 gathers what each owns."""
     for part in reversed(list(dict.fromkeys([last, *_layer(last).modules()]))):
         function = partial(as_forward, part, function)
     return function()

@@ -1,4 +1,4 @@
-"""The surroundings of a run of a layer, autocast and random numbers, for another run of it."""
+"""The surroundings of a layer's run, autocast and random numbers, in which it can run again."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Surroundings:
     """The surroundings of the first run.
 
     Attributes:
-        is_random: whether it has drawn random numbers.
+        is_random: whether this run has drawn random numbers.
     """
 
     def __init__(self, device: torch.device) -> None:
-        """As they are now, for a run on this device."""
+        """Record the present surroundings, for a run on this device."""
         self.device, self.is_random = device, True
         self.autocasts = [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
@@ -31,12 +31,12 @@ class Surroundings:
         self.before = self.after = self._random_state()
 
     def is_narrow(self) -> bool:
-        """Whether products are rounded to 16 bits, whatever their operands."""
+        """Return whether autocast rounds products to 16 bits, whatever their operands."""
         return any(is_enabled for kind, _, is_enabled in self.autocasts if kind == self.device.type)
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """The context of the first run."""
+        """Provide the context of the first run."""
         with self._autocast():
             yield
         self.after = self._random_state()
@@ -44,11 +44,11 @@ class Surroundings:
 
     @contextmanager
     def again(self, units: Units | None = None, index: Tensor | None = None) -> Iterator[Replay]:
-        """The context of another run.
+        """Provide the context of another run.
 
         Args:
-            units: of the first run.
-            index: of those that run again; None for all.
+            units: the units of the first run.
+            index: indices of those that run again; None for all.
         """
         replay = Replay()
         with ExitStack() as stack:
@@ -65,7 +65,7 @@ class Surroundings:
     def _autocast(self) -> ExitStack:
         stack = ExitStack()
         for kind, dtype, is_enabled in self.autocasts:
-            # a weight that was cast without a graph must not be found by a run that has one
+            # a run with a graph must not get weights from the cache that were cast without one
             stack.enter_context(torch.autocast(kind, dtype, is_enabled, cache_enabled=False))
         return stack
 
@@ -82,15 +82,17 @@ class Surroundings:
 
 
 class Replay:
-    """Attributes:
-    is_same: whether it has drawn the random numbers of the first run, and no others.
+    """Another run.
+
+    Attributes:
+        is_same: whether it has drawn the random numbers of the first run, and no others.
     """
 
     is_same = True
 
 
 class _Dropout(TorchFunctionMode):
-    """Dropout that draws for all sequences, and takes what belongs to some."""
+    """Dropout that draws for all sequences, and takes the draws of those that run again."""
 
     def __init__(self, units: Units, index: Tensor) -> None:
         super().__init__()

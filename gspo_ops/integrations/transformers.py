@@ -1,8 +1,8 @@
 """Policy losses of a causal language model of transformers, from the hidden states at its head.
 
 The model runs unchanged, inside its wrappers, except that its head makes no logits, and that it
-runs only for the sequences that can have a gradient. Written for transformers 5, which is not
-imported.
+runs only for the sequences that can have a gradient. This module is for transformers 5, which it
+does not import.
 """
 
 from __future__ import annotations
@@ -207,15 +207,15 @@ def _require_cuttable(option: str, whole: Batch) -> None:
 def _is_skipped(
     skip: Skip, whole: Batch, given: Mapping[str, Any], options: Mapping[str, Any]
 ) -> bool:
-    """Whether a sequence without an advantage has no gradient, and can be left out."""
+    """Return whether a sequence without an advantage has no gradient, and can be left out."""
     objective = options.get("objective", GSPO())
     if skip == "none" or not isinstance(objective, Objective) or not objective.needs_advantage():
         return False
-    if options.get("context_group") is not None:  # other ranks have tokens of it
+    if options.get("context_group") is not None:  # other ranks have tokens of the sequence
         return False
     if skip == "dead":
         _require_cuttable("skip='dead'", whole)
-    # what has another shape, the op refuses
+    # the op refuses other shapes
     shapes = {tuple(x.shape) for x in given.values() if isinstance(x, Tensor)}
     mask = given["mask"]
     fitting = {(whole.number,), tuple(mask.shape), (1, *mask.shape)}
@@ -223,11 +223,11 @@ def _is_skipped(
 
 
 def _can_have_gradient(whole: Batch, given: Mapping[str, Any]) -> Tensor:
-    """(B,) bool: whether a token that counts has an advantage and a weight."""
+    """Return (B,) bool: whether a token that counts has an advantage and a weight."""
     mask, advantages = given["mask"], given["advantages"]
     factor = whole.by_token(advantages.detach())
     if (weights := given["rollout_weights"]) is not None:
-        factor = factor * whole.by_token(weights)  # NaN, which is not 0, for an infinite one
+        factor = factor * whole.by_token(weights)  # 0 * inf is NaN, which is not 0
     return whole.sequences_with((factor != 0) & (mask != 0))
 
 
@@ -247,7 +247,7 @@ def _of_part(part: Part, given: Mapping[str, Any]) -> dict[str, Any]:
 def _stats_of_all(
     stats: dict[str, Tensor], whole: Batch, part: Part | None, mask: Tensor
 ) -> dict[str, Tensor]:
-    """Fractions of all sequences, and which of them the rest is of."""
+    """Convert fractions to those of all sequences, and add which of them were computed."""
     if "log_probs" in stats:
         by_token = (whole if part is None else part.batch).of_tokens(stats["log_probs"])
         by_token = by_token if part is None else part.by_token(by_token)

@@ -1,7 +1,7 @@
 """GSPOTrainer: TRL's GRPOTrainer with the loss of its config fused, from hidden states.
 
-Written for TRL 1.16 to 1.x. Config, rollouts, rewards and logs are TRL's; only the loss step is
-replaced. Logits never exist, log-probs are exact to fp32, and responses without a gradient cost
+This module is for TRL 1.16 to 1.x. Config, rollouts, rewards and logs are TRL's; only the loss step
+is replaced. Logits never exist, log-probs are exact to fp32, and responses without a gradient cost
 nothing in the backward.
 """
 
@@ -65,7 +65,7 @@ class GSPOTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         self._check_model, self._skip = check_model, skip
         config = self.args
-        # what torch.compile makes of ordinary checkpointing it can't make of this
+        # torch.compile can trace ordinary checkpointing, but not this
         is_wanted = skip == "dead" or (skip == "auto" and not config.torch_compile)
         if config.gradient_checkpointing and is_wanted:
             live_checkpointing(self.model, strict=skip == "dead")
@@ -89,8 +89,10 @@ class GSPOTrainer(GRPOTrainer):
         batch_size: int | None = None, compute_entropy: bool = False,
         compute_aux_loss: bool = False, **images: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-        """New, old and reference log-probs, by the same way as in one op: else, in bf16, the ratio
-        of a policy to itself would leave GSPO's clip range."""
+        """Compute new, old and reference log-probs in the same way as the loss in one op.
+
+        Otherwise, in bf16, the ratio of a policy to itself would leave GSPO's clip range.
+        """
 
         def scored(*, labels: Tensor, fused_lm_head: bool, **batch: Any) -> Any:
             log_probs, entropy, *router_loss = log_probs_from_model(
@@ -110,7 +112,7 @@ class GSPOTrainer(GRPOTrainer):
         )  # fmt: skip
 
     def _arguments(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Those of `_get_per_token_logps_and_entropies` for a loss."""
+        """Return the arguments of `_get_per_token_logps_and_entropies` for a loss."""
         known = inspect.signature(super()._get_per_token_logps_and_entropies).parameters
         ids, mask = (
             torch.cat([inputs[f"prompt_{of}"], inputs[f"completion_{of}"]], 1)
@@ -124,7 +126,7 @@ class GSPOTrainer(GRPOTrainer):
         }
 
     def _model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What TRL calls the model with: it knows what the images of each model are."""
+        """Return the arguments that TRL gives the model: it knows the images of each model."""
         batch = {}
 
         def take(*, labels: Tensor, fused_lm_head: bool, **found: Any) -> Any:
@@ -137,7 +139,7 @@ class GSPOTrainer(GRPOTrainer):
     def _options(
         self, inputs: dict[str, Any], mask: Tensor, objective: Objective
     ) -> dict[str, Any]:
-        """Those of both losses."""
+        """Return the options that both losses take."""
         return {
             "mask": mask, "objective": objective, "denominator": self._denominator(inputs, mask),
             "ref_log_probs": inputs["ref_per_token_logps"] if self.beta != 0.0 else None,
@@ -146,7 +148,7 @@ class GSPOTrainer(GRPOTrainer):
     def _loss_of_model(
         self, model: Any, inputs: dict[str, Any], mask: Tensor, objective: Objective
     ) -> tuple[Tensor, Step]:
-        """In one op."""
+        """Compute the loss in one op."""
         advantages, old = inputs["advantages"].float(), inputs.get("old_per_token_logps")
         options, weights = self._options(inputs, mask, objective), self._rollout_weights(inputs)
         with self.accelerator.autocast():
@@ -165,7 +167,7 @@ class GSPOTrainer(GRPOTrainer):
     def _loss_of_log_probs(
         self, model: Any, inputs: dict[str, Any], mask: Tensor, objective: Objective
     ) -> tuple[Tensor, Step]:
-        """Of log-probs and entropies, on which weights and an entropy bonus depend."""
+        """Compute the loss from log-probs and entropies, on which weights and a bonus depend."""
         log_probs, entropy, router_loss = self._get_per_token_logps_and_entropies(
             model, compute_entropy=True, **self._arguments(inputs)
         )
@@ -197,19 +199,19 @@ class GSPOTrainer(GRPOTrainer):
         return loss, step
 
     def _rollout_weights(self, inputs: dict[str, Any]) -> Tensor | None:
-        """(B, 1) or (B, T), of the rollout engine's log-probs."""
+        """Return (B, 1) or (B, T) weights from the rollout engine's log-probs, or None."""
         is_used = self.use_vllm and self.vllm_importance_sampling_correction
         return inputs["importance_sampling_ratio"].float() if is_used else None
 
     def _weights(
         self, log_probs: Tensor, inputs: dict[str, Any], mask: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Of tokens, (B, T), or of sequences, (B, 1), by what TRL has for them; and VESPO's phi."""
+        """Return TRL's weights of tokens, (B, T), or of sequences, (B, 1); and VESPO's phi."""
         advantages = _by_token(inputs["advantages"])
         old = inputs.get("old_per_token_logps")
         old = log_probs if old is None else old
         weights, phi = self._rollout_weights(inputs), None
-        if self.loss_type == "vespo":  # whose phi has them in it
+        if self.loss_type == "vespo":  # phi contains the rollout weights
             weights = phi = self.get_gamma_weights(
                 advantages, log_probs - old, mask, inputs.get("importance_sampling_ratio"),
                 **{name: getattr(self.args, f"vespo_{name}")
@@ -225,20 +227,23 @@ class GSPOTrainer(GRPOTrainer):
         return weights, phi
 
     def _skip_of(self, inputs: dict[str, Any]) -> Skip:
-        """In 16 bit, old log-probs of all sequences are rounded otherwise than those of some."""
+        """Return `skip`, where "auto" becomes "none" for a 16-bit model with old log-probs.
+
+        A batch of all sequences rounds them differently from a batch of some.
+        """
         is_narrow = self.accelerator.mixed_precision != "no" or self.model.dtype != torch.float32
         has_old = inputs.get("old_per_token_logps") is not None
         return "none" if self._skip == "auto" and is_narrow and has_old else self._skip
 
     def _steps(self) -> int:
-        """Calls whose gradients are added up."""
+        """Return the number of calls whose gradients are added up."""
         return self.current_gradient_accumulation_steps if self.model.training else 1
 
     def _router_loss_coef(self) -> float:
         return self.router_aux_loss_coef / self._steps() if self.aux_loss_enabled else 0.0
 
     def _denominator(self, inputs: dict[str, Any], mask: Tensor) -> float | Tensor:
-        """What TRL divides by, accumulation included; it counts empty responses as well."""
+        """Return what TRL divides by, accumulation included; it counts empty responses as well."""
         steps = self._steps()
         if self.loss_type == "bnpo":
             return mask.sum().float().clamp(min=1.0) * float(steps)
@@ -246,7 +251,7 @@ class GSPOTrainer(GRPOTrainer):
             return float(len(mask) * self.max_completion_length * steps)
         if self.loss_type in BY_ITEMS:
             items = inputs["num_items_in_batch"].float().clamp(min=1.0)
-            items = items / self.accelerator.num_processes  # which average their gradients
+            items = items / self.accelerator.num_processes  # gradients are averaged
             return (
                 items * (steps / self.args.steps_per_generation) if self.model.training else items
             )
@@ -258,5 +263,5 @@ def _by_token(advantages: Tensor) -> Tensor:
 
 
 def _per_sequence_or_token(weights: Tensor) -> Tensor:
-    """(B,) or (B, T), as the ops take them."""
+    """Return weights as the ops take them, (B,) or (B, T)."""
     return weights.squeeze(1) if weights.shape[1] == 1 else weights

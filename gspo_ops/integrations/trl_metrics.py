@@ -14,7 +14,7 @@ from .trl_settings import BY_ITEMS, CLIPPED
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
-# our statistics, and how they are put together over ranks, NaN on one that has computed nothing
+# our statistics, and how they are combined over ranks; a rank that has computed nothing has NaN
 _OURS: dict[str, Callable[[Tensor], Tensor]] = {
     "ratio_mean": Tensor.nanmean, "ratio_min": nanmin, "ratio_max": nanmax,
     "effective_sample_size": Tensor.nanmean,
@@ -45,7 +45,7 @@ class Step(NamedTuple):
     policy_loss: Tensor | None = None
 
     def ratio(self, level: str) -> Tensor:
-        """(B, T), or (B, 1) if the ratio is per sequence. NaN where not computed."""
+        """Return ratios (B, T), or (B, 1) if they are per sequence; NaN where not computed."""
         if level != "token":
             of_sequence = self.stats["log_ratio"].exp()[:, None]
             return of_sequence if level == "sequence" else of_sequence.expand(self.mask.shape)
@@ -54,7 +54,7 @@ class Step(NamedTuple):
         return (self.log_probs - self.old_log_probs).exp()
 
     def mask_of(self, x: Tensor) -> Tensor:
-        """The values that count: of (B, T), or of (B, 1), where every sequence counts."""
+        """Return which values of x count: those in the mask of (B, T), or all of (B, 1)."""
         return self.mask if x.shape == self.mask.shape else torch.ones_like(x)
 
 
@@ -63,7 +63,7 @@ def log_step(trainer: GRPOTrainer, step: Step, steps: int) -> None:
     """Append the metrics of a step to the trainer's.
 
     They are defined as in TRL, with one exception. If responses have room for only one token, TRL
-    takes its values for values of sequences, with a token or without; here only tokens of the mask
+    treats its values as values of sequences, with or without a token; here only tokens in the mask
     count. A sequence that is left out counts as not clipped.
 
     Args:
@@ -74,7 +74,7 @@ def log_step(trainer: GRPOTrainer, step: Step, steps: int) -> None:
     gather, over_ranks = trainer.accelerator.gather, trainer.accelerator.reduce
 
     def mean(x: Tensor) -> float:
-        """The mean over sequences if each has one value, otherwise over tokens."""
+        """Return the mean over sequences if each has one value, otherwise over tokens."""
         return mean_of(x, step.mask_of(x))
 
     def mean_of(x: Tensor, mask: Tensor) -> float:
@@ -110,13 +110,13 @@ def log_step(trainer: GRPOTrainer, step: Step, steps: int) -> None:
 def _clip_ratios(
     trainer: Any, step: Step, ratio: Tensor, mean: Callable[[Tensor], float]
 ) -> dict[str, float]:
-    """Of sequences with one ratio and one advantage, each counts once; else of tokens."""
+    """Return clip ratios over sequences with one ratio and one advantage each, or over tokens."""
     if trainer.args.delta is not None:
         ratio = ratio.clamp(max=trainer.args.delta)
     is_low = ((ratio < 1 - trainer.epsilon_low) & (step.advantages < 0)).float()
     is_high = ((ratio > 1 + trainer.epsilon_high) & (step.advantages > 0)).float()
 
-    def by_sequence(x: Tensor) -> Tensor:  # NaN for an empty one, of tokens
+    def by_sequence(x: Tensor) -> Tensor:  # with values per token, NaN if empty
         mask = step.mask_of(x)
         return trainer.accelerator.gather((x * mask).sum(1) / mask.sum(1))
 

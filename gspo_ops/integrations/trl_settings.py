@@ -1,4 +1,4 @@
-"""How GSPOTrainer treats the settings of TRL's `GRPOConfig`: by an objective or another route."""
+"""The settings of TRL's `GRPOConfig`, and the objective or other route that each takes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..objective import Aggregation
 if TYPE_CHECKING:
     from trl import GRPOTrainer
 
-# TRL's `loss_type`: the aggregation of the tokens' terms, before a denominator
+# for each `loss_type` of TRL, the aggregation of the tokens' terms, before a denominator
 _AGGREGATIONS: dict[str, Aggregation] = {
     "grpo": "seq-mean-token-mean",
     "sapo": "seq-mean-token-mean",
@@ -27,7 +27,7 @@ BY_ITEMS = ("dapo", "cispo", "vespo")  # divided by the tokens of all accumulate
 
 
 class Route(Enum):
-    """How the loss step treats a setting."""
+    """The way in which the loss step treats a setting."""
 
     OP = "fused in one op"
     LOG_PROBS = "log-probs fused, then the loss"
@@ -97,7 +97,7 @@ ROUTES: dict[str, dict[str, Route]] = {
 
 
 def objective_of(trainer: GRPOTrainer, advantage_per_token: bool) -> Objective:
-    """The objective that a trainer's settings describe.
+    """Return the objective that a trainer's settings describe.
 
     Raises:
         ValueError: no objective expresses them.
@@ -117,11 +117,11 @@ def objective_of(trainer: GRPOTrainer, advantage_per_token: bool) -> Objective:
 
 def _surrogate(trainer: GRPOTrainer) -> dict[str, Any]:
     config, high = trainer.args, trainer.epsilon_high
-    if trainer.loss_type == "cispo":  # the largest weight itself
+    if trainer.loss_type == "cispo":  # epsilon_high is the largest weight itself
         if high < 1:
             raise ValueError(f"epsilon_high={high!r} is below 1, and so is every weight of cispo")
         return {"surrogate": "weighted", "clip_low": 1.0, "clip_high": high - 1.0}
-    if trainer.loss_type == "vespo":  # no ratio: its weights are those of the rollout
+    if trainer.loss_type == "vespo":  # no ratio: phi is passed as rollout weights
         return {"surrogate": "weighted", "clip_low": 0.0, "clip_high": 0.0}
     if trainer.loss_type == "sapo":
         return {
@@ -134,13 +134,13 @@ def _surrogate(trainer: GRPOTrainer) -> dict[str, Any]:
         return clip_range
     if config.delta < 1:
         raise ValueError(f"delta={config.delta!r} is below 1")
-    # min(min(r, delta) A, clip(r) A): the lower bound is where A > 0 stops, the upper where A < 0
+    # in min(min(r, delta) A, clip(r) A), the lower bound limits A > 0, and the upper limits A < 0
     bounds = sorted((config.delta, 1.0 + high))
     return clip_range | {"clip_high": bounds[0] - 1.0, "dual_clip": bounds[1]}
 
 
 def needs_log_probs(trainer: GRPOTrainer) -> bool:
-    """Whether the loss has weights or terms that depend on the new log-probs or entropies."""
+    """Return whether weights or terms of the loss depend on the new log-probs or entropies."""
     return (
         trainer.loss_type == "vespo"
         or trainer.top_entropy_quantile < 1.0
@@ -150,7 +150,7 @@ def needs_log_probs(trainer: GRPOTrainer) -> bool:
 
 
 def table() -> str:
-    """`ROUTES` as Markdown: settings whose value matters one by one, others by their route."""
+    """Return `ROUTES` as Markdown; settings whose value does not matter are grouped by route."""
     lines = ["| setting | value | the loss step |", "|---|---|---|"]
     alike: dict[Route, list[str]] = {}
     for setting, routes in ROUTES.items():

@@ -1,9 +1,9 @@
 """Fused policy losses for verl, a backend of its fused forward, and shorter updates.
 
-Written for verl 0.9; `register()` makes the losses and the backend known. When verl calls a policy
-loss, it has gathered the log-probs already, and `verl_losses.py` fuses the rest. The fused forward
-computes the log-probs, from hidden states and the head, without logits. `skip_zero_advantages()`
-leaves sequences without a gradient out of both and of the body.
+This module is for verl 0.9; `register()` makes the losses and the backend known. When verl calls a
+policy loss, it has gathered the log-probs already, and `verl_losses.py` fuses the rest. The fused
+forward computes the log-probs, from hidden states and the head, without logits.
+`skip_zero_advantages()` leaves sequences without a gradient out of both and of the body.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .verl_skip import skip_zero_advantages
 
 __all__ = ["NAME", "fuse_forward", "policy_loss", "register", "skip_zero_advantages"]
 
-_KEPT = ("past_key_values", "hidden_states", "attentions")  # of the model's output
+_KEPT = ("past_key_values", "hidden_states", "attentions")  # kept from the model's output
 
 
 def register() -> str:
@@ -74,12 +74,12 @@ def fuse_forward(model: Any, *, check_model: bool = True) -> None:
     require_verl()
     model = unwrapped(model)
     last_layer(model)  # refuses a model without a head
-    if getattr(model.forward, "func", None) is not _forward:  # once
+    if getattr(model.forward, "func", None) is not _forward:  # replace it only once
         model.forward = partial(_forward, model, model.forward, check_model)
 
 
 def _with_our_backend(theirs: Callable[..., None]) -> Callable[..., None]:
-    """verl's patch_forward_with_backends, and this backend."""
+    """Extend verl's patch_forward_with_backends by this backend."""
 
     def patch_forward_with_backends(
         model: Any, use_fused_kernels: bool = False, fused_kernels_backend: str | None = None
@@ -105,7 +105,7 @@ def _forward(
 ) -> Any:
     from verl.models.transformers.dense_common import CausalLMOutputForPPO
 
-    if shift_labels is None:  # verl gives them where tokens are packed, or spread over ranks
+    if shift_labels is None:  # verl gives them if tokens are packed, or split over ranks
         tokens = input_ids if labels is None else labels
         if tokens is None:
             raise ValueError("one of input_ids, labels and shift_labels must be given")

@@ -1,8 +1,7 @@
 """verl's policy losses as objectives, in one kernel.
 
-Log-probs are gathered already when verl calls a policy loss, so that what is fused is the loss:
-ratio, clipping, aggregation and gradient, with ratios that stay finite and padding that may hold
-anything.
+When verl calls a policy loss, it has gathered the log-probs already. What is fused is the rest:
+ratio, clipping, aggregation and gradient. Ratios stay finite, and padding may hold anything.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ NAME = "gspo_ops"
 _WIDE = 0.01  # a clip range that GSPO's ratios never leave
 _logger = logging.getLogger(__name__)
 
-# verl's aggregation: ours, and which count of the global batch divides
+# for each aggregation of verl, ours and the count of the global batch that divides the loss
 AGGREGATIONS: dict[str, tuple[Aggregation, str | None]] = {
     "token-mean": ("token-mean", "batch_num_tokens"),
     "token-sum": ("token-sum", None),
@@ -32,7 +31,7 @@ AGGREGATIONS: dict[str, tuple[Aggregation, str | None]] = {
     "seq-mean-token-sum-norm": ("seq-mean-token-sum", "global_batch_size"),
     "seq-mean-token-mean": ("seq-mean-token-mean", "global_batch_size"),
 }
-_OF_PAPER = "seq-mean-token-mean"  # of GSPO's paper; sapo has it whatever loss_agg_mode says
+_OF_PAPER = "seq-mean-token-mean"  # that of GSPO's paper; sapo ignores loss_agg_mode and uses it
 
 
 def require_verl() -> None:
@@ -45,8 +44,7 @@ def require_verl() -> None:
 
 
 def register_losses() -> None:
-    """Add our losses to verl's registry: GSPO as `NAME`, and for each loss that verl has, one of
-    its name after `NAME_`."""
+    """Add our losses to verl's registry: GSPO as `NAME`, and `NAME_x` for each loss x of verl."""
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, register_policy_loss
 
     if NAME in POLICY_LOSS_REGISTRY:
@@ -107,7 +105,7 @@ def policy_loss(
 
         say_once(f"loss_mode={NAME}_{mode} is verl's own {mode}: {error}")
         return get_policy_loss_fn(mode)(*batch[:4], loss_agg_mode, config, rollout_is_weights)
-    if mode == "geo_mean":  # which counts empty sequences, of this micro-batch
+    if mode == "geo_mean":  # its mean is over this micro-batch, with empty sequences
         denominator: float | Tensor | None = float(len(response_mask))
     else:
         denominator = _denominator(average, config.global_batch_info, response_mask)
@@ -125,7 +123,7 @@ def policy_loss(
 
 
 class _Batch(NamedTuple):
-    """What verl hands over, (B, T) each; (B,) where a loss has one value per sequence."""
+    """The tensors that verl passes, (B, T) each; (B,) where a loss has one value per sequence."""
 
     old_log_probs: Tensor
     log_probs: Tensor
@@ -135,10 +133,10 @@ class _Batch(NamedTuple):
 
 
 def _objective(mode: str, config: Any, average: str) -> Objective:
-    """What a mode means with one of verl's averages.
+    """Return the objective that a mode means with one of verl's averages.
 
     Raises:
-        ValueError: no objective says it.
+        ValueError: no objective expresses it.
     """
     if average not in AGGREGATIONS:
         raise ValueError(f"no objective expresses loss_agg_mode={average!r}")
@@ -150,7 +148,7 @@ def _objective(mode: str, config: Any, average: str) -> Objective:
     if mode == "gspo":
         _warn_if_wide(low)
         return GSPOToken(clip_low=low, clip_high=high, aggregation=aggregation)
-    if mode == "geo_mean":  # whose range is that of log-ratios
+    if mode == "geo_mean":  # its range is that of log-ratios
         return GMPO(clip_low=-math.expm1(-low), clip_high=math.expm1(high))
     if mode == "sapo":
         return SAPO(soft_temperature_pos=config.tau_pos, soft_temperature_neg=config.tau_neg)
@@ -174,7 +172,7 @@ def _warn_if_wide(low: float) -> None:
 
 
 def _of_sequences(batch: _Batch) -> _Batch:
-    """One advantage, and one weight, the geometric mean as verl has it, for each sequence.
+    """Give each sequence one advantage, and one weight: the geometric mean, as in verl.
 
     Raises:
         ValueError: the advantages of a sequence differ.
@@ -197,7 +195,7 @@ def say_once(message: str) -> None:
 
 
 def _denominator(average: str, info: dict[str, Any], mask: Tensor) -> float | Tensor | None:
-    """What verl divides by: counts of the global batch, per data-parallel rank."""
+    """Return what verl divides by: counts of the global batch, per data-parallel rank."""
     _, count = AGGREGATIONS[average]
     ranks = info.get("dp_size", 1)
     given = info.get(count) if count else 1
@@ -206,7 +204,7 @@ def _denominator(average: str, info: dict[str, Any], mask: Tensor) -> float | Te
     norm = 1
     if average == "seq-mean-token-sum-norm":
         norm = info.get("loss_scale_factor") or mask.shape[-1]
-    if given is None:  # counted here
+    if given is None:  # count here
         return None if norm == 1 else norm * (mask.sum(-1) > 0).sum().float().clamp(min=1)
     return given * norm / ranks
 
@@ -214,11 +212,11 @@ def _denominator(average: str, info: dict[str, Any], mask: Tensor) -> float | Te
 def _metrics(
     mode: str, objective: Objective, batch: _Batch, stats: dict[str, Tensor]
 ) -> dict[str, float]:
-    """verl's, under its names and as it defines them."""
+    """Return verl's metrics, under its names and as it defines them."""
     if mode == "gpg":
         return {}
     clipped, lower = stats["clip_frac_tokens"], stats.get("clip_frac_dual", torch.zeros(()))
-    # these two count ratios on either side, whatever is clipped
+    # these two count ratios outside the range on either side, clipped or not
     if mode == "cispo":
         clipped = _share(_is_outside(objective, batch), batch.mask)
     elif mode == "geo_mean":
@@ -233,7 +231,7 @@ def _metrics(
 
 
 def _is_outside(objective: Objective, batch: _Batch) -> Tensor:
-    """(B, T) whether a token's ratio leaves the clip range."""
+    """Return (B, T) bool: whether a token's ratio leaves the clip range."""
     low, high = log_clip_range(objective.clip_low, objective.clip_high)
     log_ratio = batch.log_probs.detach() - batch.old_log_probs
     return (log_ratio < low) | (log_ratio > high)

@@ -11,9 +11,10 @@ import torch.distributed as dist
 
 from .verl_losses import NAME, require_verl, say_once
 
-_ALL_TOKENS = "gspo_ops_batch_num_tokens"  # of the mini-batch before sequences were left out
-# Losses in which each sequence is a term of its own, times its advantage. Of verl's others, dro
-# adds a square, clip_cov, kl_cov and bypass_mode look at a whole micro-batch, geo_mean averages it.
+_ALL_TOKENS = "gspo_ops_batch_num_tokens"  # in the mini-batch before sequences are left out
+# In these losses, each sequence is a separate term, times its advantage. Among verl's others, dro
+# adds a square, clip_cov, kl_cov and bypass_mode look at a whole micro-batch, and geo_mean averages
+# over it.
 PROPORTIONAL = ("vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "cispo", NAME)
 
 
@@ -43,7 +44,7 @@ def skip_zero_advantages() -> None:
 
 
 def _without_zero_advantages(theirs: Any) -> Any:
-    """verl's TrainingWorker, for an actor."""
+    """Derive from verl's worker for actors a class that leaves sequences out."""
 
     class SkippingWorker(theirs):
         def set_loss_fn(self, loss_fn: Any) -> None:
@@ -62,7 +63,7 @@ def _without_zero_advantages(theirs: Any) -> Any:
 
 
 def _obstacles(loss_fn: Any) -> list[str]:
-    """Settings with which a sequence without an advantage makes a difference."""
+    """Return the settings with which a sequence without an advantage makes a difference."""
     from verl.workers.utils.losses import ppo_loss
 
     if getattr(loss_fn, "func", None) is not ppo_loss:
@@ -86,7 +87,7 @@ def _obstacles(loss_fn: Any) -> list[str]:
 
 
 def _with_advantages(data: Any, engine: Any, settings: Any) -> Any:
-    """A mini-batch's sequences with an advantage, filled up to as many on every rank."""
+    """Select the sequences with an advantage, filled up to the same number on every rank."""
     from verl.utils import tensordict_utils
     from verl.utils.device import get_device_name
 
@@ -109,7 +110,7 @@ def _with_advantages(data: Any, engine: Any, settings: Any) -> Any:
 
 
 def _whole_micro_batches(rows: int, data: Any, settings: Any) -> int:
-    """`rows`, rounded up to a multiple of what verl cuts mini-batches into."""
+    """Round `rows` up to a multiple of the micro-batches into which verl splits mini-batches."""
     from verl.utils.tensordict_utils import get
 
     if get(data, "use_dynamic_bsz", settings.use_dynamic_bsz):
@@ -119,10 +120,10 @@ def _whole_micro_batches(rows: int, data: Any, settings: Any) -> int:
 
 
 def _loss_of_all(loss_fn: Callable[..., Any], *, data: Any, **arguments: Any) -> Any:
-    """verl's loss, divided by the tokens of the whole batch: its engine counts what it is given."""
+    """Call verl's loss, but divide by all tokens of the batch: its engine counts those left."""
     from verl.utils import tensordict_utils
 
     num_tokens = tensordict_utils.get(data, _ALL_TOKENS)
-    if num_tokens is not None:  # it is None in inference
+    if num_tokens is not None:  # None in inference
         tensordict_utils.assign_non_tensor(data, batch_num_tokens=num_tokens)
     return loss_fn(data=data, **arguments)
