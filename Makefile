@@ -19,12 +19,12 @@ test: $(READY)
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) -m kernels
 
-# Under a minute: the contracts of every op, in torch and, with a few other tests, in the kernels.
+# Test every op's contracts in under a minute: in torch and, with a few other tests, in the kernels.
 quick: $(READY)
 	$(PYTEST) $(QUICK) -k "not notices and not memory and not flops"
 	TRITON_INTERPRET=1 $(PYTEST) -m kernels $(QUICK) -k "float32 and contracts or depend"
 
-# All that the bench extra brings; where an environment is given (PY=), the peers that it has.
+# Compare with all peers in the bench extra or, if PY= gives an environment, with those that it has.
 bench: $(READY) $(READY:.ready=.peers)
 	$(PY) -m gspo_ops.cli bench --out runs/bench/results.json --plot runs/bench/results.png
 
@@ -37,8 +37,8 @@ static: $(READY) $(READY:.ready=.peers)
 report: $(READY)
 	$(PY) -m gspo_ops.benchmarks.report
 
-# The site, in build/site. It fails on an example that fails, a broken link, or a public name that is
-# undocumented or missing. Examples for verl are skipped unless verl is installed.
+# Build the site in build/site. This fails on an example that fails, a broken link, or a public name
+# that is undocumented or missing. Examples for verl are skipped unless verl is installed.
 docs: $(READY) $(READY:.ready=.docs)
 	$(PYTEST) -m example
 	$(PY) -m mkdocs build --strict

@@ -6,7 +6,7 @@ import re
 
 import griffe
 
-# the names may continue on the next line; so does the text, which is indented further
+# the names may continue on the next line; so may the text, which is indented further
 ITEM = re.compile(r"^    ([\w*]+(?:,\s+[\w*]+)+):(.*(?:\n {5,}.*)*)", re.M)
 
 

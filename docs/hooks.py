@@ -1,4 +1,4 @@
-"""What mkdocs lacks: pages from the repository's root, and a check of public names."""
+"""Hooks for what mkdocs lacks: pages from the repository's root, and a check of public names."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
-    """Pages link to documents of the root as GitHub does."""
+    """Point links to documents in the root, written for GitHub, to their pages."""
     for name, target in ON_SITE.items():
         markdown = markdown.replace(f"](../{name}", f"]({target}")
     return markdown
 
 
 def on_page_content(html: str, **_: object) -> str:
-    """A figure links to its file, where a phone shows it in full size."""
+    """Link each figure to its file, which a phone shows in full size."""
     return re.sub(r'<img [^>]*src="([^"]*)"[^>]*>', r'<a href="\1">\g<0></a>', html)
 
 
 def _link_on_site(link: re.Match[str]) -> str:
-    """A link of a document of the root; its text alone where the site has no such page."""
+    """Convert a link in a root document; keep only its text if the site has no such page."""
     text, target, anchor = link[1], link[2], link[3] or ""
     if target in ON_SITE:
         return f"[{text}]({ON_SITE[target]})"
@@ -50,7 +50,7 @@ def _link_on_site(link: re.Match[str]) -> str:
 
 
 def _require_documented(files: Files) -> None:
-    """Every public name has a docstring, with all parameters, and stands on a page."""
+    """Check that every public name has a docstring, with all parameters, and is on a page."""
     texts = [file.content_string for file in files.documentation_pages()]
     shown = {name for text in texts for name in re.findall(r"^::: ([\w.]+)$", text, re.M)}
     wrong = []

@@ -36,7 +36,7 @@ def your_loss(
 
 
 def by_length(advantages: Tensor, mask: Tensor) -> Tensor:
-    """What makes the mean over sequences one over tokens."""
+    """Scale advantages so that the mean over sequences becomes one over tokens."""
     lengths = mask.sum(1).float()
     return advantages * lengths / lengths.mean()
 
@@ -52,7 +52,7 @@ LOSSES: dict[str, Loss] = {
 
 
 def gradient_error(loss: Loss) -> float:
-    """Distance of d loss / d logits from the reference in float64, relative L2."""
+    """Return the relative L2 distance of d loss / d logits from the reference in float64."""
     case = make_case(
         synthetic_logits(33, 24, 300, device=torch.device("cpu")), GSPO(), packed=False
     )

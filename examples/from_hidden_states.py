@@ -3,7 +3,7 @@
 The body of the model runs, its head is not called, and the op takes the head's weight. One update
 per batch is on-policy, so no old log-probs are needed. The batch is trained in micro-batches, whose
 losses add up to that of the whole batch because they share one denominator. A response is rewarded
-for its share of even tokens.
+for its fraction of even tokens.
 
     python examples/from_hidden_states.py
 """
@@ -29,13 +29,13 @@ CONFIG = LlamaConfig(
 
 
 def sample(model: LlamaForCausalLM) -> Tensor:
-    """Prompts with their responses, (B, S)."""
+    """Sample responses; return them after their prompts, (B, S)."""
     prompts = torch.randint(1, VOCABULARY, (PROMPTS, PROMPT_LENGTH)).repeat_interleave(GROUP, 0)
     return model.generate(prompts, do_sample=True, top_k=0, max_new_tokens=T)
 
 
 def response_hidden(model: LlamaForCausalLM, tokens: Tensor) -> Tensor:
-    """(B, T, H): row t predicts token t of the response."""
+    """Return (B, T, H) hidden states: row t predicts token t of the response."""
     output = model.model(tokens, use_cache=False)
     return output.last_hidden_state[:, PROMPT_LENGTH - 1 : -1]
 

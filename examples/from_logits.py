@@ -1,8 +1,8 @@
 """A whole GSPO loop from logits: sample groups of responses, score them, take updates.
 
-The model is small and random, and a response is rewarded for its share of even tokens, so that
+The model is small and random, and a response is rewarded for its fraction of even tokens, so that
 there is something to learn within seconds. Each line shows the ratio before the first update of a
-batch, which is exactly 1, and the share of tokens that the clip range leaves out of the second one.
+batch, which is exactly 1, and the fraction of tokens that the clip range leaves out of the second.
 
     python examples/from_logits.py
 """
@@ -28,7 +28,7 @@ CONFIG = LlamaConfig(
 
 
 def sample(model: LlamaForCausalLM) -> tuple[Tensor, Tensor]:
-    """Prompts with their responses (B, S), and the mask (B, T) of the responses."""
+    """Sample responses; return them after their prompts, (B, S), and their mask (B, T)."""
     prompts = torch.randint(2, VOCABULARY, (PROMPTS, PROMPT_LENGTH)).repeat_interleave(GROUP, 0)
     # top_k=0 samples from the whole distribution, whose log-probs are those that are trained
     tokens = model.generate(prompts, do_sample=True, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
@@ -37,7 +37,7 @@ def sample(model: LlamaForCausalLM) -> tuple[Tensor, Tensor]:
 
 
 def response_logits(model: LlamaForCausalLM, tokens: Tensor) -> Tensor:
-    """(B, T, V): row t predicts token t of the response."""
+    """Return (B, T, V) logits: row t predicts token t of the response."""
     return model(tokens, use_cache=False).logits[:, PROMPT_LENGTH - 1 : -1]
 
 

@@ -1,4 +1,4 @@
-"""Two processes that share a model by FSDP2, each with its own part of the batch.
+"""Two processes that shard a model with FSDP2, each with its own part of the batch.
 
 `loss_from_model` takes the sharded model as it is. One denominator for all processes makes the
 averaged gradient that of the whole batch, even though they have 2 and 6 of its 8 sequences. The

@@ -34,7 +34,7 @@ CONFIG = Qwen3MoeConfig(
 
 @torch.no_grad()
 def recorded(model: Qwen3MoeForCausalLM, batch: dict[str, Tensor]) -> tuple[RoutingReplay, Tensor]:
-    """The experts of each token, and the log-probs (B, T) of the responses."""
+    """Return the experts of each token, and the log-probs (B, T) of the responses."""
     routing = RoutingReplay()
     with routing.record(model):
         log_probs = log_probs_from_model(model, batch, T)
@@ -47,7 +47,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     batch = {"input_ids": torch.randint(1, 64, (B, S))}
     advantages, mask = torch.randn(B), torch.ones(B, T)
-    log_probs_from_model(model, batch, T)  # looks at the head of a model that it has not seen
+    log_probs_from_model(model, batch, T)  # the first call also runs the model, to examine its head
     routing, old_log_probs = recorded(model, batch)
     for update in range(UPDATES):
         with routing.replay(model):  # the backward too, for gradient checkpointing

@@ -24,7 +24,7 @@ def topr(
     sequence_ids: Tensor,
     lengths: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """-w_i A_i log_prob_t: w_i is min(pi(y_i) / pi_old(y_i), 1) for A_i < 0, and 1 otherwise."""
+    """Return -w_i A_i log_prob_t: w_i is min(pi(y_i) / pi_old(y_i), 1) for A_i < 0, else 1."""
     log_ratio = log_probs.new_zeros(len(lengths)).index_add(
         0, sequence_ids, (log_probs - old_log_probs).detach()
     )
@@ -38,7 +38,7 @@ topr.aggregation = "seq-mean-token-sum"  # the log-prob of a sequence, averaged 
 
 
 def plain(logits: Tensor, targets: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    """The same in plain PyTorch."""
+    """Compute the same loss in plain PyTorch."""
     log_probs = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
     log_prob = (log_probs * mask).sum(1)
     ratio = (log_prob - (old * mask).sum(1)).exp().detach()

@@ -54,7 +54,7 @@ def padded_loss(model: LlamaForCausalLM, sequences: list[Tensor], advantages: Te
 
 
 def uniform_log_probs(tokens: Tensor) -> Tensor:
-    """Those of a policy that samples any token: the model's own ratios lie on both sides of 1."""
+    """Return log-probs of a uniform policy: the model's ratios to it lie on both sides of 1."""
     return torch.full(tokens.shape, -math.log(VOCABULARY))
 
 

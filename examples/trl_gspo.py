@@ -1,7 +1,7 @@
 """TRL: GSPOTrainer in place of GRPOTrainer, with the GSPO paper's settings.
 
 The config, the rollouts, the rewards and the logs are TRL's; the loss step is fused. The model is
-small and random, and a completion is rewarded for its share of even digits. With a model of your
+small and random, and a completion is rewarded for its fraction of even digits. With a model of your
 own, pass its name or path, and leave out `use_cpu`, `bf16` and the sizes.
 
     pip install 'gspo-ops[trl]'
@@ -33,14 +33,14 @@ CONFIG = LlamaConfig(
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per digit."""
+    """Make a tokenizer with one token per digit."""
     tokenizer = Tokenizer(WordLevel(VOCABULARY, unk_token="<pad>"))
     tokenizer.pre_tokenizer = Split(Regex("."), "isolated")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
 def even_digits(completions: list[str], **_: object) -> list[float]:
-    """The share of even digits in each completion."""
+    """Return the fraction of even digits in each completion."""
     return [sum(c in "02468" for c in text) / max(len(text), 1) for text in completions]
 
 

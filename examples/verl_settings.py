@@ -32,7 +32,7 @@ SETTINGS = {
 
 
 def check_loss() -> tuple[float, float]:
-    """How far the registered loss and its gradient are from float64, relative."""
+    """Return the relative errors of the registered loss and its gradient against float64."""
     torch.manual_seed(0)
     mask = torch.arange(12) < torch.tensor([[12], [5], [9], [12]])
     old = -3 * torch.rand(4, 12)

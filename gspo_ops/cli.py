@@ -30,7 +30,7 @@ _AFTER_VERIFY = "gspo-ops bench compares time and memory with what you run now"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] in (["train"], ["plot"], ["sample"], ["compare"]):
         from . import trainer
@@ -112,8 +112,7 @@ def _verify(device: torch.device, model: str | None) -> int:
 
 
 def _model_outputs(name: str) -> dict[str, Any]:
-    """Logits (B, T, V) of a real model on a few texts, the head that gave them, and the (B, T)
-    tokens that follow."""
+    """Return a model's logits (B, T, V) on a few texts, its head, and the (B, T) next tokens."""
     from .testing import HeadTensors
     from .trainer.model import load_model
 

@@ -16,7 +16,7 @@ ISSUES = "https://github.com/gspo-ops/gspo-ops/issues"
 
 
 def environment() -> str:
-    """Versions and devices, as every results file should state them."""
+    """Return versions and devices, as every results file should state them."""
     try:
         import triton
 
@@ -39,7 +39,7 @@ def environment() -> str:
 
 
 def provenance() -> dict:
-    """Where, when and from which commit a results file comes; "-dirty" if the tree is changed."""
+    """Return where, when and at which commit results are made; "-dirty" if the tree is changed."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True
     ).stdout.strip()

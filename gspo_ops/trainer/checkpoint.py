@@ -110,7 +110,7 @@ def save(
 
 
 def last_whole(folder: Path) -> Path | None:
-    """The last complete checkpoint, or None; damaged ones are skipped with a warning."""
+    """Return the last complete checkpoint, or None; warn about damaged ones, which are skipped."""
     for path in reversed(_all(folder)):
         if why := _damage(path):
             warnings.warn(f"{path} is damaged ({why}) and is skipped", stacklevel=2)
@@ -152,7 +152,7 @@ def _alone(ranks: Ranks) -> Iterator[bool]:
 
 
 def _all(folder: Path) -> list[Path]:
-    """All checkpoints in the order of their steps (names grow longer from step 1,000,000 on)."""
+    """Return all checkpoints in the order of their steps; names grow longer from step 10^6 on."""
     found = [path for path in folder.glob("step-*") if path.name[len("step-") :].isdecimal()]
     return sorted(found, key=_step)
 
@@ -179,7 +179,7 @@ def _damage(path: Path) -> str | None:
 
 
 def _saved(state: dict[str, Any]) -> bytes:
-    """Serialize in memory first: the error of torch.save on a full disk does not say so."""
+    """Serialize in memory: on a full disk, the error of torch.save does not say that it is full."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()

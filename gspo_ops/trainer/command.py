@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _next_step(config: TrainConfig) -> str:
-    """What to do after a run, in one line."""
+    """Return a line that says what to do after a run."""
     out = shlex.quote(str(config.out))
     if config.checkpoint.save_model:
         return f"next: gspo-ops sample {out} shows what the model answers"

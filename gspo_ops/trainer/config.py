@@ -408,7 +408,7 @@ class TrainConfig(_Section):
             return False
 
     def torch_device(self) -> torch.device:
-        """The device to run on."""
+        """Return the device to run on."""
         name = self.device
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -418,14 +418,14 @@ class TrainConfig(_Section):
 
     @property
     def training_dtype(self) -> Literal["bfloat16", "float32"]:
-        """Dtype of the body in training."""
+        """The dtype of the body in training."""
         if self.dtype != "auto":
             return self.dtype
         return "bfloat16" if has_bf16(self.torch_device()) else "float32"
 
     @property
     def rollout_dtype(self) -> str:
-        """Dtype of the body during sampling."""
+        """The dtype of the body during sampling."""
         return self.training_dtype if self.rollout.dtype == "training" else self.rollout.dtype
 
 
@@ -433,7 +433,7 @@ class TrainConfig(_Section):
 
 
 def presets() -> list[str]:
-    """Names of the configurations that are shipped with the package."""
+    """Return the names of the configurations that are shipped with the package."""
     folder = resources.files(__package__) / "presets"
     return sorted(Path(str(x)).stem for x in folder.iterdir() if str(x).endswith(".toml"))
 
@@ -476,7 +476,7 @@ def load_config(
 
 
 def from_tables(tables: Mapping[str, Any]) -> TrainConfig:
-    """Settings from nested dictionaries such as TOML gives; the inverse of `to_tables`."""
+    """Build settings from nested dictionaries such as TOML gives; the inverse of `to_tables`."""
     return _build(TrainConfig, tables, "")
 
 
@@ -556,7 +556,7 @@ _WORDS = {
 
 
 def _nearest(name: object, known: Sequence[str], prefix: str = "") -> str:
-    """A hint at the name that was probably meant, or at all known names."""
+    """Return a hint at the name that was probably meant, or at all known names."""
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
     if close:
         return f"; did you mean {prefix}{close[0]}?"

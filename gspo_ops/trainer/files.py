@@ -20,7 +20,7 @@ _LOCK = "lock"
 
 
 class Lock:
-    """Keeps other runs out of a directory until `__exit__` or the death of the process."""
+    """A lock that keeps other runs out of a directory until `__exit__` or the process's death."""
 
     def __init__(self, out: Path) -> None:
         """Make the directory if it doesn't exist, and lock it.
@@ -102,7 +102,7 @@ def writing(what: object) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """The system's own message, which torch hides behind the errors that follow from it."""
+    """Return the system's own message, which torch hides behind the errors that follow from it."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     cause: BaseException | None = error

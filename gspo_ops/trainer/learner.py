@@ -204,7 +204,10 @@ class Learner:
         return batch, mismatch | {"left_out_frac": torch.tensor(left_out)}
 
     def _with_gradient(self, advantages: Tensor) -> Tensor:
-        """(q,) groups, of (Q, ...) advantages, that can have a gradient: all with a KL term."""
+        """Return the (q,) groups of (Q, ...) advantages that may have a gradient.
+
+        These are all groups without `skip_dead`, or with a term that needs no advantage.
+        """
         is_live = (advantages != 0).any(1)
         if not self.config.update.skip_dead or not self.objective.needs_advantage():
             is_live = torch.ones_like(is_live)
@@ -212,11 +215,11 @@ class Learner:
 
     @torch.no_grad()
     def log_probs(self, rollout: Rollout, model: PreTrainedModel | None = None) -> Tensor:
-        """(N,) log-probs before any update, from the very forward that the update will run.
+        """Compute (N,) log-probs before any update, by the very forward that the update will run.
 
         Sampling's own log-probs would not do: they come from cached decoding, which has other
         shapes, and a bf16 body rounds differently in other shapes. That noise in the ratio is wider
-        than GSPO's clip range, and no loss op removes it (the op removes the head's share). With
+        than GSPO's clip range, and no loss op removes it (the op removes the head's part). With
         the same mini-batches, padding and order, the noise is the same on both sides: before the
         first update s == 1 exactly, and the metric `first_ratio_error` records whether it is.
 
@@ -302,9 +305,9 @@ class Learner:
                 this process has of it.
 
         Returns:
-            The part's share of the mean loss, and its statistics. Fractions describe all responses;
-            the other statistics describe those that are not left out (`left_out_frac` is the
-            fraction that is).
+            The part's contribution to the mean loss, and its statistics. Fractions describe all
+            responses; the other statistics describe those that are not left out (`left_out_frac`
+            is the fraction that is).
         """
         cu_seqlens = batch.rollout.cu_seqlens()
         if denominator is None:
@@ -327,7 +330,7 @@ class Learner:
         return PolicyLoss(loss, stats | {"left_out_frac": loss.new_tensor(batch.left_out)})
 
     def rollout_weights(self, rollout: Rollout, difference: Tensor) -> Tensor | None:
-        """min(exp(sum of the differences), cap) per sequence, or min(exp, cap) per token."""
+        """Return min(exp(d), cap) of each token's difference d, or of each sequence's sum of d."""
         cap = self.config.update.rollout_weight_cap
         if cap == 0:
             return None
@@ -337,7 +340,7 @@ class Learner:
         return difference.clamp(max=math.log(cap)).exp()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that is not in the tensors of model and optimizer."""
+        """Return the state that is not in the tensors of model and optimizer."""
         return {
             "updates": self.scheduler.last_epoch, "bad_updates": self.bad_updates,
             "layout": self.layout, "compared": self.compared,
@@ -376,7 +379,7 @@ class Learner:
 
     @torch.no_grad()
     def _distance(self, group: Rollout, own: Tensor) -> float:
-        """Mean distance from the model's own log-probs; inf if it refuses the layout's masks."""
+        """Return the mean distance from the model's own log-probs; inf if it refuses the masks."""
 
         def forward() -> Tensor:
             hidden = response_hidden(self.model, group, nullcontext, self.layout)
@@ -395,7 +398,7 @@ class Learner:
             return math.inf
 
     def _schedule(self, updates: int) -> LambdaLR:
-        """Learning-rate schedule after a number of updates."""
+        """Make the learning-rate schedule as it is after a number of updates."""
         update = self.config.update
         last = self.config.steps * update.mini_batches * update.epochs
 
@@ -421,7 +424,7 @@ class Learner:
     def _mismatch(
         self, rollout: Rollout, advantages: Tensor, recomputed: Tensor, sampled: Tensor
     ) -> dict[str, Tensor]:
-        """Log-ratios from sampling's log-probs to training's, and what they alone would clip."""
+        """Measure log-ratios of training to sampling, and what fraction they alone would clip."""
         stats = policy_loss_from_log_probs(
             recomputed, sampled, advantages, cu_seqlens=rollout.cu_seqlens(),
             objective=replace(self.objective, kl_coef=0.0),
@@ -448,9 +451,7 @@ class Learner:
     def _distributions(
         self, model: PreTrainedModel, rollout: Rollout
     ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        """The inputs from which the ops compute log-probs, hidden states and head or logits, and
-        their options.
-        """
+        """Return the inputs of the ops, hidden states and head or logits, and their options."""
         temperature = self.config.rollout.temperature
         hidden = response_hidden(
             model, rollout, autocast(model.device, self.config.dtype), self.layout

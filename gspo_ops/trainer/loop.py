@@ -70,7 +70,7 @@ def train(config: TrainConfig, *, resume: bool = False) -> Summary:
 
 
 def trained(out: Path) -> Sampler:
-    """Load the model of a finished run, to be asked the run's problems or others.
+    """Load the model of a finished run, to answer the run's problems or others.
 
     Args:
         out: directory of the run.
@@ -264,14 +264,14 @@ class Trainer:
         return found
 
     def evaluate(self) -> Tensor:
-        """(eval_size, samples) rewards of the responses sampled to each held-out problem.
+        """Return (eval_size, samples) rewards of responses sampled for each held-out problem.
 
         Evaluation has its own random numbers: how often it runs does not change training.
         """
         return self.sampler.evaluate(self.random_numbers("evaluation"))
 
     def _evaluated(self) -> dict[str, float]:
-        """Metrics of an evaluation during training."""
+        """Evaluate the model during training; return the metrics."""
         rewards, k = self.evaluate(), self.config.evaluation.pass_at
         self.progress.accuracy = rewards.mean().item()
         return {"accuracy": self.progress.accuracy} | (
@@ -279,7 +279,7 @@ class Trainer:
         )
 
     def random_numbers(self, use: Literal["training", "evaluation"]) -> torch.Generator:
-        """Random numbers for one use in the present step; each process has its own."""
+        """Return a generator for one use in the present step; each process has its own numbers."""
         numbers = self.config.seed, self.progress.step, self.ranks.rank, use == "evaluation"
         (seed,) = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
         return torch.Generator(self.model.device).manual_seed(int(seed))
@@ -395,7 +395,7 @@ def _check_parts(config: TrainConfig, ranks: int) -> None:
 
 
 def _micro_batches(config: TrainConfig, ranks: int) -> int:
-    """Number of parts of a mini-batch on each process."""
+    """Return the number of parts of a mini-batch on each process."""
     of_each = config.rollout.prompts // (config.update.mini_batches * ranks)
     return of_each // (config.update.micro_batch or of_each)
 
@@ -410,11 +410,11 @@ def _flat(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _numbers(stats: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Scalar statistics of an update, with the root mean square of its responses' log-ratios."""
+    """Return an update's scalar statistics, and the root mean square of its log-ratios."""
     numbers = {name: x for name, x in stats.items() if name != "log_ratio"}
     return numbers | {"log_ratio_rms": stats["log_ratio"].square().mean().sqrt()}
 
 
 def _ratio_error(stats: dict[str, Tensor]) -> float:
-    """Largest distance of a mini-batch's ratios from 1."""
+    """Return the largest distance of a mini-batch's ratios from 1."""
     return stats["log_ratio"].expm1().abs().max().item()

@@ -88,7 +88,7 @@ def _check_weights(model: PreTrainedModel) -> None:
 
 
 def smollm2_directory() -> Path:
-    """Directory of a trainable copy of SmolLM2-135M-Instruct, which the first call makes.
+    """Return the directory of a trainable copy of SmolLM2-135M-Instruct; the first call makes it.
 
     Returns:
         A directory under `$XDG_CACHE_HOME/gspo-ops` (default `~/.cache/gspo-ops`).
@@ -104,7 +104,7 @@ def _cache() -> Path:
 
 
 def _converted(gguf: Path) -> Path:
-    """Directory of a trainable copy of a GGUF file, made once per version of the file."""
+    """Return the directory of a trainable copy of a GGUF file, made once per version of it."""
     stat = gguf.stat()
     name = f"{gguf.stem}-{stat.st_size}-{stat.st_mtime_ns}"
     directory = _cache() / name

@@ -70,7 +70,7 @@ class Ranks:
         self.gather(None)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on at least one process."""
+        """Return whether the flag is set on at least one process."""
         return any(self.gather(flag))
 
     def together(self, function: Callable[[], T]) -> T:
@@ -98,14 +98,14 @@ class Ranks:
         return self.together(lambda: function() if self.is_first else None)
 
     def part(self, items: Sequence[T], counts: Sequence[int] | None = None) -> list[T]:
-        """This process's part of items that all processes have: an equal share, or by `counts`."""
+        """Return this process's part of items that all have: equally many, or as in `counts`."""
         if counts is None:
             counts = [len(items) // self.size] * self.size
         start = sum(counts[: self.rank])
         return list(items[start : start + counts[self.rank]])
 
     def denominator(self, objective: Objective, parts: Sequence[Tensor]) -> Tensor:
-        """Denominator with which the losses of all parts add up to that of the whole batch.
+        """Return the denominator with which the parts' losses add up to that of the whole batch.
 
         Args:
             objective: the objective.

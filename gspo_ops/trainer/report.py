@@ -58,7 +58,7 @@ def _wandb(config: TrainConfig, done: int) -> Board:
     return Board(lambda row, step: run.log(row, step=step), run.finish)
 
 
-# By the key under `logging` that enables it.
+# Each key is the setting under `logging` that enables the board.
 _BOARDS = {"tensorboard": _tensorboard, "wandb": _wandb}
 
 
@@ -262,7 +262,7 @@ class Summary:
 
 
 def pass_at_k(rewards: Tensor, k: int) -> float:
-    """Mean probability that at least one of k responses is right, with a reward of 1 or more.
+    """Return the mean probability that at least one of k responses is right (a reward >= 1).
 
         1 - C(wrong, k) / C(n, k)
 

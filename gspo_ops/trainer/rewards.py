@@ -41,8 +41,8 @@ def rewards_of(
     """Return the reward of each response to its problem.
 
     Args:
-        config: says how many rewards to compute at once, how long one may take, and what a failed
-            one counts.
+        config: settings of how many rewards to compute at once, how long one may take, and what a
+            failed one counts.
         reward: the reward function, called with a response and its problem.
         responses: B responses.
         problems: the problem of each response.

@@ -11,7 +11,7 @@ at which it was sampled:
     tokens  [PAD PAD p p p | r r r PAD | r r PAD PAD | ...]      (Q, P + G * T)
 
 This fails for models with attention windows, recurrent states or distances between columns; they
-get one row per response. A comparison with the model's own log-probs finds out which layout to use.
+get one row per response. A comparison with the model's own log-probs decides between the layouts.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ LARGEST_DISTANCE = 1e-3
 def stop_ids(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, *, newline: bool, chat: bool
 ) -> Tensor:
-    """(S,) tokens that end a response.
+    """Return the (S,) tokens that end a response.
 
     Args:
         tokenizer: the model's tokenizer, whose EOS token is included.
@@ -70,7 +70,7 @@ def stop_ids(
 
 
 def _end_of_message(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The special token after an answer in the chat template, if there is one."""
+    """Return the special token after an answer in the chat template, if there is one."""
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     behind = tokenizer(text.rpartition("!")[2], add_special_tokens=False)["input_ids"]
@@ -118,17 +118,17 @@ class Rollout(NamedTuple):
         return Rollout(*(x[groups if x.shape[0] == len(self.prompts) else rows] for x in self))
 
     def stand_in(self) -> Rollout:
-        """A one-token prompt and response, for a forward when no group has a gradient."""
+        """Return a one-token prompt and response, for a forward when no group has a gradient."""
         first = Rollout(*(x[:1] for x in self))
         prompts, mask = first.prompts[:, -1:], first.prompt_mask[:, -1:]
         return Rollout(prompts, mask, *(x[:, :1] for x in first[2:]))
 
     def targets(self) -> Tensor:
-        """(N,) sampled tokens, packed."""
+        """Return the (N,) sampled tokens, packed."""
         return self.responses[self.mask]
 
     def cu_seqlens(self) -> Tensor:
-        """(B+1,) int32 offsets of the responses in the packed rows."""
+        """Return (B+1,) int32 offsets of the responses in the packed rows."""
         return pad(self.mask.sum(1).cumsum(0), (1, 0)).int()
 
 
@@ -173,7 +173,7 @@ def append_turn(rollout: Rollout, questions: Sequence[Sequence[int]], answers: R
 
 
 def _fill(name: str) -> int:
-    """The padding value of a rollout's field; padding is marked by masks, not by a token id."""
+    """Return the padding value of a rollout's field; masks, not a token id, mark padding."""
     return -1 if name == "turn" else 0
 
 
@@ -204,7 +204,7 @@ def generate(
         group_size: number of responses per prompt, G.
         max_new_tokens: maximum length of a response, in tokens, including the stop token.
         temperature: divisor of the logits; 0 takes the likeliest token.
-        autocast: makes the context in which the model's body runs.
+        autocast: function that makes the context in which the model's body runs.
         generator: generator of the random numbers.
         bar: show progress, in tokens of the longest response so far.
 
@@ -253,12 +253,12 @@ def generate(
 def response_hidden(
     model: PreTrainedModel, rollout: Rollout, autocast: Autocast, layout: RowLayout = "shared"
 ) -> Tensor:
-    """Last hidden states, from which the head predicts the response tokens.
+    """Compute the last hidden states, from which the head predicts the response tokens.
 
     Args:
         model: a causal language model.
         rollout: prompts and responses.
-        autocast: makes the context in which the model's body runs.
+        autocast: function that makes the context in which the model's body runs.
         layout: `"shared"`, one row for a prompt and its responses, for models whose layers all see
             everything before a token; or `"separate"`, one row per response.
 
@@ -270,7 +270,7 @@ def response_hidden(
 
 
 def real_tokens(rollout: Rollout, layout: RowLayout) -> Tensor:
-    """(rows, columns) bool: where the rows of `response_hidden` have no padding."""
+    """Return (rows, columns) bool: where the rows of `response_hidden` have no padding."""
     prompts, rows = rollout.prompt_mask, len(rollout.prompts)
     if layout == "separate":
         prompts, rows = prompts.repeat_interleave(rollout.group_size, 0), len(rollout.responses)
@@ -305,7 +305,7 @@ def _hidden(
     model: PreTrainedModel, autocast: Autocast, tokens: Tensor, mask: Tensor, positions: Tensor,
     **options: Any,
 ) -> Tensor:  # fmt: skip
-    """(B, S, H) input of the head; models without positions, such as alibi's, get none."""
+    """Compute the head's input (B, S, H); models without positions, as with ALiBi, get none."""
     own = partial(type(model).forward, model)  # because this already runs within a forward
     batch = {"input_ids": tokens, "attention_mask": mask, **options}
     if "position_ids" in inspect.signature(own).parameters:
@@ -316,7 +316,7 @@ def _hidden(
 
 @torch.no_grad()
 def own_log_probs(model: Any, rollout: Rollout, temperature: float) -> Tensor:
-    """(N,) log-probs of the model itself: one response at a time, without padding or cache."""
+    """Compute the model's own (N,) log-probs: one response at a time, without padding or cache."""
 
     def of(b: int) -> Tensor:
         q = b // rollout.group_size
@@ -362,7 +362,7 @@ def check_sampling(model: PreTrainedModel) -> None:
 
 
 def _tree_mask(real: Tensor, response: Tensor) -> Tensor:
-    """(Q, 1, S, S) bool: which tokens (last dimension) each token attends to.
+    """Return (Q, 1, S, S) bool: which tokens (last dimension) each token attends to.
 
     Args:
         real: (Q, S) bool, False at padding.
@@ -376,7 +376,7 @@ def _tree_mask(real: Tensor, response: Tensor) -> Tensor:
 
 
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """(B,) tokens, one per row of (B, V) logits."""
+    """Choose (B,) tokens, one per row of (B, V) logits."""
     if not bool(logits.amax(-1).isfinite().all()):
         raise FloatingPointError("logits are not finite during sampling")
     if temperature == 0:
@@ -386,7 +386,7 @@ def _choose(logits: Tensor, temperature: float, generator: torch.Generator | Non
 
 
 def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(B, P) tokens and their bool mask."""
+    """Return (B, P) tokens, padded on the left, and their bool mask."""
     width = max(map(len, prompts))
     tokens = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[False] * (width - len(prompt)) + [True] * len(prompt) for prompt in prompts]
@@ -394,5 +394,5 @@ def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[T
 
 
 def _positions(mask: Tensor) -> Tensor:
-    """Positions counted from each row's first real token, whatever padding precedes it."""
+    """Return positions counted from each row's first real token, whatever padding precedes it."""
     return (mask.long().cumsum(1) - 1).clamp(min=0)

@@ -31,7 +31,7 @@ _OURS = "_gspo_ops_routing"  # marks a wrapped router
 
 
 class RoutingReplay:
-    """Records the experts of one forward, and replays them.
+    """The experts of one forward, recorded to be replayed in others.
 
     Attributes:
         indices: (tokens, k) experts chosen by each router, in the model's order; -1 where a token
@@ -131,7 +131,7 @@ class RoutingReplay:
 
 
 def expert_churn(before: RoutingReplay, after: RoutingReplay, mask: Tensor | None = None) -> float:
-    """Fraction of the experts chosen before, over tokens and routers, that are no longer chosen.
+    """Return the fraction, over tokens and routers, of chosen experts that are no longer chosen.
 
     Args:
         before: routing of some tokens.
@@ -174,7 +174,7 @@ class _Choose(Protocol):
 
 
 class _TopK(TorchFunctionMode):
-    """Makes `topk` return indices from elsewhere, and its input's values at them."""
+    """A mode in which `topk` returns indices from elsewhere, and its input's values at them."""
 
     def __init__(self, layer: int, choose: _Choose) -> None:
         super().__init__()

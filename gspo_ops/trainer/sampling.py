@@ -49,9 +49,7 @@ class Groups(NamedTuple):
         return (groups.amin(1) != groups.amax(1)).any(1)
 
     def advantages(self) -> Tensor:
-        """Advantages within each group: (B, turns) from the rewards of a turn, or (B, T) from the
-        grades at a place.
-        """
+        """Compute advantages within each group: (B, turns), or (B, T) from grades, by place."""
         size, scored = self.rollout.group_size, self.rewards if self.grades is None else self.grades
         return torch.stack([group_advantages(x, group_size=size) for x in scored.unbind(1)], 1)
 
@@ -73,7 +71,7 @@ class Groups(NamedTuple):
 
 
 class Sampler:
-    """Draws problems, has the model respond, and scores the responses."""
+    """The part of a run that draws problems, has the model respond, and scores the responses."""
 
     def __init__(
         self,
@@ -115,7 +113,7 @@ class Sampler:
         return self.ranks.with_whole_weights(self.model, sample)
 
     def evaluate(self, generator: torch.Generator) -> Tensor:
-        """(eval_size, samples) rewards of the responses to each held-out problem."""
+        """Return (eval_size, samples) rewards of responses to each held-out problem."""
         ranks, samples = self.ranks, self.config.evaluation.samples
         temperature = self.config.evaluation.temperature
         held_out = self.task.held_out[ranks.rank :: ranks.size]
@@ -201,7 +199,7 @@ class Sampler:
         return [texts[i : i + count] for i in range(0, len(texts), count)]
 
     def prompt_tokens(self, problem: Problem) -> list[int]:
-        """Tokens of a problem's prompt."""
+        """Return the tokens of a problem's prompt."""
         if not self.config.task.chat:
             return self.tokenizer(self.task.prompt(problem))["input_ids"]
         return self.tokenizer.apply_chat_template(
@@ -209,7 +207,7 @@ class Sampler:
         )["input_ids"]
 
     def texts(self, rollout: Rollout) -> list[str]:
-        """Texts of the responses, including the questions of later turns."""
+        """Return the texts of the responses, including the questions of later turns."""
         return self.tokenizer.batch_decode(
             [r[m] for r, m in zip(rollout.responses.cpu(), rollout.real.cpu(), strict=True)],
             skip_special_tokens=True,
@@ -269,7 +267,7 @@ class Sampler:
             ) from None
 
     def _grades(self, rollout: Rollout, asked: list[Problem]) -> Tensor:
-        """(B, T) grades of the tokens, 0 after the end of a response."""
+        """Return (B, T) grades of the tokens, 0 after the end of a response."""
         assert self.task.grades is not None
         found = torch.zeros(rollout.responses.shape, device=self.model.device)
         for row, (response, real) in enumerate(zip(rollout.responses, rollout.real, strict=True)):

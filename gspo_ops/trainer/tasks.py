@@ -52,12 +52,12 @@ FollowUp = Callable[[Problem, str], Problem | None]
 
 
 def parse_answer(response: str) -> str:
-    """The answer in a response: its first line, without surrounding white space."""
+    """Return the answer in a response: its first line, without surrounding white space."""
     return response.split("\n", 1)[0].strip()
 
 
 def is_correct(response: str, problem: Problem) -> bool:
-    """Whether the answer in a response is a right one, character by character."""
+    """Return whether the answer in a response is a right one, character by character."""
     return parse_answer(response) in problem.answers
 
 
@@ -83,10 +83,10 @@ class Task:
         examples: solved problems shown in every prompt.
         train: problems to train on.
         held_out: problems to measure accuracy on.
-        reward: returns the reward of a response to a problem.
-        follow_up: returns the problem of the next turn.
+        reward: function that returns the reward of a response to a problem.
+        follow_up: function that returns the problem of the next turn.
         turns: number of turns, the same for all problems; each turn has a reward.
-        grades: returns the grades of a response's tokens, for `task.graded`.
+        grades: function that returns the grades of a response's tokens, for `task.graded`.
     """
 
     examples: tuple[Problem, ...]
@@ -98,11 +98,11 @@ class Task:
     grades: Grades | None = None
 
     def prompt(self, problem: Problem) -> str:
-        """The solved examples, one per line, then `problem`'s question without its answer."""
+        """Return the solved examples, one per line, then `problem`'s question, unanswered."""
         return "".join(map(self._solved, self.examples)) + problem.question
 
     def chat(self, problem: Problem) -> list[Mapping[str, str]]:
-        """The same as a chat: one message, or the problems' own messages."""
+        """Return the same as a chat: one message, or the problems' own messages."""
         if not problem.messages:
             return [{"role": "user", "content": self.prompt(problem)}]
         solved = [
@@ -202,7 +202,7 @@ class Dataset:
     turns: int = 1
 
     def problems(self, seed: int, needed: int) -> Iterator[Problem]:
-        # Many draws repeat a question; a dataset that has too few among these is too small.
+        # Many draws repeat a question; if too few of these are distinct, the dataset is too small.
         try:
             draws = reasoning_gym.create_dataset(
                 self.name, seed=seed, size=20 * needed, **self.options
@@ -252,7 +252,7 @@ _LAG = 4
 
 
 def next_digit(digits: str) -> str:
-    """The next digit of a `Recurrence`."""
+    """Return the next digit of a `Recurrence`."""
     return str((int(digits[-1]) + int(digits[-_LAG])) % 10)
 
 
@@ -287,7 +287,7 @@ class JsonLines:
 
 
 def _messages(prompt: Any) -> tuple[Mapping[str, str], ...]:
-    """The messages of a chat; none for a text."""
+    """Return the messages of a chat; none for a text."""
     if isinstance(prompt, str) and prompt.strip():
         return ()
     keys = {"role", "content"}
@@ -326,7 +326,7 @@ def _first_step(entry: Mapping[str, Any]) -> str:
 
 
 def _second_step(problem: Problem, response: str) -> Problem | None:
-    """a + b + c in two steps: the second starts from the first one's result, right or wrong."""
+    """Return the second step of a + b + c, which uses the first one's result, right or wrong."""
     if "second" in problem.entry:
         return None
     operator, operand = problem.entry["metadata"]["expression"].split()[-2:]
@@ -458,7 +458,7 @@ def _distinct(problems: Iterator[Problem], needed: int, *, to_the_end: bool) -> 
             left_out.add(key)
             continue
         left_out.update(twins)
-        for twin in twins:  # through an answer that came later
+        for twin in twins:  # because of an answer that came later
             mirrored.remove(twin)
             del found[twin]
         if known is None:

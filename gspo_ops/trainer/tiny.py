@@ -41,7 +41,7 @@ _HIDDEN, _LEARNING_RATE, _RIGHT = 128, 3e-3, 0.6
 
 
 def _digit_sums(chance: random.Random, count: int) -> list[Problem]:
-    """Digit sums, most with their right answer and the others with that of another problem."""
+    """Draw digit sums, most with their right answer and the others with another problem's."""
     task = make_task(TaskConfig(name="digit_sums", examples=0, train_size=150, eval_size=2), 0)
     problems = [*task.train, *task.held_out]
     shown = []
@@ -52,7 +52,7 @@ def _digit_sums(chance: random.Random, count: int) -> list[Problem]:
 
 
 def _recurrences(digits: int, chance: random.Random, count: int) -> list[Problem]:
-    """Recurrences, most of them right and the others continued from one wrong addition."""
+    """Draw recurrences, most of them right and the others continued from one wrong addition."""
     shown = []
     for _ in range(count):
         start = "".join(chance.choices("0123456789", k=4))
@@ -69,7 +69,8 @@ class Tiny:
     """The architecture of a model, and its warm-up.
 
     Attributes:
-        lesson: makes the problems and answers of the warm-up from random numbers and a count.
+        lesson: function that makes problems and answers of the warm-up from random numbers and a
+            count.
         layers: number of layers.
         experts: number of experts per layer; 0 for a dense model of width top_k * width.
         top_k: number of experts per token.
@@ -79,7 +80,7 @@ class Tiny:
         router_std: standard deviation with which routers are initialized; the warm-up does not
             train them. None to train them with the rest. Routers that decide by small margins
             change their choice often, as those of large models do.
-        router_steps: warm-up steps after which they are initialized again, so that no token comes
+        router_steps: warm-up steps after which they are initialized again, so that no token learns
             to depend on one expert.
     """
 
@@ -112,14 +113,14 @@ class Tiny:
         return Qwen3MoeForCausalLM(config).eval()
 
     def fixed_routers(self, model: PreTrainedModel) -> list[torch.nn.Parameter]:
-        """Weights of the routers that the warm-up does not train."""
+        """Return the weights of the routers that the warm-up does not train."""
         if self.router_std is None or not self.experts:
             return []
         return [weight for router in find_routers(model) for weight in router.parameters()]
 
 
 def _recurrence_models() -> dict[str, Tiny]:
-    """Models named `recurrence-moe-32` and the like, after the number of digits in an answer."""
+    """Return models with names like `recurrence-moe-32`, after the digits in an answer."""
     return {
         f"recurrence-{kind}-{digits}": Tiny(
             partial(_recurrences, digits), layers=2, experts=experts, top_k=4, width=width,
@@ -137,7 +138,7 @@ TINY: Mapping[str, Tiny] = MappingProxyType(
 
 
 def tiny_directory(name: str, cache: Path) -> Path:
-    """Directory of a tiny model, which the first call makes and teaches.
+    """Return the directory of a tiny model, which the first call makes and teaches.
 
     Args:
         name: name in `TINY`.
@@ -167,7 +168,7 @@ def tiny_directory(name: str, cache: Path) -> Path:
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per printable ASCII character and newline, after PAD, EOS and UNK."""
+    """Make a tokenizer of printable ASCII characters and newline, after PAD, EOS and UNK."""
     special = ["<pad>", "<eos>", "<unk>"]
     vocabulary = {token: i for i, token in enumerate([*special, *_CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -211,7 +212,7 @@ def teach(
 
 
 def _examples(problems: list[Problem], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
-    """(n, S) tokens of questions and answers, padded on the right, and a mask of the answers."""
+    """Return (n, S) tokens of questions and answers, right-padded, and a mask of the answers."""
     asked = [tokenizer(p.question)["input_ids"] for p in problems]
     answered = [tokenizer(p.answer)["input_ids"] for p in problems]
     width = max(len(q) + len(a) for q, a in zip(asked, answered, strict=True))
