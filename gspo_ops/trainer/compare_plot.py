@@ -129,5 +129,8 @@ def _clipped(results: Results, axis: Axes) -> None:
     ticks = sorted({cell["tokens"] for cell in results.cells})
     axis.set_xticks(ticks, [str(t) for t in ticks])
     axis.minorticks_off()
-    axis.legend(frameon=False, fontsize=7, title="model, updates per rollout", title_fontsize=7)
+    axis.legend(
+        frameon=False, fontsize=7, title="objective, model, updates per rollout", title_fontsize=7,
+        loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4,
+    )  # fmt: skip
     axis.grid(alpha=0.3)
