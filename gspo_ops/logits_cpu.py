@@ -196,7 +196,7 @@ class _Exponentials(NamedTuple):
 def _exponentials(
     z: Tensor, rows: _Rows, softmax: Softmax, buffer: Tensor, out: Tensor
 ) -> _Exponentials:
-    """Of loaded rows; p stands in `out`, or in the buffer where its sum has to be found."""
+    """Compute those of loaded rows; p is in `out`, or in the buffer if its sum must be found."""
     temperature = softmax.temperature
     if rows.row_max is None or rows.row_sum is None:
         row_max, x_target = z.amax(1), _target_logits(z, rows.targets)

@@ -156,18 +156,18 @@ def default_memory_budget(rows: int, vocabulary: int) -> int:
 
 
 def kept_width(columns: int) -> int:
-    """Of a row of kept exponentials: the columns, and padding."""
+    """Return the length of a row of kept exponentials: its columns and padding."""
     return -(-columns // _KEPT_ALIGN) * _KEPT_ALIGN
 
 
 def columns_that_fit(budget: int, rows: int, vocabulary: int, itemsize: int) -> int:
-    """Columns of exponentials of so many rows that fit into the budget."""
+    """Return how many columns of the exponentials of `rows` rows fit into the budget."""
     fit = budget // (max(rows, 1) * itemsize)
     return vocabulary if fit >= vocabulary else fit // COLUMNS * COLUMNS
 
 
 def sum_bytes(hidden: Tensor, weight: Tensor) -> int:
-    """Of sums over chunks, beyond those of the gradients that they become."""
+    """Return the bytes of sums over chunks beyond those of the gradients that they become."""
     itemsize = stats_dtype(hidden, weight).itemsize
     return sum(
         x.numel() * (itemsize - x.element_size()) for x in (hidden, weight) if x.requires_grad

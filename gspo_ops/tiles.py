@@ -224,8 +224,8 @@ class Tile(NamedTuple):
 class Product(NamedTuple):
     """A gradient that is a sum over tiles.
 
-    Of rows, `out` (n, ...) gets the tiles times `factor` (V, ...); of columns, `out` (V, ...) gets
-    the tiles, transposed, times `factor` (n, ...).
+    For rows, `out` (n, ...) receives the tiles times `factor` (V, ...); for columns, `out` (V, ...)
+    receives the transposed tiles times `factor` (n, ...).
     """
 
     out: Tensor
@@ -241,31 +241,32 @@ class Tiles(Protocol):
     of: Operands
 
     def target_logits(self) -> Tensor:
-        """(n,) target's logits after the soft cap, where this rank holds the target."""
+        """Return the targets' logits (n,) after the soft cap, where this rank holds the target."""
 
     def fold(
         self, base: Tensor, kept: Kept, keep: Tensor | None, sums: Sums, target_logit: Tensor
     ) -> None:
-        """Sums over each row's exponentials but for its target's, to `sums`.
+        """Sum each row's exponentials, except its target's, into `sums`.
 
         `kept` receives the exponentials of rows where `keep` holds, None for all; `target_logit`
         (n,) the target's logit, where products of tiles round it in another way.
         """
 
     def finish(self, sums: Sums, base: Tensor, target_logit: Tensor) -> tuple[Tensor, RowSums]:
-        """Log-probs (n,), and the sums of complete rows."""
+        """Return log-probs (n,), and the sums of complete rows."""
 
     def rescale(self, kept: Kept, sums: Sums, shift: Tensor) -> None:
         """Rescale the tiles of each row of `kept` to a common shift (n,)."""
 
     def row_grads(self, sums: RowSums, g: Tensor, h: Tensor | None, live: Tensor) -> RowGrads:
-        """Of these rows, for d loss / d log_prob = g and d loss / d entropy = h of all, (N,) each.
+        """Compute what the gradients of these rows are made of.
 
-        Where `live` (N,) does not hold, nothing has a gradient.
+        g = d loss / d log_prob and h = d loss / d entropy are those of all rows, (N,) each. Where
+        `live` (N,) does not hold, nothing has a gradient.
         """
 
     def kept_tile(self, e: Tensor, among: Rows) -> Tile:
-        """Columns of kept exponentials, of live rows `among` those that are kept."""
+        """Return the tile of kept exponentials `e` for the live rows, whose places are `among`."""
 
     def weigh(self, columns: slice, weighting: Weighting, out: Tensor) -> None:
         """Recompute logits, and write their values under `weighting` to `out`."""

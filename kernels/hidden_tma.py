@@ -42,7 +42,7 @@ def live_blocks_kernel(
 
 @triton.jit
 def number(tiles_m, tiles_n):
-    """Of tiles, which fits into 32 bits: each has thousands of elements."""
+    """Return the number of tiles, which fits into 32 bits: each has thousands of elements."""
     return (tiles_m.to(tl.int64) * tiles_n).to(tl.int32)
 
 
