@@ -590,7 +590,7 @@ def result(name):
     if name in NEED_IMAGES:
         return "equal, with images"
     if "Reformer" in name:
-        return "equal, the gradient that of its head"
+        return "equal, with the gradient of its head"
     return "equal, also with images" if name in IMAGES else "equal"
 
 
@@ -620,7 +620,7 @@ are equal, {len(REFUSED)} are refused, and {len(NOT_BUILT)} are not built.
 - **refused**: The first call raises a ValueError that names the class and says what differs. The
   ops from logits accept such a model's logits.
 - **not built**: The tests have no small model of the class. The first call compares it with its
-  own logits all the same, and raises a ValueError if they differ.
+  own logits nevertheless, and raises a ValueError if they differ.
 
 For `live_checkpointing`, **equal** means that the gradient of two sequences out of five is the one
 without checkpointing, to 1e-5. **refused** means that it raises a ValueError that gives the reason;
