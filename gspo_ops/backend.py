@@ -66,7 +66,7 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def rounds_fp32(device: torch.device) -> bool:
-    """Return whether the process lets products of float32 be rounded, as to TF32 or bfloat16.
+    """Return whether the process lets float32 products be rounded, e.g. to TF32 or bfloat16.
 
     These settings belong to the process: they are read, and left unchanged.
     """

@@ -138,7 +138,7 @@ class HiddenStats(NamedTuple):
     target_logit: Tensor
     shift: Tensor
     row_sum: Tensor
-    entropy: Tensor  # (0,) unless asked for
+    entropy: Tensor  # (0,) unless requested
     kept: Tensor  # (N, columns or more)
 
 

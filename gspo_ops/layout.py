@@ -57,7 +57,7 @@ class Sequences(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """The places of sequences in the arguments of a call; `resolve_layout` makes it.
+    """The layout of the sequences in the arguments of a call, made by `resolve_layout`.
 
     Attributes:
         shape: (B, T) padded or (N,) packed, the shape of every per-token argument.

@@ -25,7 +25,7 @@ class LogitStats(NamedTuple):
     log_probs: Tensor
     row_max: Tensor  # maximum of the others' logits, or of all, before the temperature
     row_sum: Tensor  # sum of the others' exponentials, relative to row_max
-    entropy: Tensor  # (0,) unless asked for
+    entropy: Tensor  # (0,) unless requested
     target_logit: Tensor  # (0,) unless the vocabulary is sharded
 
 
@@ -196,7 +196,7 @@ class _Exponentials(NamedTuple):
 def _exponentials(
     z: Tensor, rows: _Rows, softmax: Softmax, buffer: Tensor, out: Tensor
 ) -> _Exponentials:
-    """Compute them for loaded rows; p is in `out`, or in the buffer if row_sum is not known yet."""
+    """Compute those of loaded rows z; p is in `out`, or in the buffer if row_sum is unknown."""
     temperature = softmax.temperature
     if rows.row_max is None or rows.row_sum is None:
         row_max, x_target = z.amax(1), _target_logits(z, rows.targets)

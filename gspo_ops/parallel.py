@@ -25,7 +25,7 @@ from .operators import operator
 
 if TYPE_CHECKING or dist.is_available():
     from torch.distributed import ProcessGroup
-else:  # this torch was built without it
+else:  # this torch was built without torch.distributed
     ProcessGroup = object
 
 
@@ -116,7 +116,7 @@ class SharedChecks:
 Facts = Mapping[str, int]
 
 _REFUSED = 1
-_NUMBERS = 20  # length of every rank's message, however many it needs
+_NUMBERS = 20  # length of every rank's message, whatever it contains
 
 
 def agree(

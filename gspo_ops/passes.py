@@ -95,7 +95,7 @@ def forward(
 
 
 def _of_part(target_logit: Tensor, tiles: Tiles) -> Tensor:
-    """Return what a part of the vocabulary adds to (n,) target logits: 0 if another part has it."""
+    """Return a part's contribution (n,) to the targets' logits: 0 if another has the target."""
     targets = tiles.of.targets
     z = torch.where(targets >= 0, target_logit, 0.0)
     return z.masked_fill_(targets == NOWHERE, math.nan)
@@ -183,7 +183,10 @@ def _finish(gradient: Product, row_grads: RowGrads, tiles: Tiles) -> None:
 def _through_lora(
     tiles: Tiles, low: Tensor, hidden: Product | None, out: Tensor | None, *, add: bool
 ) -> None:
-    """Add the low-rank part to dhidden before it is rounded, and da, from d loss / d lora_x."""
+    """Add the low-rank part to dhidden, and compute da, from low = d loss / d lora_x (n, r).
+
+    dhidden is rounded only afterwards.
+    """
     of = tiles.of
     assert of.lora_a is not None
     low = low * of.options.lora_scale
@@ -231,7 +234,7 @@ def _add_tiles(
 
 
 def _grad_columns(tiles: Tiles, kept_columns: int, is_whole: bool) -> list[slice]:
-    """Return ranges of columns, each of which is either kept or not."""
+    """Return ranges of columns, each of which is either kept as a whole or not at all."""
     width = tiles.blocks.grad_width(tiles.of.n)
     kept, others = slice(0, kept_columns), slice(kept_columns, tiles.of.V)
     kept_width = max(kept_columns, 1) if is_whole else width

@@ -45,7 +45,7 @@ class ObjectiveOptions(NamedTuple):
         return cls(*[getattr(objective, name) for name in cls._fields])
 
     def shares_gradient(self) -> bool:
-        """Return whether tokens receive a sum over their sequence that depends on its ratio."""
+        """Return whether gradients need a sum over the sequence, which depends on its ratio."""
         through_surrogate = self.ratio_level == "sequence_shared" and self.surrogate != "weighted"
         through_kl = self.ratio_level in ("sequence", "sequence_shared") and (
             self.kl_coef > 0 and self.kl_weight == "ratio"

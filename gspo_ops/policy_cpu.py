@@ -237,7 +237,7 @@ def _has_gradient(terms: _Terms) -> Tensor:
 
 
 def _ratio_sums(ratio: Tensor, some: Tensor) -> tuple[Tensor, Tensor]:
-    """Return count, sums of ratios, capped ones and their squares; maxima of -ratio and ratio."""
+    """Return count and sums of ratios, capped ratios and their squares; maxima of -ratio, ratio."""
     capped = ratio.clamp(1 / ESS_RATIO_CAP, ESS_RATIO_CAP)
     values = torch.ones_like(ratio), ratio, capped, capped.square()
     sums = torch.stack([torch.where(some, x, 0.0).sum() for x in values])

@@ -33,7 +33,7 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class AllRows:
-    """All rows, which all count."""
+    """All rows, every one of which counts."""
 
     @property
     def index(self) -> None:

@@ -43,7 +43,7 @@ def checked_softmax(
     vocab_group: ProcessGroup | None,
     return_entropy: bool,
 ) -> Softmax:
-    """Return the options; refuse a temperature or soft cap out of range, and what is no group."""
+    """Return the options; refuse a temperature or soft cap out of range, and an invalid group."""
     check_number("temperature", temperature, minimum=0.0, exclusive=True)
     if softcap is not None:
         check_number("softcap", softcap, minimum=0.0, exclusive=True)
@@ -106,7 +106,7 @@ class LogOdds(NamedTuple):
     def q(self) -> Tensor:
         """Return the probability of all others.
 
-        On a CPU, the rounding of torch.sigmoid would depend on the position.
+        On a CPU, the rounding of torch.sigmoid would depend on an element's position.
         """
         return (1.0 + (-self.d).exp()).reciprocal()
 

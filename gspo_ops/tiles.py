@@ -31,7 +31,7 @@ class Blocks(NamedTuple):
     sums: int  # columns of an entry of `Sums`
     grad_elements: int  # size of a tile for the products of the backward
     grad_columns: int  # largest number of its columns
-    align: int  # elements to a multiple of which its rows are padded in memory
+    align: int  # alignment of its rows in memory, in elements
 
     def entries(self, vocabulary: int) -> int:
         """Return the number of entries of `Sums`."""
@@ -105,7 +105,7 @@ class RowSums(NamedTuple):
     target_logit: Tensor  # rounded like the others; after the soft cap, before the temperature
     shift: Tensor  # exponent of two
     row_sum: Tensor  # sum of the others' exp2((z - base) * scale - shift)
-    entropy: Tensor  # (0,) unless asked for
+    entropy: Tensor  # (0,) unless requested
 
     def log_odds(self, scale: float) -> LogOdds:
         """Return the log-odds against the target."""
@@ -259,7 +259,7 @@ class Tiles(Protocol):
         """Rescale the tiles of each row of `kept` to a common shift (n,)."""
 
     def row_grads(self, sums: RowSums, g: Tensor, h: Tensor | None, live: Tensor) -> RowGrads:
-        """Return those of these rows, for d loss / d log_prob = g and d loss / d entropy = h.
+        """Return `RowGrads` of these rows, for d loss / d log_prob = g and d loss / d entropy = h.
 
         g, h and `live` (N,) are those of all rows. Where `live` is False, there is no gradient.
         """

@@ -1,4 +1,4 @@
-"""Tiles of logits in torch: on a CPU, and in float64. They fit into the cache of one core."""
+"""Tiles of logits in torch, on a CPU and in float64; small ones stay in the cache of one core."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ BLOCKS = Blocks(
 _LEAST_ROWS = 16  # in products that make logits
 _LEAST_GRAD_ROWS = 4  # in those that make gradients of rows
 _ZERO_EXPONENT = -2048.0  # 2**-2048 is 0 in all dtypes
-_VECTORS = 64  # elements: a multiple of the vectors of every processor
+_VECTORS = 64  # elements: a multiple of every processor's vector width
 
 
 class TorchTiles:
@@ -130,7 +130,7 @@ class TorchTiles:
     def takes_whole(
         self, among: Rows, of_rows: Sequence[Product], of_columns: Sequence[Product]
     ) -> bool:
-        # each further product waits for a slower core again
+        # every product waits for the slowest core
         dtypes = {x for product in of_rows for x in (product.factor.dtype, product.dtype)}
         dtypes |= {x for product in of_columns for x in (product.out.dtype, product.dtype)}
         is_direct = among.index is None and dtypes <= {self.of.grad_dtype}

@@ -5,9 +5,9 @@ blocks of [ROWS, COLS] elements: reductions run over ROWS, inside a thread, and 
 crosses threads.
 
 The compiler chooses which thread has which elements. Its choice depends on the width of the loads,
-and so on the alignment of rows and of the pointer, which must not change a bit. Sums that cross
-threads therefore use `sum_pairs`, and a product that is added to something uses `tl.fma` or
-`rounded_product`.
+and so on the alignment of rows and of the pointer, but must not change a bit of the results. Sums
+that cross threads therefore use `sum_pairs`, and a product that is added to something uses `tl.fma`
+or `rounded_product`.
 """
 
 import triton

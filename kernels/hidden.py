@@ -109,7 +109,7 @@ def fold_kernel(
     # inputs: a tile of logits [n, C], contiguous, from row first_row and column first_col on;
     # [N] targets, base; live or None
     z_ptr, targets_ptr, base_ptr, live_ptr,
-    # outputs: exponentials [N, kept]; [J, N] sums, log_sum is None unless asked for; [N] the
+    # outputs: exponentials [N, kept]; [J, N] sums, log_sum is None unless requested; [N] the
     # target's logit
     e_ptr, shift_ptr, sum_ptr, log_sum_ptr, target_logit_ptr,
     # shapes and strides
@@ -118,7 +118,7 @@ def fold_kernel(
     scale, softcap,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Fold logits, one program per row and block of columns, which it reads once."""
+    """Fold a tile of logits, with one program per row and block of columns, which it reads once."""
     blocks = tl.cdiv(C, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
@@ -213,7 +213,7 @@ def odds(base, target_logit, shift, row_sum, scale):
 
 @triton.jit
 def row_sums_kernel(
-    # inputs: sums [J, N], log_sum is None unless asked for; [N]
+    # inputs: sums [J, N], log_sum is None unless requested; [N]
     shift_ptr, sum_ptr, log_sum_ptr, base_ptr, target_logit_ptr,
     # outputs [N]
     log_probs_ptr, row_shift_ptr, row_sum_ptr, entropy_ptr,
@@ -269,7 +269,7 @@ def row_grads_kernel(
     # inputs [N]: what the forward kept, and d loss / d log_prob; entropy and d loss / d entropy, or
     # None for both
     base_ptr, target_logit_ptr, shift_ptr, row_sum_ptr, entropy_ptr, g_ptr, h_ptr,
-    # non-zero where a row has a gradient [N]; where the rows worked on stand [n], or None
+    # non-zero where a row has a gradient [N]; positions of the processed rows [n], or None
     live_ptr, index_ptr,
     # outputs [n]: `RowGrads`; constant and slope are None without h
     factor_ptr, at_target_ptr, row_base_ptr, row_shift_ptr, constant_ptr, slope_ptr,
@@ -348,7 +348,7 @@ def rescale_kernel(
     n, columns, stride_en,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Bring a row's tiles to its shift, in one program; there is nearly always nothing to do."""
+    """Bring a row's tiles to its shift, one program per row; they nearly always have it."""
     row = tl.program_id(0).to(tl.int64)
     row_shift = tl.load(row_shift_ptr + row)
     if row_shift > 0:
@@ -370,7 +370,7 @@ def rescale_kernel(
 
 @triton.jit
 def swizzled(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """Return this program's tile, by groups of GROUP rows in which neighbours share operands."""
+    """Return this program's tile; GROUP rows of tiles at a time let neighbours share operands."""
     per_group = GROUP * tiles_n
     first = pid // per_group * GROUP
     size = tl.minimum(tiles_m - first, GROUP)
@@ -477,7 +477,7 @@ def weigh_tile(
 def hidden_fwd_kernel(
     # inputs: x [n, H], weight [C, H], bias [C] or None; targets, base [n]; keep [n] or None
     x_ptr, weight_ptr, bias_ptr, targets_ptr, base_ptr, keep_ptr, count_ptr,
-    # outputs: exponentials [n, kept]; [J, n] sums, log_sum is None unless asked for; [n] the
+    # outputs: exponentials [n, kept]; [J, n] sums, log_sum is None unless requested; [n] the
     # target's logit
     e_ptr, shift_ptr, sum_ptr, log_sum_ptr, target_logit_ptr,
     # shapes and strides

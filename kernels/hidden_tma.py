@@ -4,7 +4,7 @@ One program per multiprocessor goes through tiles of 128 x 256, in an order in w
 share operands in the L2 cache; the copies of a tile's operands run ahead of its products.
 Epilogues work on PART columns at a time, so that their results fit into registers beside the sums.
 With a soft cap, whose derivative takes as many again, a tile has no more columns than that. A box
-holds consecutive rows, so rows that count are not gathered: the forward has them in front
+holds consecutive rows, so rows that count are not gathered: in the forward, they come first
 (`count_ptr`), and the backward goes through a list of the blocks that contain a row with a gradient
 (`blocks_ptr`). The other rows of these blocks are 0, both in the exponentials and in x.
 """
@@ -71,7 +71,7 @@ def part_of(x, index: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 def tma_fwd_kernel(
     # inputs: x [n, H], weight [C, H], bias [C] or None; targets, base [n]; keep [n] or None
     x_desc, weight_desc, bias_ptr, targets_ptr, base_ptr, keep_ptr, count_ptr,
-    # outputs: exponentials [n, kept] or None; [J, n] sums, log_sum is None unless asked for; [n]
+    # outputs: exponentials [n, kept] or None; [J, n] sums, log_sum is None unless requested; [n]
     # the target's logit
     e_desc, shift_ptr, sum_ptr, log_sum_ptr, target_logit_ptr,
     n, C, H,

@@ -117,7 +117,7 @@ def load_target(x_ptr, target, softcap):
 @triton.jit
 def log_odds(row_max, row_sum, x_target, temperature):
     """Return d, its rounding error, and w = exp(-|d|), which avoids cancellation in the rest."""
-    # rounded to nearest: `/` may be off by 2 ulp on a GPU, which are large if d is
+    # rounded to nearest: on a GPU, `/` may be off by 2 ulp, which is much if d is large
     d, error = two_sum(tl.math.div_rn(row_max - x_target, temperature), tl.log(row_sum))
     return d, error, tl.exp(-tl.abs(d))
 
@@ -135,7 +135,7 @@ def minus_softplus(d, error, w):
 def logits_fwd_kernel(
     # inputs
     logits_ptr, targets_ptr, mask_ptr,
-    # outputs [N]; entropy is None unless asked for
+    # outputs [N]; entropy is None unless requested
     log_probs_ptr, row_max_ptr, row_sum_ptr, entropy_ptr,
     # for a part of the vocabulary, in place of log_probs and entropy
     target_logit_ptr, log_sum_ptr,

@@ -326,7 +326,7 @@ def policy_loss_fwd_kernel(
         sequence_log_ratio = sum_pairs(clipped_sum) * inv_n * SUM_UNIT
     sequence_ratio = tl.exp(cap_log_ratio(sequence_log_ratio))
 
-    # what is known by now is stored by now, to keep registers free
+    # what is known already is stored now, to keep registers free
     row_ptr = partials_ptr + b.to(tl.int64) * NUM_PARTIALS
     is_some = n > 0
     sequences = tl.where(is_some, 1.0, 0.0)
@@ -421,7 +421,7 @@ def policy_loss_fwd_kernel(
             clip_low, clip_high, dual_clip, log_clip_low, log_clip_high, log_dual_clip, tau_pos,
             tau_neg, SURROGATE, CLIPS_RATIO, HAS_DUAL_CLIP,
         )  # fmt: skip
-        # weights first: a result that fits into fp32 fits on the way, too, and no inf meets a 0
+        # weights first: if the result fits into fp32, every step does, and no inf meets a 0
         loss_term = -(value * weight) * (advantage * rollout_weight)
         if SURROGATE == "weighted":
             log_prob = tl.load(log_probs_ptr + rows, mask=valid, other=0.0)

@@ -217,7 +217,7 @@ def make_case(
 
 
 def _ragged(B: int, T: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw lengths (B,), and return them, tokens within them (B, T), and those not of a tool."""
+    """Draw lengths (B,), a mask (B, T) of tokens within them, and one without a tool's tokens."""
     lengths = torch.randint(1, T + 1, (B,), generator=generator)
     lengths[0] = T
     lengths[1 % B : 3 % B] = torch.tensor([0, 1])[: max(3 % B - 1 % B, 0)]
@@ -256,7 +256,7 @@ def _advantages(
 def _ref_log_probs(
     objective: Objective, log_probs: Tensor, generator: torch.Generator, device: torch.device
 ) -> Tensor | None:
-    """Draw them so that |log_prob - ref_log_prob| lies on both sides of the KL input clamp."""
+    """Draw reference log-probs at distances on both sides of the KL estimate's input clamp."""
     if objective.kl_coef == 0:
         return None
     sign = torch.randn(log_probs.shape, generator=generator, dtype=torch.float64).sign()

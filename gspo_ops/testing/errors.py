@@ -27,7 +27,7 @@ def grad_errors(grad: Tensor | None, exact: Tensor | None, targets: Tensor) -> d
 
 
 def on_policy_errors(stats: dict[str, Tensor]) -> dict[str, float]:
-    """Return the errors of a policy against itself, where every ratio is 1 and none is clipped."""
+    """Return errors of a policy against itself, where all ratios are 1 and none is clipped."""
     ratios = torch.stack([stats[name] for name in ("ratio_mean", "ratio_min", "ratio_max")])
     return {
         "on-policy ratio - 1": worst(ratios - 1),
@@ -36,7 +36,7 @@ def on_policy_errors(stats: dict[str, Tensor]) -> dict[str, float]:
 
 
 def ulp_distance(x: Tensor, exact: Tensor) -> float:
-    """Return the most representable steps between x and exact, rounded to x's dtype."""
+    """Return the largest number of steps between x and exact, which is rounded to x's dtype."""
     if torch.isnan(x).any():
         return math.nan
 

@@ -195,7 +195,10 @@ def _of_loss_on_policy(case: Case, head: HeadTensors) -> _OfPlan:
 def _exact_loss(
     case: Case, old_log_probs: Tensor | None, of_loss: Tensor
 ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
-    """Compute loss and statistics in float64, d loss / d log_prob and, with a bonus, d entropy."""
+    """Return loss and statistics in float64, and gradients scaled by `of_loss`.
+
+    These are with respect to log-probs and, with a bonus, entropies.
+    """
     exact = case.double()
     log_probs = reference.log_probs_from_logits(exact.logits, case.targets).requires_grad_()
     entropy = reference.entropy_from_logits(exact.logits, case.targets).requires_grad_()

@@ -76,7 +76,7 @@ def verify(
 def _further_cases(
     device: torch.device, dtypes: Sequence[torch.dtype], objectives: Sequence[Objective]
 ) -> Iterator[Case]:
-    """Yield small cases: from logits in each dtype and layout, from hidden states in one of each."""
+    """Yield small cases: logits in each dtype and layout, and hidden states in one of them."""
     logits = synthetic_logits(9, 6, 65, device=device)
     head = synthetic_head(9, 6, 16, 65, device=device)
     for i, objective in enumerate(objectives):
