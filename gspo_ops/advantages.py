@@ -50,7 +50,7 @@ def group_advantages(
     sizes = torch.zeros_like(ids).scatter_add_(0, ids, torch.ones_like(ids))
 
     def per_group(reduce: str, x: Tensor) -> Tensor:
-        # one value per row: groups fewer than rows leave empty segments at the end
+        # sizes has an entry per row: with fewer groups than rows, the last segments are empty
         return torch.segment_reduce(x, reduce, lengths=sizes, unsafe=True, initial=0)[ids[order]]
 
     def group_max(x: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def group_advantages(
 
 
 def _group_index(rewards: Tensor, group_size: int | None, group_ids: Tensor | None) -> Tensor:
-    """(B,) int64 group number below B of each response."""
+    """Return the group number of each response, (B,) int64 below B."""
     if (group_size is None) == (group_ids is None):
         raise ValueError("exactly one of group_size and group_ids must be given")
     batch = len(rewards)

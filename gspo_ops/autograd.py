@@ -33,21 +33,21 @@ class Forward(NamedTuple):
 
 
 class Source(Protocol):
-    """Where log-probs come from. It holds options; operands with gradients are arguments."""
+    """A source of log-probs. It holds options; operands with gradients are passed as arguments."""
 
     def returns_entropy(self) -> bool: ...
 
     def forward(self, rows: TargetRows, policy: Policy | None, *operands: Any) -> Forward:
-        """Log-probs for a policy, or of all rows without one."""
+        """Compute the log-probs that a policy needs, or those of all rows without one."""
 
     def backward(
         self, saved: tuple[Any, ...], upstream: Upstream, wanted: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
-        """A gradient for each operand, None if it is not needed."""
+        """Return a gradient for each operand, None if it is not needed."""
 
 
 class GivenLogProbs:
-    """Given log-probs, the one operand."""
+    """The source whose one operand is the log-probs themselves."""
 
     def returns_entropy(self) -> bool:
         return False

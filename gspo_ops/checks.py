@@ -101,7 +101,7 @@ def check_targets(targets: Tensor, name: str, x: Tensor) -> None:
 
 
 def checked_targets(targets: Tensor, V: int, rows: Tensor | None = None) -> Tensor:
-    """Targets as int64; a target outside [0, V) is refused, with its position in `rows`."""
+    """Return targets as int64; refuse one outside [0, V), and report its position in `rows`."""
     targets = targets.long()
     wrong = ((targets < 0) | (targets >= V)).nonzero().squeeze(1)
     if len(wrong):

@@ -26,7 +26,7 @@ from .tiles import Kept, slices
 
 
 class Chunks(NamedTuple):
-    """How a batch is processed in chunks.
+    """The options for processing a batch in chunks.
 
     Attributes:
         rows: largest number of rows in a chunk, unless one sequence is longer.
@@ -39,7 +39,7 @@ class Chunks(NamedTuple):
 
 
 class SavedChunks(NamedTuple):
-    """What the backward reads: gradients of loss * D, and the operands to which they belong."""
+    """The record that the backward reads: gradients of loss * D, and their operands."""
 
     head: Head
     grads: Grads
@@ -83,7 +83,7 @@ class ChunkLoss(torch.autograd.Function):
 
 
 def _scaled(grad: Tensor, like: Tensor, grad_loss: Tensor, inv_denominator: Tensor) -> Tensor:
-    """grad * grad_loss / D; in place where its dtype is right and no other backward can follow."""
+    """Return grad * grad_loss / D, in place if dtypes match and no other backward can follow."""
     if grad.dtype != like.dtype or graph_is_kept():
         return scaled_like(grad, like, grad_loss, inv_denominator)
     return grad.mul_(grad_loss * inv_denominator)
@@ -98,17 +98,17 @@ def _contiguous(grad: Tensor, like: Tensor, *_: object) -> Tensor:
 
 @operator(_contiguous)
 def scaled_like(grad: Tensor, like: Tensor, grad_loss: Tensor, inv_denominator: Tensor) -> Tensor:
-    """grad * grad_loss / D, in the dtype and shape of `like`, whose values are not read."""
+    """Return grad * grad_loss / D, in the dtype and shape of `like`, whose values are not read."""
     out = _contiguous(grad, like)
     source, to, scale = grad.view(-1), out.view(-1), grad_loss * inv_denominator
-    for part in slices(len(to), ROUNDED_AT_ONCE):  # or a rounded copy would take as much again
+    for part in slices(len(to), ROUNDED_AT_ONCE):  # a scaled copy of the whole would double memory
         to[part] = source[part] * scale
     return out
 
 
 @operator(lambda *_: None)
 def add_scaled(out: Changed, grad: Tensor, grad_loss: Tensor, inv_denominator: Tensor) -> None:
-    """out += grad * grad_loss / D."""
+    """Add grad * grad_loss / D to `out`."""
     out.addcmul_(grad, grad_loss * inv_denominator)
 
 
@@ -156,7 +156,7 @@ def loss_in_chunks(
     options: HeadOptions,
     wanted: Wanted,
 ) -> LossInChunks:
-    """The loss, and gradients summed over chunks."""
+    """Compute the loss, and gradients summed over chunks."""
     needed = NeededRows.of(policy, options)
     targets = targets.reshape(-1)
     grads = Grads.empty(head, wanted, stats_dtype(head.hidden, head.weight))
@@ -201,7 +201,7 @@ def loss_in_chunks(
 
 
 def _same_on_all_ranks(chunk_rows: int, targets: Tensor, options: HeadOptions) -> int:
-    """However large their parts of the vocabulary: each chunk is an exchange."""
+    """Return the smallest chunk_rows of all ranks, which exchange numbers in every chunk."""
     if (group := options.softmax.vocab_group) is None:
         return chunk_rows
     return int(gathered(targets.new_full((), chunk_rows, dtype=torch.int64), group).min())
@@ -211,14 +211,14 @@ T = TypeVar("T", Head, HeadGrads)
 
 
 def _rows_of(head: T, rows: slice) -> T:
-    """The operands, or where their gradients go, for some rows."""
+    """Return the operands, or the buffers for their gradients, restricted to some rows."""
     if head.hidden is None:
         return head
     return head._replace(hidden=head.hidden.reshape(-1, head.hidden.shape[-1])[rows])
 
 
 def _chunks(policy: Policy, chunk_rows: int) -> Iterator[tuple[slice, slice]]:
-    """Sequences and rows of each chunk: as many as fit, one at least."""
+    """Yield the sequences and rows of each chunk: as many sequences as fit, at least one."""
     count, batch, cu_seqlens, _ = policy.sequences
     if cu_seqlens is None:
         T = count // max(batch, 1)
@@ -234,7 +234,7 @@ def _chunks(policy: Policy, chunk_rows: int) -> Iterator[tuple[slice, slice]]:
 
 
 def _kept_in(buffer: Tensor, rows: int, vocabulary: int) -> Kept:
-    """As many columns of exponentials as the buffer has room for: all, but for long sequences."""
+    """Return room for a chunk's exponentials: all columns, or those that fit if it is long."""
     if rows <= len(buffer):
         return Kept(buffer[:rows], vocabulary)
     columns = buffer.numel() // rows // COLUMNS * COLUMNS

@@ -1,9 +1,9 @@
 """Numbers that several files share; the kernels wrap them."""
 
 IGNORED = -100  # a target that doesn't count
-LOG_RATIO_CAP = 80.0  # a log-ratio beyond it counts as this much: sums of its exp stay finite
-ESS_RATIO_CAP = 1e15  # of a ratio whose square, and its inverse's, leave room for sums in fp32
-SHIFT_LIMIT = 64.0  # powers of two: sums of exponentials below it stay finite in fp32
+LOG_RATIO_CAP = 80.0  # log-ratios are capped at +- this, so that sums of their exp stay finite
+ESS_RATIO_CAP = 1e15  # cap of a ratio and of its inverse: fp32 can hold sums of their squares
+SHIFT_LIMIT = 64.0  # exponent of two: sums of exponentials up to it stay finite in fp32
 
 # statistics of a loss: the kernel has a column for each, in this order
 STATS = (

@@ -38,7 +38,7 @@ _CLIP_STATS = ("clip_frac_sequences", "clip_frac_tokens", "clip_frac_low", "clip
 
 
 def options_of(objective: Objective | TokenLoss) -> ObjectiveOptions:
-    """The options for operators; a function has a ratio per token, which nothing clips."""
+    """Return the options for operators; a function has one ratio per token, which nothing clips."""
     if isinstance(objective, Objective):
         return ObjectiveOptions.of(objective)
     if not callable(objective) or isinstance(objective, type):
@@ -55,7 +55,7 @@ def options_of(objective: Objective | TokenLoss) -> ObjectiveOptions:
 def custom_loss(
     objective: TokenLoss, log_probs: Tensor, policy: Policy, entropy: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and statistics of a function, from (N,) log-probs, and entropies as constants."""
+    """Compute a function's loss and statistics from (N,) log-probs, with entropies as constants."""
     sequences, where_valid = policy.sequences, policy.sequences.where_valid
     ids = sequences.ids(log_probs.device)
     lengths = sequence_lengths(policy.advantages, sequences, policy.context_group)
@@ -67,9 +67,9 @@ def custom_loss(
     terms = where_valid(terms)
     if policy.objective.aggregation == "seq-mean-token-mean":
         terms = terms / lengths.clamp(min=1)[ids]
-    loss = (terms * out.inv_denominator).sum()  # the other way round, large terms would overflow
+    loss = (terms * out.inv_denominator).sum()  # summed first, large terms could overflow
     if policy.context_group is not None:
-        # the value of all ranks, exactly, and the gradient of this one
+        # exactly the value of all ranks, with the gradient of this one
         loss = loss - loss.detach() + sum_over_context(loss.detach(), policy.context_group)
 
     seen = dict(zip(STATS, out.stats.unbind(), strict=True))
@@ -87,7 +87,7 @@ def custom_loss(
 def _terms(
     objective: TokenLoss, log_probs: Tensor, policy: Policy, ids: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """What the function returns for tokens that count: loss terms, and which ones it clipped."""
+    """Call the function on tokens that count; return loss terms, and which ones it clipped."""
     where_valid = policy.sequences.where_valid
     live = where_valid(log_probs)
     old = live.detach() if policy.old_log_probs is None else where_valid(policy.old_log_probs)

@@ -18,7 +18,7 @@ from .softmax import Softmax
 
 Products = Literal["auto", "mm", "triton"]
 PRODUCTS = get_args(Products)
-PRODUCTS_TABLE = Path(__file__).with_name("products.json")  # by device and dtype
+PRODUCTS_TABLE = Path(__file__).with_name("products.json")  # faster products, by device and dtype
 
 
 class LoRA(NamedTuple):
@@ -68,7 +68,7 @@ class HeadGrads(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Which gradients are needed."""
+    """Flags for the gradients that are needed."""
 
     hidden: bool = False
     weight: bool = False
@@ -81,7 +81,7 @@ class Wanted(NamedTuple):
 
 
 class HeadOptions(NamedTuple):
-    """How log-probs are computed from the operands.
+    """The options for computing log-probs from the operands.
 
     Attributes:
         products: how products are computed: `"torch"`, `"mm"` or `"triton"`; in an operator also
@@ -99,15 +99,15 @@ class HeadOptions(NamedTuple):
 
 
 def resolve_products(products: Products, head: Head) -> str:
-    """How products are computed, as far as is known without asking the device."""
+    """Return how products are computed, as far as that is known without querying the device."""
     if not use_triton(head.hidden):
         return "torch"
-    # nothing but torch.mm has a low-rank part
+    # Triton's products have no low-rank part
     return "mm" if products == "auto" and head.lora_b is not None else products
 
 
 def on_device(options: HeadOptions, head: Head) -> HeadOptions:
-    """The options with the products of this device, which cannot be queried in a traced graph."""
+    """Return the options with the products of this device, which a traced graph cannot query."""
     products, hidden = options.products, head.hidden
     if products == "auto":
         products = faster_products(hidden.device, hidden.dtype)
@@ -121,9 +121,9 @@ def on_device(options: HeadOptions, head: Head) -> HeadOptions:
 
 
 def faster_products(device: torch.device, dtype: torch.dtype) -> Products:
-    """The products that `make gpu` has found to be faster with half of the rows live.
+    """Return the products that `make gpu` has found to be faster with half of the rows live.
 
-    Without a measurement this is `"triton"`, which skips the other rows.
+    Without a measurement, return `"triton"`, which skips the other rows.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
     return _measured_products().get(name, {}).get(str(dtype)[6:], "triton")
@@ -139,7 +139,7 @@ def _measured_products() -> dict[str, dict[str, Products]]:
 
 
 def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype of the products that make logits: 16-bit on a GPU, fp32, or float64."""
+    """Return the dtype of the products that make logits: 16-bit on a GPU, fp32, or float64."""
     if torch.float64 in (hidden.dtype, weight.dtype):
         return torch.float64
     if use_triton(hidden) and hidden.dtype == weight.dtype:
@@ -148,12 +148,12 @@ def product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def stats_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype of everything per row."""
+    """Return the dtype of all per-row values."""
     return compute_dtype(product_dtype(hidden, weight))
 
 
 def grad_product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype of exponentials and of the products that make gradients.
+    """Return the dtype of exponentials and of the products that make gradients.
 
     float16 lacks the range for exponentials, and bfloat16 lacks the precision of float16. A CPU
     uses bfloat16 only if it has instructions for it.
@@ -176,7 +176,7 @@ def local_head(
     lora: LoRA | None,
     group: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, LoRA | None]:
-    """This rank's shards of the operands."""
+    """Return this rank's shards of the operands."""
     weight = vocab_part("weight", weight, 0, group)
     if bias is not None:
         bias = vocab_part("bias", bias, 0, group)

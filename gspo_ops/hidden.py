@@ -28,7 +28,7 @@ from .tiles import Kept, RowSums
 
 
 def vocabulary_of_head(head: Head, options: HeadOptions, choice: Choice) -> Vocabulary:
-    """The vocabulary, with the facts that must be the same on all ranks that share it."""
+    """Return the vocabulary, with the facts that must be the same on all of its ranks."""
 
     group, returns_entropy = options.softmax.vocab_group, int(options.softmax.return_entropy)
     columns, checks_range = head.weight.shape[0], options.products == "torch"
@@ -58,7 +58,7 @@ def vocabulary_of_head(head: Head, options: HeadOptions, choice: Choice) -> Voca
 
 
 class SavedHidden(NamedTuple):
-    """What the backward reads."""
+    """The record that the backward reads."""
 
     head: Head
     rows: TargetRows
@@ -107,12 +107,12 @@ class HiddenSource(NamedTuple):
 
 
 class NeededRows(NamedTuple):
-    """Which rows a policy needs: (N,) each, non-zero for these rows, or None for all.
+    """The rows that a policy needs: (N,) each, non-zero for these rows, or None for all.
 
     Attributes:
         mask: rows whose logits are computed.
         grad_mask: rows that may have a gradient.
-        log_probs_are_read: False if on-policy: rows without an advantage are then left out.
+        log_probs_are_read: False if on-policy, where rows without an advantage are left out.
     """
 
     mask: Tensor | None
@@ -131,14 +131,14 @@ class NeededRows(NamedTuple):
 
 
 class HiddenStats(NamedTuple):
-    """The results of the forward, (N,) each: log-probs and `RowSums`; and the exponentials."""
+    """The results of the forward: log-probs and `RowSums`, (N,) each, and the exponentials."""
 
     log_probs: Tensor
     base: Tensor
     target_logit: Tensor
     shift: Tensor
     row_sum: Tensor
-    entropy: Tensor  # (0,) unless asked for
+    entropy: Tensor  # (0,) unless requested
     kept: Tensor  # (N, columns or more)
 
 
@@ -153,7 +153,7 @@ class Grads(NamedTuple):
 
     @classmethod
     def empty(cls, head: Head, wanted: Wanted, dtype: torch.dtype | None = None) -> Grads:
-        """Buffers in the dtype of each operand, or all in one dtype."""
+        """Return empty buffers in the dtype of each operand, or all in one dtype."""
 
         def like(x: Tensor | None, want: bool) -> Tensor:
             if not want or x is None:
@@ -163,12 +163,12 @@ class Grads(NamedTuple):
         return cls(*map(like, head, wanted))
 
     def where(self, wanted: Wanted) -> HeadGrads:
-        """The gradients that are needed."""
+        """Return the gradients that are needed."""
         return HeadGrads(*[x if want else None for x, want in zip(self, wanted, strict=True)])
 
 
 def empty_kept(head: Head, rows: int, kept_columns: int) -> Tensor:
-    """A buffer for the exponentials of these rows and columns; empty without columns."""
+    """Return a buffer for the exponentials of these rows and columns; empty without columns."""
     dtype = grad_product_dtype(head.hidden, head.weight)
     rows = rows if kept_columns else 0
     return head.hidden.new_empty(rows, kept_width(kept_columns), dtype=dtype)
@@ -189,7 +189,7 @@ def _fwd_fake(
 def hidden_fwd(
     head: Head, rows: TargetRows, grad_mask: Tensor | None, options: HeadOptions
 ) -> HiddenStats:
-    """HiddenStats of rows with a non-zero mask; exponentials if grad_mask is non-zero, too."""
+    """Compute HiddenStats where the mask is non-zero, and exponentials where grad_mask is, too."""
     kept = empty_kept(head, rows.targets.numel(), options.kept_columns)
     log_probs, sums = forward(head, rows, grad_mask, options, Kept(kept, options.kept_columns))
     return HiddenStats(log_probs, *sums, kept)
@@ -199,7 +199,7 @@ def hidden_fwd(
 def hidden_bwd(
     saved: SavedHidden, upstream: Upstream, options: HeadOptions, wanted: Wanted
 ) -> Grads:
-    """Gradients of the operands."""
+    """Compute the gradients of the operands."""
     grads = Grads.empty(saved.head, wanted)
     _backward(saved, upstream, options, grads.where(wanted), add=Wanted())
     return grads
@@ -213,7 +213,7 @@ def hidden_bwd_into(
     options: HeadOptions,
     wanted: Wanted,
 ) -> Grads:
-    """The same for the operands in `wanted`, with d loss / d weight added to main_grad."""
+    """Compute the gradients in `wanted`, and add d loss / d weight to main_grad."""
     grads = Grads.empty(saved.head, wanted)
     out = grads.where(wanted)._replace(weight=main_grad)
     _backward(saved, upstream, options, out, add=Wanted(weight=True))

@@ -1,4 +1,4 @@
-"""Padded and packed batches as one thing: sequences that are runs of consecutive rows.
+"""Padded and packed batches in one form: sequences that are runs of consecutive rows.
 
 A padded (B, T) tensor, flattened, holds sequence b in rows b * T .. (b + 1) * T; a packed (N,)
 tensor holds it in rows cu_seqlens[b] .. cu_seqlens[b + 1]. Nothing is copied or moved.
@@ -17,7 +17,7 @@ from .checks import check_constant, check_tensor
 
 
 class Sequences(NamedTuple):
-    """Which of (N,) rows belong to which sequence, and which of them count.
+    """The sequences to which (N,) rows belong, and the rows that count.
 
     Attributes:
         rows: N.
@@ -33,31 +33,31 @@ class Sequences(NamedTuple):
     mask: Tensor | None
 
     def sum(self, x: Tensor) -> Tensor:
-        """(B,) sums of x (N,) over each sequence's rows, in a fixed order, without a host sync."""
+        """Sum x (N,) over each sequence's rows to (B,), in a fixed order, without a host sync."""
         if self.cu_seqlens is None:
             return x.view(self.batch, -1).sum(1) if x.numel() else x.new_zeros(self.batch)
         lengths = self.cu_seqlens.diff().long()
         return torch.segment_reduce(x, "sum", lengths=lengths, unsafe=True, initial=0)
 
     def ids(self, device: torch.device) -> Tensor:
-        """(N,) int64 index of each row's sequence."""
+        """Return the index of each row's sequence, (N,) int64."""
         index = torch.arange(self.rows, device=device)
         if self.cu_seqlens is None:
             return index // max(self.rows // max(self.batch, 1), 1)
         return torch.searchsorted(self.cu_seqlens[1:].long(), index, right=True)
 
     def tokens(self) -> Tensor | int:
-        """The number of tokens that count, at least 1."""
+        """Return the number of tokens that count, at least 1."""
         return max(self.rows, 1) if self.mask is None else (self.mask != 0).sum().clamp(min=1)
 
     def where_valid(self, x: Tensor) -> Tensor:
-        """x (N,), with 0 where a token does not count."""
+        """Return x (N,), with 0 where a token does not count."""
         return x if self.mask is None else torch.where(self.mask != 0, x, 0.0)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the sequences are in the arguments of a call. Made by `resolve_layout`.
+    """The layout of the sequences in the arguments of a call, made by `resolve_layout`.
 
     Attributes:
         shape: (B, T) padded or (N,) packed, the shape of every per-token argument.
@@ -70,21 +70,21 @@ class Layout:
     sequences: Sequences
 
     def flat(self, name: str, x: Tensor) -> Tensor:
-        """A per-token argument as a contiguous (N,) tensor."""
+        """Return a per-token argument as a contiguous (N,) tensor."""
         check_tensor(name, x, self.device)
         if x.shape != self.shape:
             raise ValueError(f"{name} must have shape {tuple(self.shape)}, got {tuple(x.shape)}")
         return x.reshape(-1).contiguous()
 
     def flat_float(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """A per-token floating-point argument without a gradient, as (N,) in `dtype`."""
+        """Return a per-token floating-point argument without a gradient, as (N,) in `dtype`."""
         check_constant(name, x)
         return self.flat(name, x).to(dtype)
 
     def per_sequence_or_token(
         self, name: str, x: Tensor, dtype: torch.dtype, *, is_part: bool = False
     ) -> tuple[Tensor, bool]:
-        """An argument of shape (B,) or per token, flattened, and whether it is per token.
+        """Return an argument of shape (B,) or per token, flattened, and whether it is per token.
 
         If other ranks hold tokens of the packed sequences (`is_part`), N may equal B by chance. On
         all ranks, an argument per token must then have the shape (1, N).
@@ -113,7 +113,7 @@ def resolve_layout(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Layout:
-    """The layout of an argument's tokens: (B, T) padded, or (N,) with cu_seqlens."""
+    """Return the layout of an argument's tokens: (B, T) padded, or (N,) with cu_seqlens."""
     if len(shape) not in (1, 2):
         raise ValueError(f"{name} must be padded (B, T) or packed (N,) tokens, got {tuple(shape)}")
     if len(shape) == 2 and cu_seqlens is not None:
@@ -135,7 +135,7 @@ def resolve_layout(
             raise ValueError(f"cu_seqlens must have shape (B + 1,), got {tuple(cu_seqlens.shape)}")
         batch = cu_seqlens.shape[0] - 1
         cu_seqlens = cu_seqlens.contiguous()
-    rows = math.prod(shape)  # not numel(), which makes a constant of a symbolic size
+    rows = math.prod(shape)  # not numel(), which turns a symbolic size into a constant
     if mask is not None:
         check_tensor("mask", mask, device)
         if mask.dtype.is_complex:

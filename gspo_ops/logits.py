@@ -20,7 +20,7 @@ from .parallel import NOWHERE, Vocabulary, gathered, sum_in_order
 from .policy import Policy
 from .softmax import Softmax, TargetRows, Upstream
 
-THREADS = 128  # per program: with 8 columns each they read 1024, and keep columns to themselves
+THREADS = 128  # per program; each one has 8 of 1024 columns to itself
 
 
 def check_logits(logits: Tensor, targets: Tensor) -> None:
@@ -41,7 +41,7 @@ def check_logits(logits: Tensor, targets: Tensor) -> None:
 
 
 def vocabulary_of_logits(logits: Tensor, softmax: Softmax) -> Vocabulary:
-    """The vocabulary, with the facts that must be the same on all ranks that share it."""
+    """Return the vocabulary, with the facts that must be the same on all of its ranks."""
     return Vocabulary.of(
         softmax.vocab_group,
         columns=logits.shape[-1],
@@ -70,7 +70,7 @@ class LogitsSource(NamedTuple):
             or self.returns_entropy()
             or self.softmax.vocab_group is not None
         )
-        if not is_read:  # g is known beforehand: the backward reads the rows that have one
+        if not is_read:  # g is known beforehand, and the backward reads the rows that have one
             saved = SavedLogits(logits, *rows, None, None, None, None)
             return Forward(None, logits.new_empty(0), saved)
         stats = logits_fwd(logits, rows, self.softmax)
@@ -99,7 +99,7 @@ def _fwd_fake(logits: Tensor, rows: TargetRows, softmax: Softmax) -> LogitStats:
 
 @operator(_fwd_fake)
 def logits_fwd(logits: Tensor, rows: TargetRows, softmax: Softmax) -> LogitStats:
-    """LogitStats of every row with a non-zero mask; 0 elsewhere.
+    """Compute LogitStats of every row with a non-zero mask; return 0 elsewhere.
 
     With a vocab_group, targets are local.
     """
@@ -121,10 +121,10 @@ def logits_fwd(logits: Tensor, rows: TargetRows, softmax: Softmax) -> LogitStats
 def _combined(
     part: LogitPart, targets: Tensor, mask: Tensor | None, softmax: Softmax, entropy: Tensor
 ) -> LogitStats:
-    """LogitStats of whole rows, from those of every part of the vocabulary."""
+    """Combine the parts of the vocabulary from all ranks into LogitStats of whole rows."""
     group, temperature = softmax.vocab_group, softmax.temperature
     assert group is not None
-    # one part has the target's logit, the others 0
+    # one part has the target's logit, and the others have 0
     target_logit = part.target_logit.masked_fill(targets == NOWHERE, math.nan)
     own = part._replace(target_logit=target_logit)
     parts = gathered(torch.stack([x for x in own if x is not None]), group).unbind(1)
@@ -152,7 +152,7 @@ def _bwd_fake(saved: SavedLogits, upstream: Upstream, softmax: Softmax) -> Tenso
 
 @operator(_bwd_fake)
 def logits_bwd(saved: SavedLogits, upstream: Upstream, softmax: Softmax) -> Tensor:
-    """d loss / d logits, contiguous.
+    """Compute d loss / d logits, contiguous.
 
     If row_max and row_sum are missing, they are computed here for the rows that need them.
     """
@@ -177,7 +177,7 @@ def logits_bwd(saved: SavedLogits, upstream: Upstream, softmax: Softmax) -> Tens
 
 
 def row_strides(logits: Tensor) -> dict[str, int]:
-    """The strides of row b * T + t, and the power of two <= 16 that divides them."""
+    """Return the strides of row b * T + t, and the largest power of two <= 16 that divides them."""
     if logits.ndim == 2:
         T, stride_b, stride_t = max(logits.shape[0], 1), 0, logits.stride(0)
     else:
@@ -187,11 +187,11 @@ def row_strides(logits: Tensor) -> dict[str, int]:
 
 
 def block_shape(V: int, rows: int) -> dict[str, int]:
-    """[ROWS, COLS] of a block. It depends on V alone, so a row's result never depends on N."""
+    """Return [ROWS, COLS] of a block, from V alone, so that a row's result never depends on N."""
     cols = min(1024, 1 << max(V - 1, 0).bit_length())
     warp = 32
     if torch.version.hip:
-        # wider warps; and registers for half as many elements, before scalars spill
+        # warps are wider, and with more than half as many elements, scalar registers spill
         warp, rows = 64, rows // 2
     rows = min(rows, 1 << (-(-V // cols) - 1).bit_length())
     return {"ROWS": rows, "COLS": cols, "num_warps": THREADS // warp}

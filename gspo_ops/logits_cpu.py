@@ -23,10 +23,10 @@ class LogitStats(NamedTuple):
     """The results of the forward, (N,) each; 0 for rows that are left out."""
 
     log_probs: Tensor
-    row_max: Tensor  # of the others' logits, or of all, before the temperature
-    row_sum: Tensor  # of the others' exponentials, relative to it
-    entropy: Tensor  # (0,) unless asked for
-    target_logit: Tensor  # (0,) unless the vocabulary is shared
+    row_max: Tensor  # maximum of the others' logits, or of all, before the temperature
+    row_sum: Tensor  # sum of the others' exponentials, relative to row_max
+    entropy: Tensor  # (0,) unless requested
+    target_logit: Tensor  # (0,) unless the vocabulary is sharded
 
 
 class LogitPart(NamedTuple):
@@ -34,12 +34,12 @@ class LogitPart(NamedTuple):
 
     row_max: Tensor
     row_sum: Tensor
-    target_logit: Tensor  # 0 where it is another part's
-    log_sum: Tensor | None  # of e * log2(e), where the entropy is asked for
+    target_logit: Tensor  # 0 if another part has it
+    log_sum: Tensor | None  # sum of e * log2(e), if the entropy is requested
 
 
 class SavedLogits(NamedTuple):
-    """What the backward reads: the logits, and results of their rows, (N,) each.
+    """The record that the backward reads: the logits, and results of their rows, (N,) each.
 
     Attributes:
         row_max, row_sum: None if the forward has not read the logits.
@@ -94,7 +94,7 @@ def torch_fwd(
 
 
 def _put_part(out: LogitPart, index: Tensor, part: LogitPart) -> None:
-    """A part may hold nothing but -inf."""
+    """Write a chunk's results for a part of the vocabulary, which may hold nothing but -inf."""
     empty = part.row_max == -math.inf
     out.row_max[index] = part.row_max.masked_fill(empty, 0.0)
     out.row_sum[index] = part.row_sum.masked_fill(empty, 0.0)
@@ -104,7 +104,7 @@ def _put_part(out: LogitPart, index: Tensor, part: LogitPart) -> None:
 
 
 class _Rows(NamedTuple):
-    """What the gradient of each row by its logits is made of, (R,) each; see `SavedLogits`."""
+    """The numbers that determine the gradient of each row, (R,) each; see `SavedLogits`."""
 
     targets: Tensor
     row_max: Tensor | None
@@ -130,7 +130,7 @@ def torch_bwd(saved: SavedLogits, upstream: Upstream, softmax: Softmax, out: Ten
         live |= h != 0
     if saved.mask is not None:
         live &= saved.mask != 0
-    if saved.row_max is None:  # or the forward has checked them
+    if saved.row_max is None:  # otherwise, the forward has checked them
         targets = _checked_or_local(targets, live, logits.shape[-1], softmax)
     else:
         targets = torch.where(live, targets, 0).long()
@@ -158,7 +158,7 @@ def torch_bwd(saved: SavedLogits, upstream: Upstream, softmax: Softmax, out: Ten
 def _chunk_grad(z: Tensor, rows: _Rows, softmax: Softmax, buffer: Tensor, out: Tensor) -> None:
     """Write d loss / d logits of loaded rows z to `out`.
 
-    z may stand in the buffer, or be the logits themselves; `out` may be the buffer's first rows.
+    z may lie in the buffer, or be the logits themselves; `out` may be the buffer's first rows.
     """
     softcap, temperature = softmax.softcap, softmax.temperature
     derivative = None if softcap is None else 1.0 - (z / softcap).square()
@@ -184,7 +184,7 @@ def _chunk_grad(z: Tensor, rows: _Rows, softmax: Softmax, buffer: Tensor, out: T
 
 
 class _Exponentials(NamedTuple):
-    """e = exp((z - row_max) / temperature) = p * total of some rows, and what follows from them."""
+    """Exponentials e = exp((z - row_max) / temperature) = p * total of rows, and their odds."""
 
     p: Tensor  # (R, V)
     total: Tensor
@@ -196,7 +196,7 @@ class _Exponentials(NamedTuple):
 def _exponentials(
     z: Tensor, rows: _Rows, softmax: Softmax, buffer: Tensor, out: Tensor
 ) -> _Exponentials:
-    """Compute those of loaded rows; p is in `out`, or in the buffer if its sum must be found."""
+    """Compute those of loaded rows z; p is in `out`, or in the buffer if row_sum is unknown."""
     temperature = softmax.temperature
     if rows.row_max is None or rows.row_sum is None:
         row_max, x_target = z.amax(1), _target_logits(z, rows.targets)
@@ -219,7 +219,7 @@ def _exponentials(
 
 
 def log_odds(row_max: Tensor, row_sum: Tensor, x_target: Tensor, softmax: Softmax) -> LogOdds:
-    """The log-odds of the other tokens against the target."""
+    """Return the log-odds of the other tokens against the target."""
     return sum_with_error((row_max - x_target) / softmax.temperature, row_sum.log())
 
 
@@ -227,7 +227,7 @@ def log_odds(row_max: Tensor, row_sum: Tensor, x_target: Tensor, softmax: Softma
 
 
 def _row_chunks(logits: Tensor, live: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Chunks of live rows: their indices (R,), and the rows themselves (R, V).
+    """Yield chunks of live rows: their indices (R,), and the rows themselves (R, V).
 
     Where logits are not contiguous, a chunk is a part of one sequence or several whole ones.
     """
@@ -249,14 +249,14 @@ def _row_chunks(logits: Tensor, live: Tensor) -> Iterator[tuple[Tensor, Tensor]]
 
 
 def _buffer(logits: Tensor) -> Tensor:
-    """Room for a chunk, of two rows or more. Rows beyond those of a chunk must not be NaN."""
+    """Return room for a chunk, at least two rows. Rows beyond those of a chunk must not be NaN."""
     V = logits.shape[-1]
     size = max(min(_CHUNK_ELEMENTS // V, logits.numel() // V), 2)
     return torch.zeros(size, V, dtype=compute_dtype(logits.dtype), device=logits.device)
 
 
 def _load(rows: Tensor, softcap: float | None, buffer: Tensor) -> Tensor:
-    """z: rows in the compute dtype, soft-capped; in the buffer unless they are that already."""
+    """Return z: rows in the compute dtype, soft-capped; in the buffer unless they are unchanged."""
     if softcap is None and rows.dtype == buffer.dtype:
         return rows
     z = buffer[: len(rows)].copy_(rows)
@@ -264,51 +264,51 @@ def _load(rows: Tensor, softcap: float | None, buffer: Tensor) -> Tensor:
 
 
 def _shift(z: Tensor, row_max: Tensor, temperature: float) -> Tensor:
-    """(z - max) / temperature."""
+    """Return (z - max) / temperature."""
     return (z - row_max[:, None]).div_(temperature)
 
 
 def _softmax(z: Tensor, row_max: Tensor, temperature: float, out: Tensor) -> tuple[Tensor, Tensor]:
-    """p and total, such that p * total = e = exp((z - max) / temperature).
+    """Return p and total, such that p * total = e = exp((z - max) / temperature).
 
-    torch.softmax is the fastest exponential there is on a CPU. Its own normaliser is too coarse for
-    a large vocabulary, so it is taken out again: the largest e is 1.
+    torch.softmax is the fastest exponential on a CPU. Its own normaliser is too coarse for a large
+    vocabulary, so it is divided out again: the largest e is 1.
     """
-    # shifted before it is scaled: z / temperature would round large logits
+    # shifted before it is scaled, because z / temperature would round large logits
     x = z if temperature == 1.0 else _shift(z, row_max, temperature)
-    # in place when z stands in out: each element is read before it is written
+    # z may be in out: each element is read before it is written
     p = torch.softmax(x, 1, out=out)
     return p, 1.0 / p.amax(1)
 
 
 def _others(p: Tensor, y: Tensor, buffer: Tensor) -> Tensor:
-    """Sum of p without p_y, which becomes 0, for p in the first rows of the buffer.
+    """Sum p without p_y, which is set to 0, for p in the first rows of the buffer.
 
-    A reduction over a single row may be split among threads, over several never: so that a row's
-    result does not depend on how many stand beside it, two are summed at least.
+    A reduction of a single row may be split among threads, which never happens with several rows.
+    At least two are summed, so that a row's result does not depend on the number of rows.
     """
     _put(p, y, torch.zeros_like(p[:, 0]))
     return buffer[: max(len(p), 2)].sum(1)[: len(p)]
 
 
 def _put(x: Tensor, y: Tensor, value: Tensor) -> None:
-    """x[i, y[i]] = value[i], but for a negative y."""
+    """Set x[i, y[i]] = value[i], except for a negative y[i]."""
     at = y.clamp(min=0)[:, None]
     x.scatter_(1, at, torch.where(y[:, None] < 0, x.gather(1, at), value[:, None]))
 
 
 def _target_logits(z: Tensor, y: Tensor) -> Tensor:
-    """z[i, y[i]]; 0 for a negative y."""
+    """Return z[i, y[i]]; 0 for a negative y[i]."""
     return torch.where(y < 0, 0.0, z.gather(1, y.clamp(min=0)[:, None]).squeeze(1))
 
 
 def _times_log(p: Tensor, log_e: Tensor) -> Tensor:
-    """p * log_e, 0 where p is 0; overwrites log_e."""
+    """Return p * log_e, 0 where p is 0; overwrite log_e."""
     return log_e.mul_(p).masked_fill_(p == 0, 0.0)
 
 
 def _checked_or_local(targets: Tensor, live: Tensor, V: int, softmax: Softmax) -> Tensor:
-    """Targets of live rows; local ones have been checked by all ranks together."""
+    """Return the targets of live rows; all ranks together have checked local ones."""
     if softmax.vocab_group is not None:
         return targets
     return checked_targets(torch.where(live, targets, 0), V)

@@ -1,4 +1,4 @@
-"""Objectives: the ratio, its surrogate, further terms and the average. No tensors."""
+"""Objectives: the ratio, its surrogate, further terms and the average, without any tensors."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Objective:
         self._check_combination()
         if (
             self._weights_by_length() and not torch.compiler.is_compiling()
-        ):  # which can't trace a warning
+        ):  # torch.compile cannot trace a warning
             # Python shows one warning per place and message
             warnings.warn(
                 f"aggregation={self.aggregation!r} weights sequences by their length; the GSPO "
@@ -139,12 +139,12 @@ class Objective:
         )
 
     def needs_advantage(self) -> bool:
-        """Whether a token without an advantage has no gradient."""
+        """Return whether a token without an advantage has no gradient."""
         return self.kl_coef == 0 and self.entropy_coef == 0
 
 
 def log_clip_range(clip_low: float, clip_high: float) -> tuple[float, float]:
-    """The clip range of the log-ratio, where it is resolved best."""
+    """Return the clip range of the log-ratio, which resolves it better than the ratio does."""
     return math.log1p(-clip_low) if clip_low < 1 else -math.inf, math.log1p(clip_high)
 
 

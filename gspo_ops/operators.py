@@ -31,13 +31,13 @@ Changed = Annotated[Tensor, "changed"]  # an argument that the operator writes t
 
 
 def operator(fake: Callable[..., Any]) -> Callable[[F], F]:
-    """Declare an operator of the name and the annotations of the implementation it decorates.
+    """Declare an operator with the name and the annotations of the implementation it decorates.
 
     `fake` takes the same arguments and returns a record of empty tensors.
 
-    For a float that changes from call to call, torch.compile would compile every value anew, as
-    long as the float itself goes into an operator. One that takes floats therefore has an overload,
-    `variable`, that takes them as tensors on the CPU.
+    If an operator took a float that changes from call to call, torch.compile would recompile for
+    every value. An operator with floats therefore has an overload, `variable`, that takes them as
+    tensors on the CPU.
     """
 
     def register(implementation: F) -> F:
@@ -120,7 +120,7 @@ _KINDS: dict[Any, str] = {
 
 
 def _fields(name: str, hint: Any) -> Iterator[tuple[str, str]]:
-    """Names and kinds of what a schema has for an argument, or a result, of this type."""
+    """Yield names and kinds of a schema's fields for an argument, or a result, of this type."""
     if _is_record(hint):
         for field, kind in _hints(hint).items():
             yield from _fields(f"{name}_{field}", kind)
@@ -136,14 +136,14 @@ def _kind(hint: Any) -> str:
 
 
 def _depth(hint: Any) -> int:
-    """0 for a value, 1 for a record of values, more for records of records."""
+    """Return 0 for a value, 1 for a record of values, more for records of records."""
     if not _is_record(hint):
         return 0
     return 1 + max(map(_depth, _hints(hint).values()))
 
 
 def reader(hint: Any, start: int = 0) -> Callable[[Sequence[Any]], Any]:
-    """A function that makes a value of this type of what `flat` has made, from place `start` on."""
+    """Return a function that rebuilds a value of this type from `flat` fields, from `start` on."""
     if not _is_record(hint):
         return lambda fields: fields[start]
     kinds = list(_hints(hint).values())
@@ -155,7 +155,7 @@ def reader(hint: Any, start: int = 0) -> Callable[[Sequence[Any]], Any]:
 
 
 def _readers(hints: Iterable[Any], start: int = 0) -> list[Callable[[Sequence[Any]], Any]]:
-    """For values of these types, one after the other."""
+    """Return the readers for values of these types, one after the other."""
     readers = []
     for hint in hints:
         readers.append(reader(hint, start))
@@ -164,7 +164,7 @@ def _readers(hints: Iterable[Any], start: int = 0) -> list[Callable[[Sequence[An
 
 
 def flat(record: Iterable[Any]) -> list[Any]:
-    """The fields of a record, and those of records among them."""
+    """Return the fields of a record, in which nested records are replaced by their fields."""
     fields: list[Any] = []
     for x in record:
         if isinstance(x, tuple):
@@ -184,23 +184,23 @@ def _declare(
     LIBRARY.define(schema)
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"gspo_ops::{name}", fake, lib=LIBRARY)
-    if "(a!)" not in schema:  # one that changes its arguments can't have it: `refuse_graph`
-        # without it the operator would pass for a constant, with a warning at most
+    if "(a!)" not in schema:  # not possible if an argument changes: see `refuse_graph`
+        # otherwise, the operator would be treated as a constant, with a warning at most
         torch.library.register_autograd(f"gspo_ops::{name}", _refuse_derivative, lib=LIBRARY)
     name, _, overload = name.partition(".")
     return getattr(getattr(torch.ops.gspo_ops, name), overload or "default")
 
 
 def _mapped(f: Callable[[Any], Any], fields: Iterable[Any], places: list[int]) -> list[Any]:
-    """The fields, with f(x) for those in these places, unless it is None."""
+    """Return the fields, with f(x) for each x in these places that is not None."""
     return [f(x) if i in places and x is not None else x for i, x in enumerate(fields)]
 
 
 def _is_variable(x: float | None) -> bool:
-    """Whether torch.compile traces this number for all its values."""
+    """Return whether torch.compile traces this number for all of its values."""
     from torch.fx.experimental import symbolic_shapes
 
-    # an older torch can't tell: each value is compiled
+    # an older torch does not know, and compiles each value
     has_static_value = getattr(symbolic_shapes, "has_static_value", None)
     return x is not None and has_static_value is not None and not has_static_value(x)
 
@@ -208,7 +208,7 @@ def _is_variable(x: float | None) -> bool:
 def scalar(
     x: float, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """x as a 0-dim tensor, which stays a variable in torch.compile: torch.full would not."""
+    """Return x as a 0-dim tensor that stays a variable in torch.compile, unlike torch.full's."""
     return torch.ones((), dtype=dtype, device=device) * x
 
 
@@ -220,13 +220,13 @@ def _refuse_derivative(ctx: object, *grads: Tensor) -> None:
 
 
 def refuse_graph() -> None:
-    """Refuse a backward under create_graph=True, where an operator can't do it by itself."""
+    """Refuse a backward under create_graph=True where an operator cannot do so itself."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         _refuse_derivative(None)
 
 
 def graph_is_kept() -> bool:
-    """Whether the backward that runs may run again, so that what it has saved must not change."""
+    """Return whether the current backward may run again, so that saved tensors must not change."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return True
     query = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)

@@ -1,8 +1,9 @@
-"""What ranks exchange if a vocabulary, or the tokens of sequences, are sharded over them.
+"""The exchanges between ranks over which a vocabulary, or the tokens of sequences, are sharded.
 
-They exchange numbers per row or per sequence, never logits or log-probs, and the gradient of hidden
-states that all ranks share. The sums that decisions depend on are gathered, and every rank adds
-them up in the order of the ranks, so that all see the same bits and take the same clip decisions.
+Ranks exchange numbers per row or per sequence, and the gradient of the hidden states that they all
+hold, but never logits or log-probs. The sums that decisions depend on are gathered, and every rank
+adds them up in the order of the ranks, so that all see the same bits and take the same clip
+decisions.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from .operators import operator
 
 if TYPE_CHECKING or dist.is_available():
     from torch.distributed import ProcessGroup
-else:  # a torch that was built without
+else:  # this torch was built without torch.distributed
     ProcessGroup = object
 
 
 def vocab_part(name: str, x: Tensor, dim: int, group: ProcessGroup | None) -> Tensor:
-    """This rank's shard of a head's weight, of logits, or of another operand sharded like them."""
+    """Return this rank's shard of a head's weight, of logits, or of an operand sharded alike."""
     return _part_of_dtensor(name, x, dim, group) if is_dtensor(x) else x
 
 
 def group_name(argument: str, group: ProcessGroup | None) -> str | None:
-    """The name by which operators know a group."""
+    """Return the name by which operators know a group."""
     if group is None:
         return None
     _check_group(argument, group)
@@ -42,7 +43,7 @@ def group_name(argument: str, group: ProcessGroup | None) -> str | None:
 
 
 def replicated(name: str, x: Tensor) -> Tensor:
-    """An operand that every rank holds in full."""
+    """Return an operand that every rank holds in full."""
     if not is_dtensor(x):
         return x
     if not all(placement.is_replicate() for placement in x.placements):  # type: ignore[attr-defined]
@@ -86,11 +87,11 @@ def _check_group(argument: str, group: ProcessGroup) -> None:
         )
 
 
-# What ranks exchange first, so that none waits for a rank that has refused its input
+# The first exchange, so that no rank waits for one that has refused its input
 
 
 class SharedChecks:
-    """A context around the checks of arguments, which reports a refusal to ranks in `agree`.
+    """A context around the checks of arguments that reports a refusal to the ranks in `agree`.
 
     On a GPU, where ranks do not compare anything, nothing is sent.
     """
@@ -115,7 +116,7 @@ class SharedChecks:
 Facts = Mapping[str, int]
 
 _REFUSED = 1
-_NUMBERS = 20  # of a rank's message, however many it needs
+_NUMBERS = 20  # length of every rank's message, whatever it contains
 
 
 def agree(
@@ -165,7 +166,7 @@ def _range_of(x: Tensor) -> tuple[int, int]:
 def _disagreement(
     argument: str, everyone: list[list[int]], facts: Facts, targets: Tensor | None, size: int
 ) -> Exception | None:
-    """Why the ranks cannot continue, according to their messages."""
+    """Return why the ranks cannot continue, according to their messages; None if they can."""
     refused = [rank for rank, message in enumerate(everyone) if message[0] == _REFUSED]
     if refused:
         return _refusal(argument, refused)
@@ -196,7 +197,7 @@ def error_of(check: Callable[..., object], *arguments: object) -> Exception | No
 
 
 def checksum(tensors: Iterable[Tensor | None]) -> int:
-    """A checksum of the bytes of tensors on a CPU."""
+    """Return a checksum of the bytes of tensors on a CPU."""
     total = 0
     for x in tensors:
         if x is not None:
@@ -204,7 +205,7 @@ def checksum(tensors: Iterable[Tensor | None]) -> int:
     return total
 
 
-ELSEWHERE, NOWHERE = -1, -2  # stand for a token of another rank, and for one of none
+ELSEWHERE, NOWHERE = -1, -2  # local targets for a token of another rank, and of none
 
 
 class Vocabulary(NamedTuple):
@@ -214,7 +215,7 @@ class Vocabulary(NamedTuple):
         group: name of the group of ranks; None if this rank holds the whole vocabulary.
         columns: number of tokens that this rank holds.
         checks_range: whether targets outside the vocabulary are refused, on a CPU.
-        names, facts: facts that must be the same on all ranks, and their descriptions.
+        names, facts: descriptions of facts that must be the same on all ranks, and their values.
     """
 
     group: str | None
@@ -238,9 +239,9 @@ class Vocabulary(NamedTuple):
         return dict(zip(self.names, self.facts, strict=True))
 
     def local(self, targets: Tensor, sizes: list[int] | None) -> Tensor:
-        """Targets relative to the first token of this rank, int64.
+        """Return targets relative to the first token of this rank, int64.
 
-        `sizes` are the sizes of all shards; None to exchange them, where nothing is compared.
+        `sizes` are the sizes of all shards; None to exchange them here, if `agree` did not run.
         """
         if self.group is None:
             return targets.to(torch.int64, copy=True)
@@ -256,7 +257,7 @@ class Vocabulary(NamedTuple):
 
 @operator(lambda targets, *_: targets.new_empty(targets.shape, dtype=torch.int64))
 def agree_on_targets(targets: Tensor, mask: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """Local targets, if all ranks of the vocabulary can continue."""
+    """Return local targets, if all ranks of the vocabulary can continue."""
     sizes = None
     if targets.device.type == "cpu":
         counted = torch.where(mask, targets.long(), 0)
@@ -325,7 +326,7 @@ def global_denominator(
 
 
 def _lengths(i: int, batch: Mapping[str, Tensor | None]) -> Tensor:
-    """(B,) number of tokens that count in each sequence of a micro-batch."""
+    """Return the number of tokens that count in each sequence of a micro-batch, (B,)."""
     mask, cu_seqlens = batch.get("mask"), batch.get("cu_seqlens")
     unknown = sorted(batch.keys() - {"mask", "cu_seqlens"})
     if unknown or (mask is None and cu_seqlens is None):
@@ -338,7 +339,7 @@ def _lengths(i: int, batch: Mapping[str, Tensor | None]) -> Tensor:
     return layout.sequences.sum((mask.reshape(-1) != 0).double())
 
 
-# Collectives, by the name of a group: inside of operators
+# Collectives for operators, which know a group by its name
 
 
 def group_named(name: str) -> ProcessGroup:
@@ -346,7 +347,7 @@ def group_named(name: str) -> ProcessGroup:
 
 
 def gathered(x: Tensor, group: str) -> Tensor:
-    """(G, *x.shape): x of every rank, in the order of the ranks."""
+    """Return x of every rank, (G, *x.shape), in the order of the ranks."""
     ranks = group_named(group)
     out = x.new_empty(ranks.size() * x.numel())
     dist.all_gather(list(out.chunk(ranks.size())), x.reshape(-1).contiguous(), group=ranks)
@@ -354,11 +355,11 @@ def gathered(x: Tensor, group: str) -> Tensor:
 
 
 def summed(x: Tensor, group: str) -> Tensor:
-    """x summed over the ranks, in place."""
+    """Sum x over the ranks, in place."""
     dist.all_reduce(x, group=group_named(group))
     return x
 
 
 def sum_in_order(x: Tensor) -> Tensor:
-    """x.sum(0), in an order of additions that does not depend on the shape."""
+    """Return x.sum(0), in an order of additions that does not depend on the shape."""
     return reduce(torch.add, x.unbind(0), x.new_zeros(x.shape[1:]))

@@ -41,7 +41,7 @@ TILES: dict[str, Callable[[Operands], Tiles]] = {
 
 
 def make_tiles(head: Head, targets: Tensor, rows: Rows, options: HeadOptions) -> Tiles:
-    """The implementation that the options choose."""
+    """Make tiles of the implementation that the options choose."""
     return TILES[options.products](Operands.of(head, targets, rows, options))
 
 
@@ -55,9 +55,9 @@ def forward(
     options: HeadOptions,
     kept: Kept,
 ) -> tuple[Tensor, RowSums]:
-    """log_probs (N,) and RowSums of the rows with a non-zero mask.
+    """Compute log_probs (N,) and RowSums of the rows with a non-zero mask.
 
-    `kept` receives the exponentials of those whose grad_mask is non-zero, too.
+    `kept` receives the exponentials of those rows whose grad_mask is non-zero, too.
     """
     targets, mask = _flat(rows)
     options, softmax = on_device(options, head), options.softmax
@@ -65,7 +65,7 @@ def forward(
         worked_on = rows_where(mask, options)
         tiles = make_tiles(head, targets, worked_on, options)
         if options.products == "torch" and softmax.vocab_group is None:
-            # on a GPU one would have to look; ranks have checked them together
+            # a GPU would have to synchronise; ranks have checked targets together
             checked_targets(tiles.of.targets, tiles.of.V, worked_on.index)
         keep = None if grad_mask is None else worked_on.take(grad_mask.reshape(-1) != 0)
         target_logit = tiles.target_logits()
@@ -95,7 +95,7 @@ def forward(
 
 
 def _of_part(target_logit: Tensor, tiles: Tiles) -> Tensor:
-    """(n,) of a part of the vocabulary: one has the target's logit, the others add 0."""
+    """Return a part's contribution (n,) to the targets' logits: 0 if another has the target."""
     targets = tiles.of.targets
     z = torch.where(targets >= 0, target_logit, 0.0)
     return z.masked_fill_(targets == NOWHERE, math.nan)
@@ -116,7 +116,7 @@ def backward(
     *,
     add: Wanted,
 ) -> None:
-    """Gradients for d loss / d log_prob = g and d loss / d entropy = h, (N,) each, into `out`.
+    """Write gradients for d loss / d log_prob = g and d loss / d entropy = h, (N,), to `out`.
 
     `add` selects the gradients of weight, bias, lora_a and lora_b that are added to `out`.
     """
@@ -142,7 +142,7 @@ def _flat(rows: TargetRows) -> tuple[Tensor, Tensor | None]:
 def _gradients(
     tiles: Tiles, row_grads: RowGrads, kept: Kept, among: Rows, out: HeadGrads, add: Wanted
 ) -> None:
-    """The products, one range of columns after the other, then the targets' share."""
+    """Compute the products, one range of columns after the other, then the targets' terms."""
     of = tiles.of
     hidden = low_rank = None
     if out.hidden is not None:
@@ -173,7 +173,7 @@ def _of_rows(w: Tensor, dtype: torch.dtype, of: Operands) -> Product:
 
 
 def _finish(gradient: Product, row_grads: RowGrads, tiles: Tiles) -> None:
-    """Factors, the targets' share, and that of other ranks."""
+    """Apply the factors, and add the targets' terms and the sums of other ranks."""
     group = tiles.of.options.softmax.vocab_group
     tiles.scale_rows(gradient.out, gradient.factor, row_grads)
     if group is not None:
@@ -183,7 +183,10 @@ def _finish(gradient: Product, row_grads: RowGrads, tiles: Tiles) -> None:
 def _through_lora(
     tiles: Tiles, low: Tensor, hidden: Product | None, out: Tensor | None, *, add: bool
 ) -> None:
-    """From d loss / d (x @ a^T) (n, r): its share in dhidden, which is rounded once, and da."""
+    """Add the low-rank part to dhidden, and compute da, from low = d loss / d lora_x (n, r).
+
+    dhidden is rounded only afterwards.
+    """
     of = tiles.of
     assert of.lora_a is not None
     low = low * of.options.lora_scale
@@ -218,7 +221,7 @@ def _add_tiles(
     of_rows: list[Product],
     of_columns: list[Product],
 ) -> None:
-    """The products of all tiles. What they are scaled with lives as long as this runs."""
+    """Add up the products of all tiles. The scaled factors are freed when this returns."""
     scaled = [_scaled(product, row_grads.factor, tiles) for product in of_columns]
     is_whole = tiles.takes_whole(among, of_rows, of_columns)
     for c in _grad_columns(tiles, kept.columns, is_whole):
@@ -227,11 +230,11 @@ def _add_tiles(
             tiles.add_to_rows(total, tile, w[c].to(dtype), add=c.start > 0)
         for to, x, _, adds in scaled:
             tiles.add_to_columns(to[c], tile, x, add=adds)
-        del tile  # before the next one is made
+        del tile  # free it before the next one is made
 
 
 def _grad_columns(tiles: Tiles, kept_columns: int, is_whole: bool) -> list[slice]:
-    """Ranges of columns, each on one side of the last kept one."""
+    """Return ranges of columns, each of which is either kept as a whole or not at all."""
     width = tiles.blocks.grad_width(tiles.of.n)
     kept, others = slice(0, kept_columns), slice(kept_columns, tiles.of.V)
     kept_width = max(kept_columns, 1) if is_whole else width
@@ -239,7 +242,7 @@ def _grad_columns(tiles: Tiles, kept_columns: int, is_whole: bool) -> list[slice
 
 
 def _tile(tiles: Tiles, c: slice, weighting: Weighting, kept: Kept, among: Rows) -> Tile:
-    """Kept or recomputed, in a buffer of its own."""
+    """Return a kept tile, or recompute one in a buffer of its own."""
     if c.stop <= kept.columns:
         return tiles.kept_tile(kept.e[:, c], among)
     width, align = c.stop - c.start, tiles.blocks.align
@@ -250,7 +253,7 @@ def _tile(tiles: Tiles, c: slice, weighting: Weighting, kept: Kept, among: Rows)
 
 
 def _scaled(product: Product, factor: Tensor, tiles: Tiles) -> Product:
-    """Times the factor of each row."""
+    """Multiply the factor of a product by the factor of each row."""
     x = product.factor
     out = torch.empty_like(x, dtype=product.dtype)
     for r in slices(len(x), tiles.blocks.rows):

@@ -27,12 +27,12 @@ from .tiles_torch import BLOCKS as TORCH_BLOCKS
 PlanName = Literal["auto", "keep", "chunk", "recompute"]
 PLAN_NAMES = get_args(PlanName)
 
-COLUMNS = 1024  # exponentials are kept for a multiple of so many columns
-ROUNDED_AT_ONCE = 1 << 21  # elements of a sum that becomes a gradient in 16 bits
-_KEPT_ALIGN = 64  # elements: rows of kept exponentials start aligned
-# smaller chunks lose more to adding up dweight than a recomputation of live rows costs
+COLUMNS = 1024  # exponentials are kept for a multiple of this many columns
+ROUNDED_AT_ONCE = 1 << 21  # elements of a sum that are rounded to 16 bits at a time
+_KEPT_ALIGN = 64  # elements: rows of kept exponentials start at multiples of it
+# smaller chunks lose more to adding up dweight than recomputing live rows costs
 _CHUNK_ROWS = 2048
-_CPU_CHUNK_ROWS = 512  # in fp32: a chunk more costs as much as the logits of some 160 live rows
+_CPU_CHUNK_ROWS = 512  # in fp32: another chunk costs as much as the logits of some 160 live rows
 _LEAST_BUDGET = 64 << 20
 _LARGEST_BUDGET = 4 << 30
 
@@ -93,7 +93,7 @@ class Plan:
 
 
 class Choice(NamedTuple):
-    """A plan: the tokens whose exponentials are kept, for so many rows at a time."""
+    """A plan: the number of tokens whose exponentials are kept, and of rows at a time."""
 
     name: PlanName
     kept_columns: int
@@ -103,7 +103,7 @@ class Choice(NamedTuple):
 def check_plan(
     plan: str, memory_budget: int | None, products: str, allow_sync: bool, lora: LoRA | None
 ) -> None:
-    """Refuse what is no plan."""
+    """Refuse invalid options of a plan."""
     check_choice("plan", plan, PLAN_NAMES)
     check_choice("products", products, PRODUCTS)
     if memory_budget is not None:
@@ -128,7 +128,7 @@ def choose_plan(
     has_gradient: bool,
     can_chunk: bool,
 ) -> Choice:
-    """The plan that spends the fewest FLOPs within the budget."""
+    """Return the plan that spends the fewest FLOPs within the budget."""
     vocabulary, rows = weight.shape[0], math.prod(hidden.shape[:-1])
     if not has_gradient or plan == "recompute":
         return Choice("recompute", 0, rows)
@@ -148,20 +148,20 @@ def choose_plan(
 
 
 def default_memory_budget(rows: int, vocabulary: int) -> int:
-    """2.1 bytes per logit; 64 MiB at least, 4 GiB at most.
+    """Return 2.1 bytes per logit, but at least 64 MiB and at most 4 GiB.
 
-    Eager PyTorch takes 8 to 14 with fp32 logits.
+    Eager PyTorch takes 8 to 14 bytes with fp32 logits.
     """
     return max(_LEAST_BUDGET, min(_LARGEST_BUDGET, rows * vocabulary * 21 // 10))
 
 
 def kept_width(columns: int) -> int:
-    """Return the length of a row of kept exponentials: its columns and padding."""
+    """Return the width of a row of kept exponentials: the columns and padding."""
     return -(-columns // _KEPT_ALIGN) * _KEPT_ALIGN
 
 
 def columns_that_fit(budget: int, rows: int, vocabulary: int, itemsize: int) -> int:
-    """Return how many columns of the exponentials of `rows` rows fit into the budget."""
+    """Return how many columns of exponentials fit into the budget for this many rows."""
     fit = budget // (max(rows, 1) * itemsize)
     return vocabulary if fit >= vocabulary else fit // COLUMNS * COLUMNS
 
@@ -245,7 +245,7 @@ def plan_from_hidden(
 
 
 def _work_bytes(hidden: Tensor, weight: Tensor, choice: Choice) -> tuple[int, int]:
-    """What the forward and the backward of a chunk need besides what they keep and return."""
+    """Return the bytes that forward and backward of a chunk need beside kept and returned ones."""
     V, H = weight.shape
     rows = choice.chunk_rows
     blocks = GPU_BLOCKS if use_triton(hidden) else TORCH_BLOCKS
@@ -256,10 +256,10 @@ def _work_bytes(hidden: Tensor, weight: Tensor, choice: Choice) -> tuple[int, in
     if dtype != hidden.dtype or dtype != weight.dtype:
         tile += (tile_rows + blocks.width(rows)) * H * dtype.itemsize  # copies of operands
     if not use_triton(hidden):
-        tile *= torch.get_num_threads()  # each has its own
-    if use_triton(hidden):  # sums of each tile, of any of the kernels
+        tile *= torch.get_num_threads()  # each thread has its own
+    if use_triton(hidden):  # sums of each tile, enough for any kernel
         forward = tile + 2 * TRITON_BLOCKS.entries(V) * rows * stats_size
-    else:  # and what it takes to add them up
+    else:  # sums of each tile, and what adding them up takes
         forward = tile + 5 * blocks.entries(V) * rows * stats_size
     # scaled hidden states and a sum of dhidden; a tile for the products, if not all is kept
     backward = tile + rows * H * (size + stats_size)
@@ -272,6 +272,6 @@ def _work_bytes(hidden: Tensor, weight: Tensor, choice: Choice) -> tuple[int, in
         if use_triton(hidden):
             # a product that is not rounded yet
             backward += min(product_columns(H), V) * H * stats_size
-        elif choice.name == "chunk":  # and, on a CPU, what it is made of in fp32
+        elif choice.name == "chunk":  # on a CPU, the product and its operands in fp32
             backward += (min(width, V) * (H + rows) + rows * H) * stats_size
     return forward, backward

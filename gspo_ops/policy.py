@@ -45,7 +45,7 @@ class ObjectiveOptions(NamedTuple):
         return cls(*[getattr(objective, name) for name in cls._fields])
 
     def shares_gradient(self) -> bool:
-        """Whether what reaches a token is a sum over its sequence that only its ratio tells."""
+        """Return whether gradients need a sum over the sequence, which depends on its ratio."""
         through_surrogate = self.ratio_level == "sequence_shared" and self.surrogate != "weighted"
         through_kl = self.ratio_level in ("sequence", "sequence_shared") and (
             self.kl_coef > 0 and self.kl_weight == "ratio"
@@ -53,7 +53,7 @@ class ObjectiveOptions(NamedTuple):
         return through_surrogate or through_kl
 
     def needs_advantage(self) -> bool:
-        """Whether a token without an advantage has no gradient."""
+        """Return whether a token without an advantage has no gradient."""
         return self.kl_coef == 0 and self.entropy_coef == 0
 
     def log_clip_range(self) -> tuple[float, float]:
@@ -84,16 +84,16 @@ class Policy(NamedTuple):
     returns_log_probs: bool
 
     def reads_log_probs(self) -> bool:
-        """False if on-policy: every ratio is 1, and g is known beforehand."""
+        """Return False if on-policy, where every ratio is 1 and g is known beforehand."""
         return (
             self.old_log_probs is not None
             or self.ref_log_probs is not None
-            or self.objective.surrogate == "weighted"  # whose value is the log-prob's
+            or self.objective.surrogate == "weighted"  # its value contains the log-prob
             or self.returns_log_probs
         )
 
     def rows_with_gradient(self) -> Tensor | None:
-        """Non-zero where a row may have a gradient, as far as that is known beforehand."""
+        """Return a mask of the rows that may have a gradient, as far as known; None for all."""
         mask = self.sequences.mask
         is_shared = self.advantage_per_token and self.objective.shares_gradient()
         if is_shared or not self.objective.needs_advantage():
@@ -104,7 +104,7 @@ class Policy(NamedTuple):
         return has_advantage if mask is None else has_advantage & (mask != 0)
 
     def with_advantages(self, advantages: Tensor) -> Policy:
-        """The same with other advantages; an older torch.compile cannot trace `_replace`."""
+        """Return a copy with other advantages; an older torch.compile cannot trace `_replace`."""
         return Policy(
             self.sequences,
             self.objective,
@@ -120,7 +120,7 @@ class Policy(NamedTuple):
         )
 
     def part(self, sequences: slice, rows: slice) -> Policy:
-        """The policy of some sequences, without the denominator, which g does not contain."""
+        """Return the policy of some sequences, without a denominator, which g does not contain."""
 
         def of_rows(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[rows]

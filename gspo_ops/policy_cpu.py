@@ -20,7 +20,7 @@ from .policy import LossAndGrad, ObjectiveOptions, Policy
 def torch_policy_loss(
     log_probs: Tensor | None, entropy: Tensor | None, policy: Policy
 ) -> LossAndGrad:
-    """Loss, statistics, g and h from (N,) log-probs and entropies."""
+    """Compute loss, statistics, g and h from (N,) log-probs and entropies."""
     dtype = policy.advantages.dtype
     tokens = _tokens(log_probs, policy)
     terms = _loss_terms(log_probs, entropy, tokens, policy)
@@ -38,22 +38,22 @@ def torch_policy_loss(
 
 
 class _Tokens(NamedTuple):
-    """What is known of tokens (N,), and of sequences (B,) whose tokens may be on several ranks."""
+    """Values of tokens (N,), and of sequences (B,), which may have tokens on several ranks."""
 
     valid: Tensor
-    ids: Tensor  # of their sequences
+    ids: Tensor  # the tokens' sequences
     advantages: Tensor
     new_minus_old: Tensor
-    log_ratio: Tensor  # as the ratio level says
+    log_ratio: Tensor  # as the ratio level defines it
     decisive: Tensor  # the log-ratio that is clipped
     weights: Tensor
     n: Tensor  # (B,) tokens that count
     new_minus_old_sum: Tensor  # (B,)
-    log_ratio_sum: Tensor  # (B,) the same, of clipped ones for "geometric"
+    log_ratio_sum: Tensor  # (B,) the same, but of clipped log-ratios for "geometric"
     weight_sum: Tensor  # (B,)
 
     def of_sequence(self, sums: Tensor) -> Tensor:
-        """(B,) means from sums."""
+        """Return (B,) means from sums."""
         return sums / self.n.clamp(min=1)
 
 
@@ -93,10 +93,10 @@ def _over_ranks(sums: Tensor, policy: Policy) -> Tensor:
 
 
 class _Surrogates(NamedTuple):
-    """Surrogates of tokens by their advantage, (N,) each."""
+    """Surrogates of tokens per unit of advantage, (N,) each."""
 
     value: Tensor
-    slope: Tensor  # d value / d log r, or d log_prob where the ratio has no gradient
+    slope: Tensor  # d value / d log r, or / d log_prob where the ratio has no gradient
     is_low: Tensor
     is_high: Tensor
     is_dual: Tensor
@@ -127,7 +127,7 @@ def _surrogates(tokens: _Tokens, ratio: Tensor, objective: ObjectiveOptions) -> 
 
 
 class _Terms(NamedTuple):
-    """Loss terms of tokens before they are divided by D, and what they are made of, (N,) each."""
+    """Loss terms of tokens before the division by D, and the values behind them, (N,) each."""
 
     loss: Tensor
     g: Tensor
@@ -187,7 +187,7 @@ def _loss_terms(
 
 
 def _surrogate_grads(found: _Surrogates, tokens: _Tokens, objective: ObjectiveOptions) -> Tensor:
-    """d loss term / d log r, or / d log_prob where the ratio has no gradient."""
+    """Return d loss term / d log r, or / d log_prob where the ratio has no gradient."""
     weights = tokens.weights
     if objective.surrogate != "weighted" and objective.ratio_level in ("sequence", "geometric"):
         # every token's rollout weight reaches every token through the sequence's one ratio
@@ -197,7 +197,7 @@ def _surrogate_grads(found: _Surrogates, tokens: _Tokens, objective: ObjectiveOp
 
 
 class _Totals(NamedTuple):
-    """Sums over all tokens, on whatever rank."""
+    """Sums over the tokens of all ranks."""
 
     loss: Tensor
     low: Tensor
@@ -207,7 +207,7 @@ class _Totals(NamedTuple):
     active: Tensor
     ref_kl: Tensor
     clipped: Tensor  # (B,)
-    ratios: Tensor  # as `_ratio_sums` has them
+    ratios: Tensor  # as `_ratio_sums` returns them
     extremes: Tensor
 
 
@@ -224,7 +224,7 @@ def _totals(tokens: _Tokens, terms: _Terms, policy: Policy) -> _Totals:
         everyone = gathered(torch.cat(parts), policy.context_group)
         *sums, maxima = everyone.split([len(x) for x in parts], dim=1)
         (totals, clipped, ratios), extremes = (x.sum(0) for x in sums), maxima.amax(0)
-    if policy.objective.ratio_level != "token":  # one per sequence, which every rank knows
+    if policy.objective.ratio_level != "token":  # one ratio per sequence, which every rank knows
         ratios, extremes = _ratio_sums(
             _capped_exp(tokens.of_sequence(tokens.log_ratio_sum)), tokens.n > 0
         )
@@ -237,7 +237,7 @@ def _has_gradient(terms: _Terms) -> Tensor:
 
 
 def _ratio_sums(ratio: Tensor, some: Tensor) -> tuple[Tensor, Tensor]:
-    """Count and sums of ratios, of capped ones and of their squares; maxima of -ratio and ratio."""
+    """Return count and sums of ratios, capped ratios and their squares; maxima of -ratio, ratio."""
     capped = ratio.clamp(1 / ESS_RATIO_CAP, ESS_RATIO_CAP)
     values = torch.ones_like(ratio), ratio, capped, capped.square()
     sums = torch.stack([torch.where(some, x, 0.0).sum() for x in values])
@@ -251,7 +251,7 @@ def _stats(tokens: _Tokens, totals: _Totals) -> dict[str, Tensor]:
     n, sequences = tokens.n.sum().clamp(min=1), (tokens.n > 0).sum().clamp(min=1)
 
     def or_1(x: Tensor) -> Tensor:
-        """1 for an empty batch, as for an on-policy one."""
+        """Return 1 for an empty batch, as for an on-policy one."""
         return torch.where(count > 0, x, 1.0)
 
     return {
@@ -272,7 +272,7 @@ def _stats(tokens: _Tokens, totals: _Totals) -> dict[str, Tensor]:
 
 
 def _denominator(policy: Policy, n: Tensor) -> Tensor:
-    """D, from the lengths of the sequences unless it is given."""
+    """Return D, from the lengths of the sequences unless it is given."""
     D = policy.denominator
     if D is None:
         counts = {"token-mean": n.sum(), "token-sum": n.new_ones(())}
@@ -282,7 +282,7 @@ def _denominator(policy: Policy, n: Tensor) -> Tensor:
     return torch.where(D > 0, D, math.nan).double()
 
 
-# Values, which are checked on a CPU: on a GPU that takes a synchronisation
+# Values, which are checked on a CPU only: on a GPU, that would take a synchronisation
 
 
 def check_values(policy: Policy) -> None:
@@ -298,7 +298,7 @@ def _check_denominator(D: Tensor) -> None:
 
 
 def checked_mask(policy: Policy) -> Tensor:
-    """(N,) bool."""
+    """Return the mask, (N,) bool; on a CPU, refuse invalid values of it and of cu_seqlens."""
     device = policy.advantages.device
     rows, _, cu, mask = policy.sequences
     if (
@@ -321,7 +321,7 @@ def checked_mask(policy: Policy) -> Tensor:
 
 
 def _saturated(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The largest number of a dtype in place of what is larger."""
+    """Clamp x to the finite range of a dtype."""
     return x.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
 
 
@@ -340,7 +340,7 @@ def _k3(x: Tensor) -> Tensor:
 
 
 def _kl(objective: ObjectiveOptions, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """KL estimate and its derivative by the log-prob, from delta = log_prob - ref_log_prob."""
+    """Return KL estimates, and derivatives with respect to delta = log_prob - ref_log_prob."""
     kind = objective.kl_estimator
     d = delta.clamp(-objective.kl_input_clamp, objective.kl_input_clamp)
     if kind.startswith("k1"):
@@ -368,5 +368,5 @@ def _rollout_weights(policy: Policy, ids: Tensor, valid: Tensor) -> Tensor:
 
 
 def _nan_if_infinite(x: Tensor) -> Tensor:
-    """A factor of loss terms; an infinite one must not pass for one that has saturated."""
+    """Replace infinite factors of loss terms, which must not pass for saturated ones, by NaN."""
     return x.masked_fill(x.isinf(), math.nan)

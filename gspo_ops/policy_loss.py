@@ -23,7 +23,7 @@ from .policy_cpu import check_values, torch_policy_loss
 
 
 def empty_loss(log_probs: Tensor | None, entropy: Tensor | None, policy: Policy) -> LossAndGrad:
-    """Buffers for the result of `policy_loss_fwd`."""
+    """Return buffers for the result of `policy_loss_fwd`."""
     like = policy.advantages
     return LossAndGrad(
         loss=like.new_empty(()),
@@ -39,9 +39,12 @@ def empty_loss(log_probs: Tensor | None, entropy: Tensor | None, policy: Policy)
 def policy_loss_fwd(
     log_probs: Tensor | None, entropy: Tensor | None, policy: Policy
 ) -> LossAndGrad:
-    """Loss, statistics, g and h. Log-probs are None if the policy does not read them; entropies are
-    None without an entropy bonus."""
-    # what ranks have to exchange in between does not fit into one launch
+    """Compute loss, statistics, g and h.
+
+    Log-probs are None if the policy does not read them; entropies are None without an entropy
+    bonus.
+    """
+    # ranks have to exchange sums in between, which does not fit into one launch
     is_alone = policy.context_group is None
     if use_triton(policy.advantages) and policy.sequences.batch and is_alone:
         return triton_policy_loss(log_probs, entropy, policy)
@@ -50,14 +53,17 @@ def policy_loss_fwd(
 
 @operator(lambda log_probs, g, scale: torch.empty_like(g))
 def policy_loss_bwd(log_probs: Tensor, g: Tensor, scale: Tensor) -> Tensor:
-    """d loss / d log_probs, which are not read: they tie the gradient to its input, so that a
-    second derivative is refused, not zero."""
+    """Compute d loss / d log_probs.
+
+    The log-probs are not read: they tie the gradient to its input, so that a second derivative is
+    refused, not zero.
+    """
     return torch.where(g == 0, 0.0, g * scale)
 
 
 @operator(lambda x, sequences, context_group: x.new_empty(()))
 def token_mean(x: Tensor, sequences: Sequences, context_group: str | None) -> Tensor:
-    """The mean over the valid tokens of all ranks of values that are 0 elsewhere."""
+    """Return the mean over the valid tokens of all ranks, of values that are 0 elsewhere."""
     total, mask = x.sum(), sequences.mask
     if context_group is None:
         return total / sequences.tokens()
@@ -66,19 +72,19 @@ def token_mean(x: Tensor, sequences: Sequences, context_group: str | None) -> Te
     return total / count.clamp(min=1)
 
 
-# What a function as objective needs of all ranks
+# What a function as objective needs from all ranks
 
 
 @operator(lambda like, sequences, context_group: like.new_empty(sequences.batch))
 def sequence_lengths(like: Tensor, sequences: Sequences, context_group: str | None) -> Tensor:
-    """(B,) tokens that count, in the dtype of `like`."""
+    """Return the number of tokens that count, (B,), in the dtype of `like`."""
     n = sequences.sum(sequences.where_valid(like.new_ones(sequences.rows)))
     return n if context_group is None else gathered(n, context_group).sum(0)
 
 
 @operator(lambda x, context_group: torch.empty_like(x))
 def sum_over_context(x: Tensor, context_group: str) -> Tensor:
-    """x summed over the ranks, in their order."""
+    """Sum x over the ranks, in their order."""
     return gathered(x, context_group).sum(0)
 
 
@@ -86,7 +92,7 @@ def sum_over_context(x: Tensor, context_group: str) -> Tensor:
 def clip_fractions(
     clipped: Tensor, advantages: Tensor, sequences: Sequences, context_group: str | None
 ) -> Tensor:
-    """Fractions of clipped sequences and tokens, and of tokens clipped below and above."""
+    """Return fractions of clipped sequences and tokens, and of tokens clipped below and above."""
     ones = torch.ones_like(advantages, dtype=torch.float64)
     counts = [clipped, clipped & (advantages < 0), clipped & (advantages > 0), ones]
     per_sequence = torch.stack([sequences.sum(sequences.where_valid(x * ones)) for x in counts])
@@ -106,7 +112,7 @@ def clip_fractions(
 def triton_policy_loss(
     log_probs: Tensor | None, entropy: Tensor | None, policy: Policy
 ) -> LossAndGrad:
-    """The same in one launch."""
+    """Compute the result of `policy_loss_fwd` in one launch."""
     from .kernels.policy_loss import NUM_PARTIALS, policy_loss_fwd_kernel
 
     out = empty_loss(log_probs, entropy, policy)
@@ -163,10 +169,10 @@ def triton_policy_loss(
 
 
 def _registers(objective: ObjectiveOptions) -> dict[str, int]:
-    """What keeps losses of several terms from spills.
+    """Return the launch options that keep losses with several terms from spilling registers.
 
-    ptxas spills a few registers of 80 for one more block per multiprocessor, unless it is told that
-    there may be 128; AMD's compiler runs out of registers for scalars, except for shorter blocks.
+    ptxas spills a few of 80 registers to fit one more block per multiprocessor, unless it is told
+    that it may use 128. AMD's compiler runs out of scalar registers unless blocks are shorter.
     """
     has_bonus = objective.entropy_coef > 0
     if torch.version.hip is not None:
@@ -180,7 +186,7 @@ def _registers(objective: ObjectiveOptions) -> dict[str, int]:
 
 
 class Agreed(NamedTuple):
-    """Operands that order the ops that follow after the agreement, in compiled graphs too."""
+    """Operands that make later ops wait for the agreement, in compiled graphs, too."""
 
     targets: Tensor  # local ones with a vocab_group
     advantages: Tensor
@@ -189,7 +195,7 @@ class Agreed(NamedTuple):
 def agreed(
     policy: Policy, targets: Tensor | None = None, vocabulary: Vocabulary | None = None
 ) -> tuple[Policy, Tensor]:
-    """The policy and its targets, if all ranks that exchange numbers can continue."""
+    """Return the policy and its targets, if all ranks that exchange numbers can continue."""
     like = policy.advantages
     if targets is None:
         targets = like.new_empty(0, dtype=torch.int64)
@@ -237,7 +243,7 @@ def agree_on_policy(targets: Tensor, vocabulary: Vocabulary, policy: Policy) -> 
 
 
 def _counted(targets: Tensor, policy: Policy) -> tuple[Tensor, list[Tensor | None]]:
-    """Targets, and all that has a value per token or sequence; 0 at tokens that don't count."""
+    """Return targets, and all values per token or sequence, with 0 at tokens that do not count."""
     rows, _, cu_seqlens, mask = policy.sequences
     valid = targets.new_ones(rows, dtype=torch.bool) if mask is None else mask != 0
 

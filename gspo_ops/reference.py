@@ -1,6 +1,6 @@
 """The definitions, in plain torch and any floating-point dtype: slow, differentiable, obvious.
 
-Sequence after sequence, term after term, with autograd for every gradient. The ops are checked
+They go sequence by sequence and term by term, with autograd for every gradient. The ops are checked
 against these functions in float64.
 """
 
@@ -73,7 +73,7 @@ def log_probs_from_hidden(
     softcap: float | None = None,
 ) -> Tensor:
     """`log_probs_from_logits` of `logits_from_hidden`."""
-    # what stands at ignored positions must not matter, NaN included
+    # values at ignored positions must not matter, NaN included
     hidden = torch.where((targets == IGNORED).unsqueeze(-1), 0.0, hidden)
     logits = logits_from_hidden(hidden, weight, bias=bias, lora=lora)
     return log_probs_from_logits(logits, targets, temperature=temperature, softcap=softcap)
@@ -114,7 +114,7 @@ def policy_loss_from_logits(
     """`policy_loss_from_log_probs` of `log_probs_from_logits`."""
     if mask is not None:
         targets = targets.masked_fill(mask == 0, IGNORED)
-        # what stands at masked positions must not matter, NaN included
+        # values at masked positions must not matter, NaN included
         logits = torch.where((mask == 0).unsqueeze(-1), 0.0, logits)
     log_probs = log_probs_from_logits(logits, targets, temperature=temperature, softcap=softcap)
     entropy = None
@@ -151,7 +151,7 @@ def policy_loss_of_tokens(
     rollout_weights: Tensor | None = None,
     denominator: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What an `Objective` says, as a loss, with its statistics; entropies are for its bonus."""
+    """The loss that an `Objective` defines, and its statistics; entropies are for its bonus."""
     layout = resolve_layout("log_probs", log_probs.shape, log_probs.device, mask, cu_seqlens)
     old = log_probs.detach() if old_log_probs is None else old_log_probs
     loss_sum = log_probs.new_zeros(())
@@ -200,7 +200,7 @@ def policy_loss_of_tokens(
 
 @dataclass
 class _Seen:
-    """What the statistics are made of, sequence after sequence."""
+    """The values behind the statistics, sequence by sequence."""
 
     log_ratio: list[Tensor] = field(default_factory=list)
     ratio: list[Tensor] = field(default_factory=list)
@@ -243,7 +243,7 @@ class _Seen:
 
 
 def _sequences(layout: Layout) -> list[Tensor]:
-    """The valid rows of each sequence."""
+    """Return the valid rows of each sequence."""
     _, batch, cu_seqlens, mask = layout.sequences
     if cu_seqlens is None:
         bounds = [b * layout.shape[1] for b in range(batch + 1)]
@@ -254,12 +254,12 @@ def _sequences(layout: Layout) -> list[Tensor]:
 
 
 def _pick(x: Tensor, b: int, rows: Tensor, layout: Layout) -> Tensor:
-    """A per-sequence or per-token argument at the rows of sequence b."""
+    """Return a per-sequence or per-token argument at the rows of sequence b."""
     return x[b].expand(len(rows)) if x.shape == (layout.sequences.batch,) else x.reshape(-1)[rows]
 
 
 def _capped(log_ratio: Tensor) -> Tensor:
-    """The cap keeps values finite; the gradient passes as if it were not there."""
+    """Cap a log-ratio to keep values finite; the gradient passes as if there were no cap."""
     return log_ratio + (log_ratio.clamp(-LOG_RATIO_CAP, LOG_RATIO_CAP) - log_ratio).detach()
 
 
@@ -270,7 +270,7 @@ def _capped_exp(log_ratio: Tensor) -> Tensor:
 def _ratios(
     objective: Objective, new: Tensor, log_ratio: Tensor, A: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The ratio of each token of a sequence, and, as a constant, the one that is clipped."""
+    """Return the ratio of each token of a sequence, and, as a constant, the one that is clipped."""
     if objective.ratio_level == "geometric":
         low, high = log_clip_range(objective.clip_low, objective.clip_high)
         clipped = torch.where(A > 0, log_ratio.clamp(max=high), log_ratio)
@@ -287,7 +287,7 @@ def _ratios(
 
 
 def _surrogates(objective: Objective, ratio: Tensor, A: Tensor, new: Tensor) -> Tensor:
-    """The surrogate of each token of a sequence."""
+    """Return the surrogate of each token of a sequence."""
     low, high = 1 - objective.clip_low, 1 + objective.clip_high
     if objective.surrogate == "weighted":
         return ratio.detach().clamp(low, high) * A * new
@@ -304,7 +304,7 @@ def _surrogates(objective: Objective, ratio: Tensor, A: Tensor, new: Tensor) -> 
 
 
 def _kl(objective: Objective, d: Tensor) -> Tensor:
-    """The KL estimate of each token, from d = log_prob - ref_log_prob."""
+    """Return the KL estimate of each token, from d = log_prob - ref_log_prob."""
     clamped = d.clamp(-objective.kl_input_clamp, objective.kl_input_clamp)
     value = {
         "k1": lambda x: x,

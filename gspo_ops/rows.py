@@ -22,18 +22,18 @@ class Rows(Protocol):
     def index(self) -> Tensor | None: ...
 
     def take(self, x: Tensor) -> Tensor:
-        """x (N, ...) of these rows, (n, ...)."""
+        """Return x (N, ...) at these rows, (n, ...)."""
 
     def put(self, x: Tensor, out: Tensor) -> None:
         """Write x to these rows of out, and 0 to the others."""
 
     def within(self, outer: Rows) -> Rows:
-        """These rows, which are relative to `outer`, as rows of all."""
+        """Return these rows, which are relative to `outer`, as rows of the whole batch."""
 
 
 @dataclass(frozen=True)
 class AllRows:
-    """Every row counts."""
+    """All rows, every one of which counts."""
 
     @property
     def index(self) -> None:
@@ -105,7 +105,7 @@ class FlaggedRows:
 
 
 def rows_where(live: Tensor | None, options: HeadOptions) -> Rows:
-    """The rows where live (N,) is True, as far as the host may know them; None for all."""
+    """Return the rows where live (N,) is True, as far as the host may know; live=None means all."""
     if live is None:
         return AllRows()
     if options.products in ("triton", "tma"):
@@ -118,12 +118,12 @@ def rows_where(live: Tensor | None, options: HeadOptions) -> Rows:
 
 
 def rows_with_gradient(live: Tensor, options: HeadOptions) -> Rows:
-    """The rows that the forward processed and where live (N,) is True."""
+    """Return the rows where live (N,) is True, among those that the forward processed."""
     if options.products == "tma":
-        return FlaggedRows(live)  # rows of boxes are neighbours, so they stay where they are
+        return FlaggedRows(live)  # a box holds neighbouring rows, so rows stay where they are
     return rows_where(live, options)
 
 
 def where_rows(flags: Tensor, x: Tensor) -> Tensor:
-    """x (n, ...) in flagged rows, 0 in the others, whatever their values."""
+    """Return x (n, ...) in flagged rows and 0 in the others, whatever their values."""
     return torch.where(flags.view(-1, *[1] * (x.ndim - 1)), x, 0.0)

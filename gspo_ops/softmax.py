@@ -23,7 +23,7 @@ class Softmax(NamedTuple):
         temperature: divides the soft-capped logits.
         softcap: soft cap of the logits; None for none.
         return_entropy: whether the entropy is requested as well.
-        vocab_group: name of the group of ranks that share the vocabulary; targets are then local.
+        vocab_group: name of the ranks' group if the vocabulary is sharded; targets are then local.
     """
 
     temperature: float
@@ -43,7 +43,7 @@ def checked_softmax(
     vocab_group: ProcessGroup | None,
     return_entropy: bool,
 ) -> Softmax:
-    """Refuse a temperature or a soft cap outside its range, and anything but a group."""
+    """Return the options; refuse a temperature or soft cap out of range, and an invalid group."""
     check_number("temperature", temperature, minimum=0.0, exclusive=True)
     if softcap is not None:
         check_number("softcap", softcap, minimum=0.0, exclusive=True)
@@ -64,7 +64,7 @@ class Upstream(NamedTuple):
         d loss / d log_prob = log_probs * grad_loss * inv_denominator,  d loss / d entropy = entropy
 
     Attributes:
-        entropy: None for nothing.
+        entropy: None if the entropy has no gradient.
         grad_loss, inv_denominator: 0-dim; None for 1.
     """
 
@@ -74,19 +74,19 @@ class Upstream(NamedTuple):
     inv_denominator: Tensor | None = None
 
     def scale(self) -> Tensor | None:
-        """The factor of log_probs; None for 1."""
+        """Return the factor of log_probs; None for 1."""
         if self.grad_loss is None or self.inv_denominator is None:
             return None
         return self.grad_loss * self.inv_denominator
 
     def flat(self) -> Upstream:
-        """The same for (N,) rows."""
+        """Return the same gradients, flattened to (N,) rows."""
         entropy = None if self.entropy is None else self.entropy.reshape(-1).contiguous()
         return self._replace(log_probs=self.log_probs.reshape(-1).contiguous(), entropy=entropy)
 
 
 class LogOdds(NamedTuple):
-    """Log-odds d + error of all other tokens against the target: a number and its rounding.
+    """Log-odds d + error of all other tokens against the target: a number and its rounding error.
 
     Attributes:
         error: None if it is unknown.
@@ -96,26 +96,29 @@ class LogOdds(NamedTuple):
     error: Tensor | None = None
 
     def log_p(self) -> Tensor:
-        """The log-probability of the target."""
+        """Return the log-probability of the target."""
         return _minus_softplus(self.d, self.error)
 
     def log_q(self) -> Tensor:
-        """The log-probability of all others."""
+        """Return the log-probability of all others."""
         return _minus_softplus(-self.d, None if self.error is None else -self.error)
 
     def q(self) -> Tensor:
-        """The probability of all others; on a CPU, torch.sigmoid rounds by position."""
+        """Return the probability of all others.
+
+        On a CPU, the rounding of torch.sigmoid would depend on an element's position.
+        """
         return (1.0 + (-self.d).exp()).reciprocal()
 
     def entropy(self, log_p: Tensor, row_sum: Tensor, mean_log: Tensor) -> Tensor:
-        """The row's entropy, from the sum of the others' exponentials and their mean log."""
+        """Return the row's entropy, from the sum of the others' exponentials and their mean log."""
         log_q = self.log_q()
         others = row_sum.log() - mean_log - log_q
         return times_exp(log_q, others) - times_exp(log_p, log_p)
 
 
 def sum_with_error(a: Tensor, b: Tensor) -> LogOdds:
-    """a + b, and the rounding error of that sum (Knuth)."""
+    """Return a + b, and the rounding error of that sum (Knuth)."""
     d = a + b
     b_part = d - a
     return LogOdds(d, (a - (d - b_part)) + (b - b_part))
@@ -129,5 +132,5 @@ def _minus_softplus(d: Tensor, error: Tensor | None) -> Tensor:
 
 
 def times_exp(log_p: Tensor, x: Tensor) -> Tensor:
-    """exp(log_p) * x, 0 where log_p is -inf."""
+    """Return exp(log_p) * x, 0 where log_p is -inf."""
     return (log_p.exp() * x).masked_fill(log_p == -math.inf, 0.0)

@@ -2,7 +2,7 @@
 
 torch splits each operation into equal parts, one per thread, and waits for the slowest. If the
 machine does other work, this means hundreds of waits per loss. Here each thread computes its pieces
-by itself, and there is one wait at the end. A piece's result does not depend on the thread.
+on its own, and there is one wait at the end. A piece's result does not depend on the thread.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def for_each(function: Callable[[T], None], pieces: Iterable[T], x: Tensor) -> N
     is_inference = torch.is_inference_mode_enabled()
 
     def alone(piece: T) -> None:
-        # both are the thread's own, and the caller's may be others
+        # both settings belong to a thread, and the caller's may differ
         with torch.inference_mode(is_inference), torch.no_grad():
             function(piece)
 
@@ -45,7 +45,7 @@ def for_each(function: Callable[[T], None], pieces: Iterable[T], x: Tensor) -> N
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads that stay: a new one spends milliseconds on the buffers of its products."""
+    """Return threads that stay alive: a new one spends milliseconds on buffers for products."""
     return ThreadPoolExecutor(threads, "gspo_ops", initializer=_compute_alone)
 
 
@@ -57,18 +57,18 @@ if hasattr(os, "register_at_fork"):
 def _compute_alone() -> None:
     """Make torch use one thread in the thread that calls this.
 
-    torch.set_num_threads would also change what threads of others start with.
+    torch.set_num_threads would also change the number that other new threads start with.
     """
-    torch.get_num_threads()  # torch sets the number once in each thread: before us
+    torch.get_num_threads()  # torch sets the number once in each thread: let it come first
     for limit in _limits():
         limit(1)
 
 
 @cache
 def _limits() -> tuple[Callable[[int], object], ...]:
-    """Functions that set the number of threads for the calling thread; none where torch has none.
+    """Return functions that set the calling thread's number of threads; none if torch has none.
 
-    OpenMP's, and MKL's where torch was built with it.
+    They are OpenMP's and, if torch was built with it, MKL's.
     """
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))

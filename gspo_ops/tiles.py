@@ -25,31 +25,31 @@ LN_2 = math.log(2.0)
 class Blocks(NamedTuple):
     """Sizes of tiles; the number of columns summed at a time never depends on the rows."""
 
-    rows: int  # of a tile of logits, at most
-    columns: int  # at least; a multiple of `sums`
-    elements: int  # that tiles of fewer rows are widened to
+    rows: int  # largest number of rows of a tile of logits
+    columns: int  # smallest number of its columns, a multiple of `sums`
+    elements: int  # size to which tiles with fewer rows are widened
     sums: int  # columns of an entry of `Sums`
-    grad_elements: int  # of a tile for the products of the backward
-    grad_columns: int  # and its columns, at most
-    align: int  # elements that its rows in memory are a multiple of
+    grad_elements: int  # size of a tile for the products of the backward
+    grad_columns: int  # largest number of its columns
+    align: int  # alignment of its rows in memory, in elements
 
     def entries(self, vocabulary: int) -> int:
-        """Number of entries of `Sums`."""
+        """Return the number of entries of `Sums`."""
         return -(-vocabulary // self.sums)
 
     def width(self, rows: int) -> int:
-        """Columns of a tile of logits for this number of rows."""
+        """Return the number of columns of a tile of logits for this number of rows."""
         fit = self.elements // max(min(rows, self.rows), 1) // self.columns
         return max(fit, 1) * self.columns
 
     def grad_width(self, rows: int) -> int:
-        """Columns of a tile for the products of the backward."""
+        """Return the number of columns of a tile for the products of the backward."""
         width = min(self.grad_elements // max(rows, 1), self.grad_columns)
         return max(width // 128 * 128, 128)
 
 
 class Operands(NamedTuple):
-    """The operands of the logits of the rows that are processed."""
+    """The operands of the logits, for the rows that are processed."""
 
     x: Tensor  # (n, H)
     weight: Tensor  # (V, H)
@@ -60,9 +60,9 @@ class Operands(NamedTuple):
     targets: Tensor  # (n,)
     rows: Rows
     options: HeadOptions
-    dtype: torch.dtype  # of products that make logits
-    stats_dtype: torch.dtype  # of everything per row
-    grad_dtype: torch.dtype  # of exponentials and of products that make gradients
+    dtype: torch.dtype  # for products that make logits
+    stats_dtype: torch.dtype  # for all per-row values
+    grad_dtype: torch.dtype  # for exponentials and products that make gradients
 
     @classmethod
     def of(cls, head: Head, targets: Tensor, rows: Rows, options: HeadOptions) -> Operands:
@@ -99,16 +99,16 @@ class Operands(NamedTuple):
 
 
 class RowSums(NamedTuple):
-    """What the forward keeps of each row, (N,) each; 0 in rows that are left out."""
+    """The numbers that the forward keeps of each row, (N,) each; 0 in rows that are left out."""
 
-    base: Tensor  # the target's logit as a dot product gives it, if that is finite
+    base: Tensor  # the target's logit from a dot product, or 0 if that is not finite
     target_logit: Tensor  # rounded like the others; after the soft cap, before the temperature
-    shift: Tensor  # powers of two
-    row_sum: Tensor  # of the others' exp2((z - base) * scale - shift)
-    entropy: Tensor  # (0,) unless asked for
+    shift: Tensor  # exponent of two
+    row_sum: Tensor  # sum of the others' exp2((z - base) * scale - shift)
+    entropy: Tensor  # (0,) unless requested
 
     def log_odds(self, scale: float) -> LogOdds:
-        """Log-odds against the target."""
+        """Return the log-odds against the target."""
         moved = (self.base - self.target_logit) * scale + self.shift
         return LogOdds(moved * LN_2 + self.row_sum.log())
 
@@ -127,12 +127,12 @@ class Sums(NamedTuple):
         return cls(shift, torch.zeros_like(shift), log)
 
     def at(self, entry: int, rows: slice) -> Sums:
-        """The sums of some rows in one tile, (n,) each, as views."""
+        """Return the sums of some rows in one tile, (n,) each, as views."""
         log = None if self.log is None else self.log[entry, rows]
         return Sums(self.shift[entry, rows], self.total[entry, rows], log)
 
     def reduced(self) -> Sums:
-        """The sums of the rows, (n,) each."""
+        """Add up each row's tiles, to (n,) each."""
         shift = self.shift.amax(0)
         shrink = self.shrink(shift)
         log = None
@@ -141,13 +141,13 @@ class Sums(NamedTuple):
         return Sums(shift, _pairwise_sum(shrink * self.total), log)
 
     def shrink(self, shift: Tensor) -> Tensor:
-        """The factor by which each tile's exponentials shrink under this shift."""
+        """Return the factor by which each tile's exponentials shrink under this shift."""
         return torch.exp2(self.shift - shift)
 
     def over_vocabulary(self, target_logit: Tensor, group: str) -> tuple[Sums, Tensor]:
-        """Those of whole parts of the vocabulary, one for each rank.
+        """Return the sums of every rank's part of the vocabulary, and the target's logit.
 
-        And the target's logit, which one part has and the others have as 0.
+        One part has the target's logit, and the others have 0.
         """
         own = torch.stack([target_logit, *[x for x in self.reduced() if x is not None]])
         target_logits, *parts = gathered(own, group).transpose(0, 1).contiguous().unbind(0)
@@ -156,7 +156,7 @@ class Sums(NamedTuple):
 
 
 class Weighting(NamedTuple):
-    """How a recomputed tile transforms logits z, (n,) each: exp2(a) * (constant + slope * a).
+    """The map from logits z of a recomputed tile to exp2(a) * (constant + slope * a), (n,) each.
 
         a = (softcap(z) - base) * scale - shift
 
@@ -180,7 +180,7 @@ class RowGrads(NamedTuple):
 
     Attributes:
         factor: (n,) factor of the value of `Weighting`, for all tokens except the target.
-        at_target: (n,) for the target: by far the largest of its row, so never rounded.
+        at_target: (n,) number at the target, by far the largest of its row and so never rounded.
     """
 
     factor: Tensor
@@ -205,7 +205,7 @@ class Kept(NamedTuple):
     columns: int
 
     def stride(self) -> int:
-        """The stride of rows; 0 without columns, since Triton makes a constant of a stride of 1."""
+        """Return the stride of rows; 0 without columns: Triton makes a stride of 1 a constant."""
         return self.e.stride(0) if self.columns else 0
 
 
@@ -224,8 +224,8 @@ class Tile(NamedTuple):
 class Product(NamedTuple):
     """A gradient that is a sum over tiles.
 
-    For rows, `out` (n, ...) receives the tiles times `factor` (V, ...); for columns, `out` (V, ...)
-    receives the transposed tiles times `factor` (n, ...).
+    For a gradient of rows, `out` (n, ...) receives the tiles times `factor` (V, ...). For one of
+    columns, `out` (V, ...) receives the transposed tiles times `factor` (n, ...).
     """
 
     out: Tensor
@@ -246,27 +246,26 @@ class Tiles(Protocol):
     def fold(
         self, base: Tensor, kept: Kept, keep: Tensor | None, sums: Sums, target_logit: Tensor
     ) -> None:
-        """Sum each row's exponentials, except its target's, into `sums`.
+        """Write sums of each row's exponentials, except for its target's, to `sums`.
 
-        `kept` receives the exponentials of rows where `keep` holds, None for all; `target_logit`
-        (n,) the target's logit, where products of tiles round it in another way.
+        `kept` receives the exponentials of rows where `keep` is True, or of all rows if it is None.
+        `target_logit` (n,) receives the target's logit if a tile's product rounds it differently.
         """
 
     def finish(self, sums: Sums, base: Tensor, target_logit: Tensor) -> tuple[Tensor, RowSums]:
-        """Return log-probs (n,), and the sums of complete rows."""
+        """Return the log-probs (n,) and the sums of complete rows."""
 
     def rescale(self, kept: Kept, sums: Sums, shift: Tensor) -> None:
         """Rescale the tiles of each row of `kept` to a common shift (n,)."""
 
     def row_grads(self, sums: RowSums, g: Tensor, h: Tensor | None, live: Tensor) -> RowGrads:
-        """Compute what the gradients of these rows are made of.
+        """Return `RowGrads` of these rows, for d loss / d log_prob = g and d loss / d entropy = h.
 
-        g = d loss / d log_prob and h = d loss / d entropy are those of all rows, (N,) each. Where
-        `live` (N,) does not hold, nothing has a gradient.
+        g, h and `live` (N,) are those of all rows. Where `live` is False, there is no gradient.
         """
 
     def kept_tile(self, e: Tensor, among: Rows) -> Tile:
-        """Return the tile of kept exponentials `e` for the live rows, whose places are `among`."""
+        """Return columns of kept exponentials, for the live rows `among` those that are kept."""
 
     def weigh(self, columns: slice, weighting: Weighting, out: Tensor) -> None:
         """Recompute logits, and write their values under `weighting` to `out`."""
@@ -274,19 +273,19 @@ class Tiles(Protocol):
     def takes_whole(
         self, among: Rows, of_rows: Sequence[Product], of_columns: Sequence[Product]
     ) -> bool:
-        """Whether the products need no large copies, so that all kept columns go into one."""
+        """Return whether products need no large copies, so that one takes all kept columns."""
 
     def add_to_rows(self, out: Tensor, tile: Tile, w: Tensor, *, add: bool) -> None:
-        """out (n, ...) = tile @ w, or added to it."""
+        """Set out (n, ...) to tile @ w, or add it to `out`."""
 
     def add_to_columns(self, out: Tensor, tile: Tile, x: Tensor, *, add: bool) -> None:
-        """out = tile^T @ x, or added to it."""
+        """Set out to tile^T @ x, or add it to `out`."""
 
     def scale_rows(self, out: Tensor, w: Tensor, row_grads: RowGrads) -> None:
-        """out[i] (n, ...) = factor[i] * out[i] + at_target[i] * w[y_i], 0 in dead rows."""
+        """Set out[i] (n, ...) to factor[i] * out[i] + at_target[i] * w[y_i], 0 in dead rows."""
 
     def add_targets(self, out: Tensor, x: Tensor, at_target: Tensor) -> None:
-        """out[v] += sum of at_target[i] * x[i] over the rows i with target v, in their order."""
+        """Add to out[v] the sum of at_target[i] * x[i] over rows i with target v, in order."""
 
 
 def slices(stop: int, step: int) -> list[slice]:
@@ -298,7 +297,7 @@ def slices_of(whole: slice, step: int) -> list[slice]:
 
 
 def places(columns: slice, rows: int, blocks: Blocks) -> list[tuple[slice, slice]]:
-    """Rows and columns of the tiles of logits."""
+    """Return rows and columns of the tiles of logits."""
     width = blocks.width(rows)
     return [(r, c) for c in slices_of(columns, width) for r in slices(rows, blocks.rows)]
 
@@ -315,7 +314,7 @@ def finite_or_zero(x: Tensor) -> Tensor:
 
 
 def _pairwise_sum(x: Tensor) -> Tensor:
-    """x.sum(0), element by element in one order, whatever the number of columns."""
+    """Return x.sum(0), in one order for every element, whatever the number of columns."""
     while len(x) > 1:
         half = len(x) // 2
         x = torch.cat([x[:half] + x[half : 2 * half], x[2 * half :]])

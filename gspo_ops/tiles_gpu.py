@@ -28,8 +28,8 @@ from .tiles import (
     slices,
 )
 
-SUMS = 4096  # columns of a program that folds, which holds them in registers
-# an L2 cache holds a tile of logits in fp32, or a part of a product: 32 MiB
+SUMS = 4096  # columns of a folding program, which holds them in registers
+# elements of a tile of logits in fp32, or of a part of a product: an L2 cache holds 32 MiB
 _CACHED = 1 << 23
 BLOCKS = Blocks(
     rows=2048,
@@ -45,17 +45,17 @@ EPILOGUE = 1024  # columns of the other epilogues' programs
 
 
 def product_columns(width: int) -> int:
-    """Number of columns of a gradient, by their size, that one product computes."""
+    """Return how many columns of a gradient, each of this size, one product computes."""
     return max(_CACHED // width // 128 * 128, 128)
 
 
 class KernelTiles:
-    """What all implementations share: everything per row."""
+    """The part that all implementations on a GPU share: everything per row."""
 
     blocks: ClassVar[Blocks]
     of: Operands
-    live: Tensor | None  # (n,) where the device alone knows which rows count
-    count: Tensor | None  # 0-dim, of rows that count, which stand in front
+    live: Tensor | None  # (n,), if only the device knows which rows count
+    count: Tensor | None  # 0-dim number of rows that count, which come first
 
     def target_logits(self) -> Tensor:
         from .kernels.hidden import target_logits_kernel
@@ -174,7 +174,7 @@ class KernelTiles:
             )
 
     def _add_column_sums(self, out: Tensor, tile: Tile, factor: Tensor, *, add: bool) -> None:
-        """out (C, 1) = the sum of the tile's rows, each times its factor (n, 1), or added to it."""
+        """Set out (C, 1) to the sum of the tile's rows times their factors (n, 1), or add it."""
         from .kernels.hidden import column_sums_kernel
 
         columns = 128
@@ -297,7 +297,7 @@ class MatMulTiles(KernelTiles):
             matmul_fp32(tile.e[:, c].mT.to(x.dtype), x, out=out[c], add=add)
 
     def _logits(self, columns: slice) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Rows, columns and logits of each tile, in a buffer that the next one overwrites."""
+        """Yield rows, columns and logits of each tile, in a buffer that the next one overwrites."""
         of, blocks = self.of, self.blocks
         rows = min(of.n, blocks.rows)
         width = min(blocks.width(of.n), columns.stop - columns.start)
@@ -309,7 +309,7 @@ class MatMulTiles(KernelTiles):
 
 
 class TritonTiles(KernelTiles):
-    """Products in Triton, which read on the device which rows are live; see `Tiles`."""
+    """Products in Triton, which look up live rows on the device; see `Tiles`."""
 
     blocks: ClassVar[Blocks] = TRITON_BLOCKS
 
@@ -433,20 +433,23 @@ class TritonTiles(KernelTiles):
         )
 
 
-# What they share
+# Helpers for both
 
 
 def _are_direct(
     of_rows: Sequence[Product], of_columns: Sequence[Product], dtype: torch.dtype
 ) -> bool:
-    """Whether no operand has to be copied to the dtype of the exponentials."""
+    """Return whether no operand has to be copied to the dtype of the exponentials."""
     operands = {x for product in of_rows for x in (product.factor.dtype, product.dtype)}
     operands |= {product.dtype for product in of_columns if product.factor.shape[1] > 1}
     return operands <= {dtype}
 
 
 def _for_kernels(operands: Operands) -> Operands:
-    """With contiguous rows. A target outside [0, V) gives NaN: to refuse it, one has to look."""
+    """Return the operands with contiguous rows.
+
+    A target outside [0, V) gives NaN, because refusing it would take a synchronisation.
+    """
     return operands._replace(
         x=_with_contiguous_rows(operands.x),
         weight=_with_contiguous_rows(operands.weight),
@@ -469,7 +472,7 @@ def programs(rows: int, columns: int, dtype: torch.dtype, is_large: bool = False
 def product_blocks(
     m: str, n: str, k: str, dtype: torch.dtype, is_large: bool = False
 ) -> dict[str, int]:
-    """Tile sizes of a product, by the letters of its dimensions.
+    """Return the tile sizes of a product, by the letters of its dimensions.
 
     Args:
         is_large: whether the epilogue needs many registers, as with a soft cap.

@@ -13,7 +13,7 @@ from .rows import FlaggedRows, Rows
 from .tiles import Kept, Operands, Sums, Tile, Weighting
 from .tiles_gpu import TritonTiles
 
-_ALIGN = 16  # bytes: where rows of an operand start
+_ALIGN = 16  # bytes: rows of an operand start at multiples of it
 _ROWS, _COLUMNS, _INNER = 128, 256, 64
 _PART = 128  # columns of an epilogue
 
@@ -31,7 +31,7 @@ class TmaTiles(TritonTiles):
     def __init__(self, operands: Operands) -> None:
         super().__init__(operands)
         self.of = self.of._replace(x=_aligned(self.of.x), weight=_aligned(self.of.weight))
-        # the cap's derivative takes the registers of half of the sums
+        # the cap's derivative takes the registers of half the sums
         self.logits_columns = _COLUMNS if self.of.options.softmax.softcap is None else _PART
         rows = operands.rows
         if isinstance(rows, FlaggedRows):
@@ -162,7 +162,7 @@ class TmaTiles(TritonTiles):
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """With rows that start at multiples of 16 bytes, as boxes need them."""
+    """Return x with rows that start at multiples of 16 bytes, as boxes require."""
     is_aligned = x.data_ptr() % _ALIGN == 0 and x.stride(0) * x.element_size() % _ALIGN == 0
     return x if is_aligned else x.clone(memory_format=torch.contiguous_format)
 
@@ -174,14 +174,14 @@ def _boxes(x: Tensor, rows: int, columns: int) -> Any:
 
 
 def programs(x: Tensor) -> int:
-    """The number of programs: one for each multiprocessor, or a few without any."""
+    """Return the number of programs: one for each multiprocessor, or a few without any."""
     if x.device.type != "cuda":
         return 3
     return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
 def sizes(m: str, n: str, k: str, like: Tensor, columns: int = _COLUMNS) -> dict[str, int]:
-    """Tile sizes of a product, by the letters of its dimensions."""
+    """Return the tile sizes of a product, by the letters of its dimensions."""
     return {
         f"BLOCK_{m}": _ROWS,
         f"BLOCK_{n}": columns,

@@ -1,4 +1,4 @@
-"""Tiles of logits in torch: on a CPU, and in float64. Small ones stay in the cache of one core."""
+"""Tiles of logits in torch, on a CPU and in float64; small ones stay in the cache of one core."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ BLOCKS = Blocks(
     grad_columns=8192,
     align=1,
 )
-_LEAST_ROWS = 16  # of products that make logits
-_LEAST_GRAD_ROWS = 4  # of those that make gradients of rows
+_LEAST_ROWS = 16  # in products that make logits
+_LEAST_GRAD_ROWS = 4  # in those that make gradients of rows
 _ZERO_EXPONENT = -2048.0  # 2**-2048 is 0 in all dtypes
-_VECTORS = 64  # a number of elements that fills those of every processor
+_VECTORS = 64  # elements: a multiple of every processor's vector width
 
 
 class TorchTiles:
@@ -89,7 +89,7 @@ class TorchTiles:
                 e = kept.e[r, c.start : min(c.stop, kept.columns)]
                 _keep(z[:, : e.shape[1]], e, None if keep is None else keep[r])
 
-        # oneDNN reads some elements beyond a row of bfloat16, and multiplies them by 0
+        # oneDNN multiplies some elements beyond a row of bfloat16 by 0: none may be NaN
         kept.e[:, kept.columns :].zero_()
         for_each(fold_tile, places(slice(0, self.of.V), self.of.n, self.blocks), self.of.x)
 
@@ -130,14 +130,14 @@ class TorchTiles:
     def takes_whole(
         self, among: Rows, of_rows: Sequence[Product], of_columns: Sequence[Product]
     ) -> bool:
-        # each product waits for a slower core
+        # every product waits for the slowest core
         dtypes = {x for product in of_rows for x in (product.factor.dtype, product.dtype)}
         dtypes |= {x for product in of_columns for x in (product.out.dtype, product.dtype)}
         is_direct = among.index is None and dtypes <= {self.of.grad_dtype}
         return is_direct and not rounds_fp32(self.of.x.device)
 
     def add_to_rows(self, out: Tensor, tile: Tile, w: Tensor, *, add: bool) -> None:
-        # fewer rows are summed one column after the other, with errors 10 times as large
+        # with fewer rows, sums go one column after the other, with errors 10 times as large
         least = _LEAST_GRAD_ROWS if w.shape[1] > 1 else 0
         e = _with_rows(tile.e.to(w.dtype), least)
         if out.dtype == w.dtype and len(e) == len(out):
@@ -159,7 +159,7 @@ class TorchTiles:
 
     def add_targets(self, out: Tensor, x: Tensor, at_target: Tensor) -> None:
         y, order = self.of.targets.sort(stable=True)
-        order = order[y >= 0]  # the others' columns are another rank's
+        order = order[y >= 0]  # the other targets belong to other ranks
         if len(order) == 0:
             return
         y, counts = y[y >= 0].unique_consecutive(return_counts=True)
@@ -171,10 +171,10 @@ class TorchTiles:
     # One tile of logits
 
     def _logits(self, r: slice, c: slice) -> Tensor:
-        """In this thread's buffer, which its next tile overwrites.
+        """Return the logits of a tile, in this thread's buffer, which its next tile overwrites.
 
-        The libraries behind torch.mm multiply a few rows in an order of their own. Padded, a row's
-        logits are the same in most batches; that they are in all, no library promises.
+        The libraries behind torch.mm multiply a few rows in an order of their own. With padding, a
+        row's logits are the same in most batches, but no library guarantees that for all batches.
         """
         of = self.of
         x, w = _with_rows(of.x[r].to(of.dtype), _LEAST_ROWS), of.weight[c].to(of.dtype)
@@ -182,14 +182,14 @@ class TorchTiles:
         return add_rest(matmul_fp32(x, w.mT, out=out)[: r.stop - r.start], of, r, c)
 
     def _buffer(self, like: Tensor, size: int) -> Tensor:
-        """(size,) elements of this thread, and so many more that `_exp2` may run over the end."""
+        """Return a buffer (size,) of this thread, which `_exp2` may overrun without harm."""
         buffer = getattr(self._local, "buffer", None)
         if buffer is None or buffer.numel() < size + _VECTORS:
             self._local.buffer = buffer = like.new_empty(size + _VECTORS)
         return buffer[:size]
 
     def _hits(self, r: slice, c: slice) -> tuple[Tensor, Tensor]:
-        """Rows and columns of the targets that lie in a tile, counted from its first ones."""
+        """Return rows and columns of the targets in a tile, counted from its first ones."""
         y = self.of.targets[r]
         rows = ((y >= c.start) & (y < c.stop)).nonzero().squeeze(1)
         return rows, y[rows] - c.start
@@ -197,7 +197,7 @@ class TorchTiles:
     def _exponents(
         self, z: Tensor, base: Tensor, shift: Tensor | None, *, want_derivative: bool
     ) -> Tensor | None:
-        """z becomes (softcap(z) - base) * scale - shift; returns softcap's derivative."""
+        """Turn z into (softcap(z) - base) * scale - shift; return the derivative of softcap."""
         derivative = None
         softmax = self.of.options.softmax
         if softmax.softcap is not None:
@@ -212,7 +212,7 @@ class TorchTiles:
     def _weigh(
         self, z: Tensor, hit: tuple[Tensor, Tensor], weighting: Weighting, out: Tensor
     ) -> None:
-        """A tile z of logits, which is overwritten, to what `Weighting` says."""
+        """Write the values of a tile z of logits under `weighting` to `out`; z is overwritten."""
         base, shift, constant, slope = weighting
         derivative = self._exponents(z, base, shift, want_derivative=True)
         weight = None
@@ -226,7 +226,7 @@ class TorchTiles:
 
 
 def _row_grads(sums: RowSums, g: Tensor, h: Tensor | None, softmax: Softmax) -> RowGrads:
-    """d loss / d logits for d loss / d log_prob = g and d loss / d entropy = h."""
+    """Return d loss / d logits for d loss / d log_prob = g and d loss / d entropy = h."""
     temperature, softcap = softmax.temperature, softmax.softcap
     odds = sums.log_odds(softmax.scale)
     q = odds.q()
@@ -249,7 +249,7 @@ def _row_grads(sums: RowSums, g: Tensor, h: Tensor | None, softmax: Softmax) -> 
 
 
 def _exponentials(z: Tensor, sums: Sums) -> None:
-    """Exponents z become exponentials; what they add up to goes to `sums`, (n,) each."""
+    """Turn exponents z into exponentials, and write their sums to `sums`, (n,) each."""
     top = z.amax(1)
     sums.shift.copy_(torch.where(top > SHIFT_LIMIT, top, 0.0))
     if sums.shift.any():
@@ -263,10 +263,10 @@ def _exponentials(z: Tensor, sums: Sums) -> None:
 
 
 def _exp2(z: Tensor) -> None:
-    """In place, for a tile in a thread's buffer.
+    """Compute exp2 in place, for a tile in a thread's buffer.
 
-    torch rounds the last elements, which fill no vector, in another way: none of a tile's are among
-    them.
+    torch rounds the last elements differently if they do not fill a vector, so elements beyond the
+    tile fill its last one.
     """
     size = -(-z.numel() // _VECTORS) * _VECTORS
     z.as_strided((size,), (1,)).exp2_()
@@ -280,13 +280,13 @@ def _keep(z: Tensor, e: Tensor, keep: Tensor | None) -> None:
 
 
 def _with_rows(x: Tensor, least: int) -> Tensor:
-    """x, padded to so many rows if it has fewer."""
+    """Return x, padded to this many rows if it has fewer."""
     return torch.nn.functional.pad(x, (0, 0, 0, least - len(x))) if len(x) < least else x
 
 
 def _row_sum(x: Tensor) -> Tensor:
-    """x.sum(1), where a row's sum does not depend on how many stand beside it.
+    """Return x.sum(1), such that a row's sum does not depend on the number of rows.
 
-    A single row is summed in another order than several.
+    torch sums a single row in a different order from several.
     """
     return x.sum(1) if len(x) > 1 else x.repeat(2, 1).sum(1)[: len(x)]

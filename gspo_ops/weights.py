@@ -166,7 +166,7 @@ def top_entropy_weights(
 
 
 def _of_all_ranks(values: Tensor, group: ProcessGroup | None) -> Tensor:
-    """(n,) values of every rank, of which each may have another number."""
+    """Return the values of all ranks, (n,); ranks may have different numbers of them."""
     if group is None:
         return values
     count = dist.get_world_size(group)
@@ -185,7 +185,7 @@ def _layout(name: str, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
 
 
 def _difference(layout: Layout, new: Tensor, name: str, old: Tensor) -> Tensor:
-    """(N,) new - old in float64, 0 where a token does not count."""
+    """Return new - old in float64, (N,), 0 where a token does not count."""
     check_log_probs(name, old)
     difference = new.reshape(-1).double() - layout.flat(name, old).double()
     return layout.sequences.where_valid(difference)

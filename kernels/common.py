@@ -4,9 +4,10 @@ Letters: `N` rows (response tokens), `V` vocabulary, `B` sequences. A row of log
 blocks of [ROWS, COLS] elements: reductions run over ROWS, inside a thread, and only the last one
 crosses threads.
 
-Which thread has which elements is the compiler's choice. It follows the width of the loads, hence
-the alignment of rows and of the pointer, which must change no bit: sums that cross threads are
-`sum_pairs`, and a product that is added to something is `tl.fma` or `rounded_product`.
+The compiler chooses which thread has which elements. Its choice depends on the width of the loads,
+and so on the alignment of rows and of the pointer, but must not change a bit of the results. Sums
+that cross threads therefore use `sum_pairs`, and a product that is added to something uses `tl.fma`
+or `rounded_product`.
 """
 
 import triton
@@ -23,14 +24,14 @@ SHIFT_LIMIT = tl.constexpr(constants.SHIFT_LIMIT)
 
 @triton.jit
 def finite_or_zero(m):
-    """A maximum that may be -inf, as a reference point that can be subtracted."""
+    """Return a maximum that may be -inf as a reference point that can be subtracted."""
     return tl.where(m == float("-inf"), 0.0, m)
 
 
 @triton.jit
 def sum_pairs(x):
-    """Sum of a vector, neighbours first: a sum of two commutes, so that no layout changes it."""
-    for _ in tl.static_range(11):  # of 4096 elements, the most there are
+    """Sum a vector, neighbours first: a sum of two commutes, so that no layout changes it."""
+    for _ in tl.static_range(11):  # enough for 4096 elements, the most there are
         if x.shape[0] > 2:
             x = tl.sum(tl.reshape(x, [x.shape[0] // 2, 2]), axis=1)
     return tl.sum(x, axis=0)
@@ -38,8 +39,8 @@ def sum_pairs(x):
 
 @triton.jit
 def sum_halves(x):
-    """Sums of the columns of [ROWS, COLS], in one order for every layout, too."""
-    for _ in tl.static_range(4):  # of 32 rows, the most there are
+    """Sum the columns of [ROWS, COLS], again in one order for every layout."""
+    for _ in tl.static_range(4):  # enough for 32 rows, the most there are
         if x.shape[0] > 2:
             x = tl.sum(tl.reshape(x, [2, x.shape[0] // 2, x.shape[1]]), axis=0)
     return tl.sum(x, axis=0)
@@ -47,13 +48,13 @@ def sum_halves(x):
 
 @triton.jit
 def rounded_product(a, b):
-    """a * b; before an addition, a compiler may skip the rounding where one thread has both."""
+    """Return a * b, rounded even if a compiler could fuse it with an addition in one thread."""
     return tl.fma(a, b, 0.0)
 
 
 @triton.jit
 def log1p(w):
-    """log(1 + w) for w >= 0, exact to rounding for small w (Kahan's correction)."""
+    """Return log(1 + w) for w >= 0, exact to rounding for small w (Kahan's correction)."""
     u = 1.0 + w
     exact = u == 1.0
     return tl.where(exact, w, tl.log(u) * (w / tl.where(exact, 1.0, u - 1.0)))
@@ -61,7 +62,7 @@ def log1p(w):
 
 @triton.jit
 def two_sum(a, b):
-    """a + b, and the rounding error of that sum (Knuth)."""
+    """Return a + b, and the rounding error of that sum (Knuth)."""
     total = a + b
     b_part = total - a
     return total, (a - (total - b_part)) + (b - b_part)
@@ -69,7 +70,7 @@ def two_sum(a, b):
 
 @triton.jit
 def expm1(x):
-    """exp(x) - 1 without cancellation near zero."""
+    """Return exp(x) - 1 without cancellation near zero."""
     near = tl.abs(x) < 0.25
     t = tl.where(near, x, 0.0)
     series = 1.0 + t * (
@@ -80,10 +81,10 @@ def expm1(x):
 
 @triton.jit
 def soft_cap(x, cap):
-    """cap * tanh(x / cap), and its derivative with a small relative error.
+    """Return cap * tanh(x / cap), and its derivative with a small relative error.
 
-    Below the cap it is x and a polynomial's correction. Beyond, it is the cap without a share of at
-    most a quarter, and only this is as far off as a GPU's exp and division are.
+    Below the cap, the value is x plus a polynomial correction. Beyond it, the value is the cap less
+    a part of at most a quarter, and only this part has the errors of a GPU's exp and division.
     """
     a = tl.abs(x)
     u = tl.minimum(a, cap) * tl.math.div_rn(1.0, cap)
@@ -105,6 +106,6 @@ def soft_cap(x, cap):
 
 @triton.jit
 def row_offset(row, T, stride_b, stride_t, ALIGN: tl.constexpr):
-    """Offset of logits row `row` = b * T + t, in elements; int64 before it meets a stride."""
+    """Return the offset of logits row `row` = b * T + t in elements, computed in int64."""
     row = row.to(tl.int64)
     return tl.multiple_of((row // T) * stride_b + (row % T) * stride_t, ALIGN)

@@ -8,21 +8,22 @@ the exponentials of the others, and no maximum has to be found first:
     P_v = 2^a_v  (P_y = 0),   S = sum_v P_v,   d = shift * ln 2 + log S   (log-odds against y)
     log_prob = -softplus(d),   q = 1 - p_y = sigmoid(d),   p_v = P_v * q / S
 
-Tensor cores cut off what they add, so that all logits of a product are a little too near zero. In
-the end z_y is therefore what the product made of it, like the others: d += (base - z_y) * scale *
-ln 2, where base is the z_y of the dot product, which the exponentials stay relative to.
+Tensor cores truncate their sums, so that all logits of a product are a little too close to zero.
+The final z_y is therefore that of the product, like the other logits: d += (base - z_y) * scale *
+ln 2, where base is the z_y of the dot product, to which the exponentials stay relative.
 
-A tile in which a_v exceeds SHIFT_LIMIT, as a target less likely than e^-44 makes it, has a shift of
-its own; tiles whose shift turns out to differ from the row's are corrected at the end. The gradient
-of a row by its logits is one factor times P, and a number at the target:
+A tile in which a_v exceeds SHIFT_LIMIT, as with a target less likely than e^-44, has a shift of its
+own; tiles with a shift that differs from the row's are corrected at the end. The gradient with
+respect to a row's logits is one factor times P, with a number of its own at the target:
 
     d loss / d z_v = -(g * q / S / temperature) * P_v,   d loss / d z_y = g * q / temperature
     d loss / d hidden = diag(factor) P weight + diag(d loss / d z_y) weight[y]
     d loss / d weight = P^T diag(factor) hidden + the same for the rows of each target
 
-so both products take P as it was stored. The target's number is as large as all others of its row
-together, so it stays out of P, which may have 16 bits, and is added in fp32. Rows are worked on in
-an order that has the live ones in front (`count_ptr`); programs beyond them have nothing to do.
+Both products can therefore take P as it was stored. The target's number is as large as all others
+of its row together, so it stays out of P, which may have 16 bits, and is added in fp32. Rows are
+processed in an order that puts the live ones first (`count_ptr`); programs beyond them have nothing
+to do.
 """
 
 import triton
@@ -34,7 +35,7 @@ from .logits import minus_softplus
 
 @triton.jit
 def capped(z, softcap):
-    """softcap(z), and its derivative (1.0 without)."""
+    """Return softcap(z) and its derivative; z and 1.0 without a soft cap."""
     derivative = 1.0
     if softcap is not None:
         z, derivative = soft_cap(z, softcap)
@@ -43,20 +44,23 @@ def capped(z, softcap):
 
 @triton.jit
 def shifted(a, top):
-    """A shift that keeps exponentials of at most 2^top finite, and 2^(a - shift)."""
+    """Return a shift that keeps exponentials of at most 2^top finite, and 2^(a - shift)."""
     shift = tl.where(top > SHIFT_LIMIT, top, 0.0)
     return shift, tl.exp2(a - shift)
 
 
 @triton.jit
 def times_log2(e, exponent):
-    """e * log2(e) of e = 2^exponent, 0 where e is 0."""
+    """Return e * log2(e) for e = 2^exponent, 0 where e is 0."""
     return tl.where(e > 0, e * exponent, 0.0)
 
 
 @triton.jit
 def weighed(a, y, cols, derivative, constant, slope):
-    """exp2(a) * (constant + slope * a), 0 at the targets; constant None for 1 and 0."""
+    """Return exp2(a) * (constant + slope * a) * derivative, 0 at the targets.
+
+    constant is None for a constant of 1 and a slope of 0.
+    """
     e = tl.exp2(a)
     if constant is not None:
         e = tl.where(e > 0, e * (constant[:, None] + slope[:, None] * a), 0.0)
@@ -95,7 +99,7 @@ def target_logits_kernel(
         if lora_ptr is not None:
             z += tl.load(lora_ptr + row)
         z, _ = capped(z, softcap)
-        # a target outside the vocabulary can't train silently
+        # a target outside the vocabulary must not train silently
         z = tl.where(known, z, float("nan"))
     tl.store(target_logits_ptr + row, z)
 
@@ -105,7 +109,7 @@ def fold_kernel(
     # inputs: a tile of logits [n, C], contiguous, from row first_row and column first_col on;
     # [N] targets, base; live or None
     z_ptr, targets_ptr, base_ptr, live_ptr,
-    # outputs: exponentials [N, kept]; [J, N] sums, log_sum is None unless asked for; [N] the
+    # outputs: exponentials [N, kept]; [J, N] sums, log_sum is None unless requested; [N] the
     # target's logit
     e_ptr, shift_ptr, sum_ptr, log_sum_ptr, target_logit_ptr,
     # shapes and strides
@@ -114,7 +118,7 @@ def fold_kernel(
     scale, softcap,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per row and block of columns, which it reads once."""
+    """Fold a tile of logits, with one program per row and block of columns, which it reads once."""
     blocks = tl.cdiv(C, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
@@ -150,7 +154,7 @@ def fold_kernel(
     tl.store(sum_ptr + out, total)
     if log_sum_ptr is not None:
         tl.store(log_sum_ptr + out, log_total)
-    # also where nothing is kept: another layout would add in another order
+    # stored even if nothing is kept: another layout would add in another order
     tl.store(e_ptr + row * stride_en + first_col + at, e, mask=inside & (first_col + at < kept))
 
 
@@ -167,7 +171,7 @@ def weigh_kernel(
     scale, softcap,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per row and block of columns: logits to what the row's factor multiplies."""
+    """Turn logits into what the row's factor multiplies, one program per row and block."""
     blocks = tl.cdiv(C, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)  # [BLOCK], in the tile
@@ -201,7 +205,7 @@ def weigh_kernel(
 
 @triton.jit
 def odds(base, target_logit, shift, row_sum, scale):
-    """Log-odds d against the target with their rounding error, and exp(-abs(d))."""
+    """Return log-odds d against the target with their rounding error, and exp(-abs(d))."""
     moved = tl.fma(base - target_logit, scale, shift)
     d, error = two_sum(rounded_product(moved, LN_2), tl.log(row_sum))
     return d, error, tl.exp(-tl.abs(d))
@@ -209,14 +213,14 @@ def odds(base, target_logit, shift, row_sum, scale):
 
 @triton.jit
 def row_sums_kernel(
-    # inputs: sums [J, N], log_sum is None unless asked for; [N]
+    # inputs: sums [J, N], log_sum is None unless requested; [N]
     shift_ptr, sum_ptr, log_sum_ptr, base_ptr, target_logit_ptr,
     # outputs [N]
     log_probs_ptr, row_shift_ptr, row_sum_ptr, entropy_ptr,
     J, N, scale,
     BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Sums of whole rows, in an order that no other row changes, and what follows from them."""
+    """Sum whole rows, in an order that no other row changes, and compute what follows from it."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < N
     places = tl.arange(0, BLOCK_J)
@@ -256,7 +260,7 @@ def row_sums_kernel(
 
 @triton.jit
 def times_exp(log_p, x):
-    """exp(log_p) * x, 0 where log_p is -inf."""
+    """Return exp(log_p) * x, 0 where log_p is -inf."""
     return tl.where(log_p == float("-inf"), 0.0, rounded_product(tl.exp(log_p), x))
 
 
@@ -265,14 +269,14 @@ def row_grads_kernel(
     # inputs [N]: what the forward kept, and d loss / d log_prob; entropy and d loss / d entropy, or
     # None for both
     base_ptr, target_logit_ptr, shift_ptr, row_sum_ptr, entropy_ptr, g_ptr, h_ptr,
-    # non-zero where a row has a gradient [N]; where the rows worked on stand [n], or None
+    # non-zero where a row has a gradient [N]; positions of the processed rows [n], or None
     live_ptr, index_ptr,
     # outputs [n]: `RowGrads`; constant and slope are None without h
     factor_ptr, at_target_ptr, row_base_ptr, row_shift_ptr, constant_ptr, slope_ptr,
     n, temperature, scale, softcap,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """d loss / d logits of each row."""
+    """Compute d loss / d logits of each row."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < n
     at = rows
@@ -320,7 +324,7 @@ def scale_rows_kernel(
     H, V, stride_on, stride_wv,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[i] = factor[i] * out[i] + at_target[i] * weight[y_i], 0 where both are 0."""
+    """Set out[i] to factor[i] * out[i] + at_target[i] * weight[y_i], 0 where both are 0."""
     blocks = tl.cdiv(H, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     h = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -329,9 +333,9 @@ def scale_rows_kernel(
     y = tl.load(targets_ptr + row).to(tl.int64)
     at = out_ptr + row * stride_on + h
     total = tl.zeros([BLOCK], tl.float32)
-    if factor != 0:  # else nobody may have filled the row
+    if factor != 0:  # otherwise, the row may be uninitialised
         total = factor * tl.load(at, mask=h < H, other=0.0)
-    if (y >= 0) & (y < V) & (at_target != 0):  # else another rank has the target
+    if (y >= 0) & (y < V) & (at_target != 0):  # otherwise, another rank has it
         w = tl.load(weight_ptr + y * stride_wv + h, mask=h < H, other=0.0)
         total += at_target * w.to(tl.float32)
     tl.store(at, total, mask=h < H)
@@ -344,7 +348,7 @@ def rescale_kernel(
     n, columns, stride_en,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program per row: bring its tiles to the row's shift. Nearly always nothing to do."""
+    """Bring a row's tiles to its shift, one program per row; they nearly always have it."""
     row = tl.program_id(0).to(tl.int64)
     row_shift = tl.load(row_shift_ptr + row)
     if row_shift > 0:
@@ -366,7 +370,7 @@ def rescale_kernel(
 
 @triton.jit
 def swizzled(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """Tile of this program: GROUP rows of tiles at a time, so that neighbours share operands."""
+    """Return this program's tile; GROUP rows of tiles at a time let neighbours share operands."""
     per_group = GROUP * tiles_n
     first = pid // per_group * GROUP
     size = tl.minimum(tiles_m - first, GROUP)
@@ -378,7 +382,7 @@ def product(
     a_ptr, b_ptr, rows_a, rows_b, known_a, known_b, K, stride_ak, stride_bk,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """sum_k a[m, k] * b[n, k] in fp32 for [BLOCK_M, BLOCK_N]; rows_* are offsets, known_* masks."""
+    """Compute sum_k a[m, k] * b[n, k] in fp32; rows_* are offsets, known_* masks."""
     k = tl.arange(0, BLOCK_K)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
@@ -401,7 +405,7 @@ def logits_tile(
     x_ptr, weight_ptr, bias_ptr, rows, cols, n, C, H, stride_xn, stride_wv,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_N, BLOCK_V] logits in fp32."""
+    """Compute [BLOCK_N, BLOCK_V] logits in fp32."""
     z = product(
         x_ptr, weight_ptr, rows.to(tl.int64) * stride_xn, cols.to(tl.int64) * stride_wv,
         rows < n, cols < C, H, 1, 1, BLOCK_N, BLOCK_V, BLOCK_H,
@@ -413,7 +417,7 @@ def logits_tile(
 
 @triton.jit
 def store_target_logits(target_logit_ptr, z, rows, cols, y, softcap):
-    """Those of a tile z that is not capped yet; few tiles have any."""
+    """Store the targets' logits in a tile z that is not capped yet; few tiles have any."""
     has_target = (y >= tl.min(cols, axis=0)) & (y <= tl.max(cols, axis=0))
     if tl.max(has_target.to(tl.int32), axis=0) > 0:
         z_y = tl.sum(tl.where(cols[None, :] == y[:, None], z, 0.0), axis=1)
@@ -423,17 +427,17 @@ def store_target_logits(target_logit_ptr, z, rows, cols, y, softcap):
 
 @triton.jit
 def fold_tile(
-    # a tile of logits, in fp32, and which ones of its rows and columns
+    # a tile of logits, in fp32, with its rows and columns
     z, rows, cols, n, C, entry,
     targets_ptr, base_ptr, shift_ptr, sum_ptr, log_sum_ptr, target_logit_ptr,
     scale, softcap,
 ):  # fmt: skip
-    """Exponentials of a tile; their sums are stored as this entry of [J, n]."""
+    """Return the exponentials of a tile; store their sums as this entry of [J, n]."""
     inside = rows < n
     y = tl.load(targets_ptr + rows, mask=inside, other=-1)
     y = tl.where((y >= 0) & (y < C), y, -1).to(tl.int32)
     base = tl.load(base_ptr + rows, mask=inside, other=0.0)
-    # before the tile is capped, or its derivative would take registers meanwhile
+    # done before the tile is capped, whose derivative would take registers meanwhile
     store_target_logits(target_logit_ptr, z, rows, cols, y, softcap)
     z, derivative = capped(z, softcap)
     a = (z - base[:, None]) * scale
@@ -453,7 +457,7 @@ def weigh_tile(
     targets_ptr, base_ptr, shift_ptr, constant_ptr, slope_ptr,
     scale, softcap,
 ):  # fmt: skip
-    """What the rows' factors multiply, of a tile of logits; cols count from first_col."""
+    """Turn a tile of logits into what the rows' factors multiply; cols count from first_col."""
     inside = rows < n
     y = tl.load(targets_ptr + rows, mask=inside, other=-1) - first_col
     y = tl.where((y >= 0) & (y < C), y, -1).to(tl.int32)
@@ -473,7 +477,7 @@ def weigh_tile(
 def hidden_fwd_kernel(
     # inputs: x [n, H], weight [C, H], bias [C] or None; targets, base [n]; keep [n] or None
     x_ptr, weight_ptr, bias_ptr, targets_ptr, base_ptr, keep_ptr, count_ptr,
-    # outputs: exponentials [n, kept]; [J, n] sums, log_sum is None unless asked for; [n] the
+    # outputs: exponentials [n, kept]; [J, n] sums, log_sum is None unless requested; [n] the
     # target's logit
     e_ptr, shift_ptr, sum_ptr, log_sum_ptr, target_logit_ptr,
     # shapes and strides
@@ -482,7 +486,7 @@ def hidden_fwd_kernel(
     scale, softcap,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Product, exponentials and their sums, one program per tile of rows and columns."""
+    """Compute the product, exponentials and their sums, one program per tile."""
     tiles_v = tl.cdiv(C, BLOCK_V)
     tile_v, tile_n = swizzled(tl.program_id(0), tiles_v, tl.cdiv(n, BLOCK_N), GROUP)
     count = n
@@ -520,7 +524,7 @@ def hidden_weigh_kernel(
     scale, softcap,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The logits once more, turned into what the row's factor multiplies."""
+    """Recompute the logits, and turn them into what the row's factor multiplies."""
     tile_v, tile_n = swizzled(tl.program_id(0), tl.cdiv(C, BLOCK_V), tl.cdiv(n, BLOCK_N), GROUP)
     count = tl.load(count_ptr)
     if tile_n * BLOCK_N < count:
@@ -550,7 +554,7 @@ def dhidden_kernel(
     ADD: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out[i] = (or +=) e[rows[i]] weight."""
+    """Compute out[i] = (or +=) e[rows[i]] weight."""
     tile_n, tile_h = swizzled(tl.program_id(0), tl.cdiv(n, BLOCK_N), tl.cdiv(H, BLOCK_H), GROUP)
     count = tl.load(count_ptr)
     if tile_n * BLOCK_N < count:
@@ -581,7 +585,7 @@ def dweight_kernel(
     ADD: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out = (or +=) sum over live rows i of e[rows[i]]^T x[i]."""
+    """Compute out = (or +=) sum over live rows i of e[rows[i]]^T x[i]."""
     tile_v, tile_h = swizzled(tl.program_id(0), tl.cdiv(C, BLOCK_V), tl.cdiv(H, BLOCK_H), GROUP)
     count = tl.load(count_ptr)
     v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -620,7 +624,7 @@ def column_sums_kernel(
     ADD: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """out = (or +=) sum over live rows i of factor[i] * e[rows[i]], in fp32."""
+    """Compute out = (or +=) sum over live rows i of factor[i] * e[rows[i]], in fp32."""
     v = tl.program_id(0) * COLS + tl.arange(0, COLS)
     count = n
     if count_ptr is not None:
@@ -633,7 +637,7 @@ def column_sums_kernel(
         if rows_ptr is not None:
             places = tl.load(rows_ptr + rows, mask=rows < count, other=0)
         at = e_ptr + places.to(tl.int64)[:, None] * stride_en + v[None, :]
-        # what no row has kept may be NaN
+        # rows that were not kept may hold NaN
         e = tl.load(at, mask=(factor != 0)[:, None] & (v < C)[None, :], other=0.0)
         acc += factor[:, None] * e.to(tl.float32)
     total = tl.sum(acc, axis=0)
@@ -645,8 +649,8 @@ def column_sums_kernel(
 
 @triton.jit
 def add_targets_kernel(
-    # inputs: x [n, H], at_target [n]; [n] sorted targets, the rows they belong to, and where each
-    # one's equals end
+    # inputs: x [n, H], at_target [n]; [n] sorted targets, their rows, and the end of the run of
+    # equal targets that each one is in
     x_ptr, at_target_ptr, targets_ptr, order_ptr, ends_ptr,
     # output [V, H], added to
     out_ptr,
@@ -654,9 +658,9 @@ def add_targets_kernel(
     H, V, stride_xn, stride_ov,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """out[v] += sum of at_target[i] * x[i] over the rows i with target v, one program per target.
+    """Compute out[v] += sum of at_target[i] * x[i] over the rows i with target v.
 
-    A program stands at every place of the order; the first one of equal targets does the work.
+    There is one program per position in the order; the first one of equal targets does the work.
     """
     blocks = tl.cdiv(H, COLS)
     first = tl.program_id(0) // blocks

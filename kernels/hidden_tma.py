@@ -1,12 +1,12 @@
-"""The products of `hidden.py` where a GPU copies boxes by itself (TMA: sm_90 and sm_100), in bf16.
+"""The products of `hidden.py` in bf16, on GPUs that copy boxes by themselves (TMA: sm_90, sm_100).
 
 One program per multiprocessor goes through tiles of 128 x 256, in an order in which neighbours
 share operands in the L2 cache; the copies of a tile's operands run ahead of its products.
-Epilogues work on PART columns at a time, so that what they make of sums has registers beside them;
-with a soft cap, whose derivative takes as many again, a tile has no more columns than that. A box
-holds consecutive rows, so rows that count are not gathered: the forward has them in front
-(`count_ptr`), and the backward goes through a list of the blocks of rows that have one with a
-gradient (`blocks_ptr`). Rows without one in these blocks are 0, as exponentials and in x.
+Epilogues work on PART columns at a time, so that their results fit into registers beside the sums.
+With a soft cap, whose derivative takes as many again, a tile has no more columns than that. A box
+holds consecutive rows, so rows that count are not gathered: in the forward, they come first
+(`count_ptr`), and the backward goes through a list of the blocks that contain a row with a gradient
+(`blocks_ptr`). The other rows of these blocks are 0, both in the exponentials and in x.
 """
 
 import triton
@@ -21,12 +21,12 @@ PART = tl.constexpr(128)
 def live_blocks_kernel(
     # input: non-zero where a row has a gradient [n]
     live_ptr,
-    # outputs: blocks with such a row, in their order, and one more entry; how many they are
+    # outputs: blocks with such a row, in their order, and one more entry; the number of blocks
     blocks_ptr, count_ptr,
     n,
     ROWS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """One program for all rows."""
+    """List the blocks that have a live row, in one program for all rows."""
     places, rows = tl.arange(0, BLOCKS), tl.arange(0, ROWS)
     count = 0
     for start in range(0, tl.cdiv(n, ROWS), BLOCKS):
@@ -51,7 +51,7 @@ def product_of_rows(
     a_desc, b_desc, row_a, row_b, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """sum_k a[m, k] * b[n, k] in fp32, [BLOCK_M, BLOCK_N]."""
+    """Compute sum_k a[m, k] * b[n, k] in fp32, [BLOCK_M, BLOCK_N]."""
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, K, BLOCK_K):
         acc = tl.dot(a_desc.load([row_a, k]), b_desc.load([row_b, k]).T, acc)
@@ -60,7 +60,7 @@ def product_of_rows(
 
 @triton.jit
 def part_of(x, index: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The columns of [BLOCK_M, BLOCK_N] from index * PART on; BLOCK_N is PART or twice that."""
+    """Return the PART columns of x from index * PART on; BLOCK_N is PART or twice that."""
     if BLOCK_N > PART:
         left, right = tl.split(tl.permute(tl.reshape(x, [BLOCK_M, 2, PART]), [0, 2, 1]))
         x = left if index == 0 else right
@@ -71,7 +71,7 @@ def part_of(x, index: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 def tma_fwd_kernel(
     # inputs: x [n, H], weight [C, H], bias [C] or None; targets, base [n]; keep [n] or None
     x_desc, weight_desc, bias_ptr, targets_ptr, base_ptr, keep_ptr, count_ptr,
-    # outputs: exponentials [n, kept] or None; [J, n] sums, log_sum is None unless asked for; [n]
+    # outputs: exponentials [n, kept] or None; [J, n] sums, log_sum is None unless requested; [n]
     # the target's logit
     e_desc, shift_ptr, sum_ptr, log_sum_ptr, target_logit_ptr,
     n, C, H,
@@ -79,7 +79,7 @@ def tma_fwd_kernel(
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """Product, exponentials and their sums."""
+    """Compute the product, exponentials and their sums."""
     count = tl.load(count_ptr)
     tiles_n, tiles_v = tl.cdiv(count, BLOCK_N), tl.cdiv(C, BLOCK_V)
     for tile in range(tl.program_id(0), number(tiles_n, tiles_v), PROGRAMS):
@@ -102,8 +102,8 @@ def tma_fwd_kernel(
                     wanted = rows < count
                     if keep_ptr is not None:
                         wanted = wanted & (tl.load(keep_ptr + rows, mask=wanted, other=0) != 0)
-                    # a row without a gradient may hold NaN, and is multiplied by 0 later; that of
-                    # one with a gradient reaches all that it should by the row's factor
+                    # a row without a gradient may hold NaN, and is multiplied by 0 later; the NaN
+                    # of a row with one reaches all that it should through the row's factor
                     e = tl.where(wanted[:, None] & (e == e), e, 0.0)
                     e_desc.store([row, first], e.to(e_desc.dtype))
 
@@ -120,7 +120,7 @@ def tma_weigh_kernel(
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """The logits of live blocks once more, turned into what the row's factor multiplies."""
+    """Recompute the logits of live blocks, and turn them into what the row's factor multiplies."""
     tiles_n, tiles_v = tl.load(count_ptr), tl.cdiv(C, BLOCK_V)
     for tile in range(tl.program_id(0), number(tiles_n, tiles_v), PROGRAMS):
         tile_v, tile_n = swizzled(tile, tiles_v, tiles_n, GROUP)
@@ -154,7 +154,7 @@ def put(out_ptr, x, rows, cols, n, C, stride_out, ADD: tl.constexpr):
 
 @triton.jit
 def tma_dhidden_kernel(
-    # inputs: e [n, C], weight [C, H]; blocks of rows that are worked on
+    # inputs: e [n, C], weight [C, H]; the blocks of rows to process
     e_desc, weight_desc, blocks_ptr, count_ptr,
     # output [n, H]
     out_ptr,
@@ -163,7 +163,7 @@ def tma_dhidden_kernel(
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """out = (or +=) e weight, in live blocks of BLOCK_N rows."""
+    """Compute out = (or +=) e weight, in live blocks of BLOCK_N rows."""
     tiles_n, tiles_h = tl.load(count_ptr), tl.cdiv(H, BLOCK_H)
     for tile in range(tl.program_id(0), number(tiles_n, tiles_h), PROGRAMS):
         tile_n, tile_h = swizzled(tile, tiles_n, tiles_h, GROUP)
@@ -179,7 +179,7 @@ def tma_dhidden_kernel(
 
 @triton.jit
 def tma_dweight_kernel(
-    # inputs: e [n, C], x [n, H] already weighted; blocks of rows that are worked on
+    # inputs: e [n, C], x [n, H], already weighted; the blocks of rows to process
     e_desc, x_desc, blocks_ptr, count_ptr,
     # output [C, H]
     out_ptr,
@@ -188,14 +188,14 @@ def tma_dweight_kernel(
     BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """out = (or +=) e^T x, over live blocks of BLOCK_N rows."""
+    """Compute out = (or +=) e^T x, over live blocks of BLOCK_N rows."""
     count = tl.load(count_ptr)
     tiles_v, tiles_h = tl.cdiv(C, BLOCK_V), tl.cdiv(H, BLOCK_H)
     for tile in range(tl.program_id(0), number(tiles_v, tiles_h), PROGRAMS):
         tile_v, tile_h = swizzled(tile, tiles_v, tiles_h, GROUP)
         v, col = tile_v * BLOCK_V, tile_h * BLOCK_H
         acc = tl.zeros([BLOCK_V, BLOCK_H], tl.float32)
-        # the list is read one entry ahead, so that no copy waits for its place
+        # the list is read one entry ahead, so that no copy waits for its position
         row = tl.load(blocks_ptr) * BLOCK_N
         for i in range(0, count):
             e, x = e_desc.load([row, v]), x_desc.load([row, col])

@@ -7,8 +7,8 @@ A row is split into its target y and the others. With z = softcap(x) / temperatu
     log_prob = -softplus(d),   q = 1 - p_y = sigmoid(d),   p_v = exp(z_v - m) * q / S
 
 so that log_prob and 1 - p_y keep their relative accuracy when p_y is close to 1, where
-log_softmax and softmax lose it. The kernels hold m before the division by the temperature. Where
-the vocabulary is shared among ranks, m and S are first those of a part, which need not hold y.
+log_softmax and softmax lose it. The kernels hold m before the division by the temperature. If the
+vocabulary is sharded over ranks, m and S are first those of a shard, which need not contain y.
 """
 
 import triton
@@ -28,7 +28,7 @@ from .common import (
 
 @triton.jit
 def load_logits(x_ptr, cols, V, softcap, MASKED: tl.constexpr):
-    """A block of logits in fp32, soft-capped when asked; beyond V: -inf."""
+    """Load a block of logits in fp32, soft-capped if requested; -inf beyond V."""
     if MASKED:
         x = tl.load(x_ptr + cols, mask=cols < V, other=float("-inf")).to(tl.float32)
     else:
@@ -36,7 +36,7 @@ def load_logits(x_ptr, cols, V, softcap, MASKED: tl.constexpr):
     if softcap is not None:
         x, _ = soft_cap(x, softcap)
         if MASKED:
-            # the cap has made what is beyond V finite
+            # the cap has made values beyond V finite
             x = tl.where(cols < V, x, float("-inf"))
     return x
 
@@ -61,7 +61,7 @@ def sum_over_others(
     x_ptr, target, V, scale, softcap,
     ENTROPY: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """m, S and sum of e * log2(e) over the row without its target.
+    """Compute m, S and the sum of e * log2(e) over the row without its target.
 
     The block that holds the target comes after the other full blocks, so that the loop has neither
     a mask nor a comparison; the partial last block comes last.
@@ -100,14 +100,14 @@ def sum_over_others(
 
 @triton.jit
 def load_target_id(target_ptr, V):
-    """The target as int32; -1 when it lies outside [0, V)."""
+    """Load the target as int32; -1 if it lies outside [0, V)."""
     target = tl.load(target_ptr)
     return tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
 
 
 @triton.jit
 def load_target(x_ptr, target, softcap):
-    """The target's logit; NaN for a target outside [0, V), so that it can't train silently."""
+    """Load the target's logit; NaN for a target outside [0, V), so that it can't train silently."""
     x = tl.load(x_ptr + target, mask=target >= 0, other=float("nan")).to(tl.float32)
     if softcap is not None:
         x, _ = soft_cap(x, softcap)
@@ -116,15 +116,15 @@ def load_target(x_ptr, target, softcap):
 
 @triton.jit
 def log_odds(row_max, row_sum, x_target, temperature):
-    """d with its rounding error, and w = exp(-|d|), which gives the rest without cancellation."""
-    # rounded to the nearest: `/` is off by 2 ulp on a GPU, which are large where d is
+    """Return d, its rounding error, and w = exp(-|d|), which avoids cancellation in the rest."""
+    # rounded to nearest: on a GPU, `/` may be off by 2 ulp, which is much if d is large
     d, error = two_sum(tl.math.div_rn(row_max - x_target, temperature), tl.log(row_sum))
     return d, error, tl.exp(-tl.abs(d))
 
 
 @triton.jit
 def minus_softplus(d, error, w):
-    """-softplus(d + error): of log-odds against, the log-probability; NaN and inf pass."""
+    """Return -softplus(d + error), the log-probability for log-odds against; NaN and inf pass."""
     error = tl.where(tl.abs(error) < 1.0, error, 0.0)
     positive = tl.where(d > 0, d, 0.0)
     y = 0.0 - (positive + (log1p(w) + tl.where(d > 0, error, 0.0)))
@@ -135,7 +135,7 @@ def minus_softplus(d, error, w):
 def logits_fwd_kernel(
     # inputs
     logits_ptr, targets_ptr, mask_ptr,
-    # outputs [N]; entropy is None unless asked for
+    # outputs [N]; entropy is None unless requested
     log_probs_ptr, row_max_ptr, row_sum_ptr, entropy_ptr,
     # for a part of the vocabulary, in place of log_probs and entropy
     target_logit_ptr, log_sum_ptr,
@@ -165,7 +165,7 @@ def logits_fwd_kernel(
             x_ptr, target, V, scale, softcap, ENTROPY, ROWS, COLS
         )
         if PART:
-            # the log-prob and the entropy are made when all parts are known
+            # the log-prob and the entropy are computed once all parts are known
             target_logit = tl.where(target >= 0, x_target, 0.0)
         else:
             d, error, w = log_odds(row_max, row_sum, x_target, temperature)
@@ -195,7 +195,7 @@ def logits_grad(
     at_others, at_target, entropy_at_others, log_coef,
     MASKED: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """d loss / d logits for a block; the arguments at_* hold every per-row factor."""
+    """Compute d loss / d logits for a block; the arguments at_* hold every per-row factor."""
     x = load_logits(x_ptr, cols, V, None, MASKED)
     if softcap is not None:
         x, derivative = soft_cap(x, softcap)

@@ -1,13 +1,13 @@
 """From log-probs [N] to the loss, its statistics and g = d loss / d log_prob, in one launch.
 
-One program walks one sequence twice: first the sums that the ratio needs, then the loss terms and
-g; and once more in between where tokens share a gradient through the ratio. The program that
-finishes last adds up the per-sequence partial sums in a fixed order, so nothing depends on
-scheduling, and g stays free of the batch-wide denominator, which is not known earlier.
+One program walks over one sequence twice: first for the sums that the ratio needs, then for the
+loss terms and g. It walks once more in between if tokens share a gradient through the ratio. The
+program that finishes last adds up the per-sequence partial sums in a fixed order, so nothing
+depends on scheduling. The batch-wide denominator is not known earlier, so g does not contain it.
 
-Sums of numbers that may be as large as fp32 can hold are taken of `SUM_SCALE` times them, a power
-of two: that changes no bit, and they cannot overflow before they are divided. What fp32 cannot
-hold, a token's loss term, its g, or the loss, saturates at the largest number.
+Numbers that may be as large as fp32 can hold are multiplied by `SUM_SCALE`, a power of two, before
+they are summed: this changes no bit, and sums cannot overflow before they are divided. A token's
+loss term, its g, and the loss saturate at the largest number that fp32 can hold.
 """
 
 import triton
@@ -50,7 +50,7 @@ ACTIVE_STAT = tl.constexpr(STATS.index("active_token_frac"))
 REF_KL_STAT = tl.constexpr(STATS.index("ref_kl"))
 CLIP_FRAC_DUAL_STAT = tl.constexpr(STATS.index("clip_frac_dual"))
 
-SUM_SCALE = tl.constexpr(2.0**-24)  # as many terms as fp32 can count
+SUM_SCALE = tl.constexpr(2.0**-24)  # for as many terms as fp32 can count
 SUM_UNIT = tl.constexpr(2.0**24)
 LARGEST = tl.constexpr(3.4028234663852886e38)
 
@@ -69,26 +69,26 @@ def cap_ess_ratio(ratio):
 
 @triton.jit
 def k3(x):
-    """exp(x) - 1 - x, never negative in exact arithmetic, also beyond the cap."""
+    """Return exp(x) - 1 - x, never negative in exact arithmetic, even beyond the cap."""
     return expm1(cap_log_ratio(x)) - tl.minimum(x, LOG_RATIO_CAP)
 
 
 @triton.jit
 def saturate(x):
-    """The largest number in place of what is larger; NaN stays NaN."""
+    """Clamp x to the finite range of fp32; NaN stays NaN."""
     return tl.where(x > LARGEST, LARGEST, tl.where(x < -LARGEST, -LARGEST, x))
 
 
 @triton.jit
 def load_finite(ptr, valid):
-    """A factor of a loss term; an infinite one is NaN, so that it doesn't pass for saturated."""
+    """Load a factor of a loss term; NaN if it is infinite, which must not pass for saturated."""
     x = tl.load(ptr, mask=valid, other=0.0)
     return tl.where(tl.abs(x) == float("inf"), float("nan"), x)
 
 
 @triton.jit
 def difference(new_ptr, old_ptr, rows, valid):
-    """new - old where valid, 0 elsewhere; 0 everywhere without old (on-policy)."""
+    """Return new - old where valid, 0 elsewhere; 0 everywhere without old (on-policy)."""
     delta = tl.zeros(rows.shape, tl.float32)
     if old_ptr is not None:
         new = tl.load(new_ptr + rows, mask=valid, other=0.0)
@@ -98,7 +98,7 @@ def difference(new_ptr, old_ptr, rows, valid):
 
 @triton.jit
 def clamp(x, low, high):
-    """NaN stays NaN."""
+    """Clamp x to [low, high]; NaN stays NaN."""
     return tl.where(x == x, tl.minimum(tl.maximum(x, low), high), x)
 
 
@@ -108,8 +108,11 @@ def surrogate(
     clip_low, clip_high, dual_clip, log_clip_low, log_clip_high, log_dual_clip, tau_pos, tau_neg,
     SURROGATE: tl.constexpr, CLIPS_RATIO: tl.constexpr, HAS_DUAL_CLIP: tl.constexpr,
 ):  # fmt: skip
-    """The surrogate and its derivative by the log-ratio (by the log-prob, for "weighted"), per unit
-    of advantage; and where the log-ratio that is decisive is beyond the clip range."""
+    """Return the surrogate and its derivative, and masks of where it is clipped.
+
+    Both are per unit of advantage. The derivative is with respect to the log-ratio, or to the
+    log-prob for "weighted". The masks mark where the decisive log-ratio is beyond the clip range.
+    """
     is_high = valid & (advantage > 0) & (decisive > log_clip_high)
     is_low = valid & (advantage < 0) & (decisive < log_clip_low)
     is_dual = tl.zeros_like(is_high)
@@ -138,7 +141,7 @@ def kl_terms(
     delta, ratio, kl_input_clamp, kl_output_clamp,
     KL_ESTIMATOR: tl.constexpr, KL_WEIGHT: tl.constexpr, KL_IS_CLAMPED: tl.constexpr,
 ):  # fmt: skip
-    """KL estimate and its derivative by the log-prob, from delta = log_prob - ref_log_prob."""
+    """Return KL estimates, and derivatives with respect to delta = log_prob - ref_log_prob."""
     d = delta
     if KL_IS_CLAMPED:
         d = clamp(delta, -kl_input_clamp, kl_input_clamp)
@@ -178,7 +181,7 @@ def load_valid(mask_ptr, rows, in_range):
 
 @triton.jit
 def total(partials_ptr, B, BLOCK_B: tl.constexpr):
-    """Sum of one column of the table of partial sums, in a fixed order."""
+    """Sum one column of the table of partial sums, in a fixed order."""
     acc = tl.zeros([BLOCK_B], tl.float32)
     for start in range(0, B, BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
@@ -190,13 +193,13 @@ def total(partials_ptr, B, BLOCK_B: tl.constexpr):
 
 @triton.jit
 def per(x, count):
-    """x / count, exactly 1 where they are equal; 0 for none."""
+    """Return x / count, exactly 1 where they are equal; 0 if there are none."""
     return tl.math.div_rn(x, tl.maximum(count, 1.0))
 
 
 @triton.jit
 def largest(partials_ptr, sign, B, BLOCK_B: tl.constexpr):
-    """Maximum of sign * x over one column of the table of partial sums."""
+    """Return the maximum of sign * x over one column of the table of partial sums."""
     acc = tl.full([BLOCK_B], float("-inf"), tl.float32)
     for start in range(0, B, BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
@@ -212,7 +215,7 @@ def finish(
     RATIO_LEVEL: tl.constexpr, AGGREGATION: tl.constexpr, HAS_DUAL_CLIP: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """Loss and statistics from the partial sums of the sequences."""
+    """Compute loss and statistics from the partial sums of the sequences."""
     tokens = total(partials_ptr + TOKENS, B, BLOCK_B)
     sequences = total(partials_ptr + SEQUENCES, B, BLOCK_B)
     if denominator_ptr is not None:
@@ -323,7 +326,7 @@ def policy_loss_fwd_kernel(
         sequence_log_ratio = sum_pairs(clipped_sum) * inv_n * SUM_UNIT
     sequence_ratio = tl.exp(cap_log_ratio(sequence_log_ratio))
 
-    # what is known by now goes out by now, to keep registers free
+    # what is known already is stored now, to keep registers free
     row_ptr = partials_ptr + b.to(tl.int64) * NUM_PARTIALS
     is_some = n > 0
     sequences = tl.where(is_some, 1.0, 0.0)
@@ -418,7 +421,7 @@ def policy_loss_fwd_kernel(
             clip_low, clip_high, dual_clip, log_clip_low, log_clip_high, log_dual_clip, tau_pos,
             tau_neg, SURROGATE, CLIPS_RATIO, HAS_DUAL_CLIP,
         )  # fmt: skip
-        # weights first: what fits into fp32 in the end fits on the way, and no inf meets a 0
+        # weights first: if the result fits into fp32, every step does, and no inf meets a 0
         loss_term = -(value * weight) * (advantage * rollout_weight)
         if SURROGATE == "weighted":
             log_prob = tl.load(log_probs_ptr + rows, mask=valid, other=0.0)
@@ -499,8 +502,8 @@ def policy_loss_fwd_kernel(
                 rows = start + t
                 tl.store(g_ptr + rows, float("nan"), mask=rows < N)
 
-    # what is stored through a scalar pointer, one thread stores, and the same takes the ticket: its
-    # release covers the partial sums, wherever the stores of other threads are
+    # one thread makes all stores through scalar pointers and also takes the ticket: its release
+    # covers the partial sums, however far the stores of other threads are
     tl.debug_barrier()
     if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == B - 1:
         finish(

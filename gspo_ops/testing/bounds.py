@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-# Worst allowed value of each quantity: the contract's, but for loss and entropy, which it leaves
-# open. "ulp" counts steps of the gradient's dtype; "allowed" is `ALLOWED` times the error of eager
-# with fp32 logits and products; in fp32, for a real model's head, twice that error: how far
-# fp32 products are off depends on the size of hidden states and weight, not on the logits alone.
+# The worst allowed value of each quantity is the contract's, except for loss and entropy, which it
+# leaves open. "ulp" counts steps of the gradient's dtype. "allowed" is `ALLOWED` times the error of
+# eager with fp32 logits and products; in fp32, for a real model's head, it is twice that error: the
+# error of fp32 products depends on the size of hidden states and weight, not on the logits alone.
 BOUNDS = {
     "log_prob": 2e-6,
     "entropy": 1e-5,
@@ -28,7 +28,7 @@ BOUNDS = {
     "log_prob from hidden": 4e-6,
     "log_prob from hidden / allowed": 1,
     "entropy from hidden": 2e-5,
-    "ratio of a few tokens": 4e-6,  # of one token: that of its log_prob
+    "ratio of a few tokens": 4e-6,  # for one token, the bound of its log_prob
     "ratio of a few tokens / allowed": 1,
     "dhidden, rel L2": 5e-6,
     "dweight, rel L2": 5e-6,
@@ -43,17 +43,17 @@ BOUNDS = {
     "logits op apart, rel L2": 5e-6,
     "logits op apart / allowed": 1,
 }
-# Exponentials or hidden states, the products of a CPU, and the result are each rounded to 16 bits:
-# sqrt(3) times one rounding, and some more where elements are few.
+# Exponentials or hidden states, the products of a CPU, and the result are each rounded to 16 bits.
+# The error is sqrt(3) times that of one rounding, and somewhat more if there are few elements.
 ALLOWED = 2.0
-# Tensor cores cut off their sums of 16-bit products: the log-prob of a sampled token may be off by
+# Tensor cores truncate their sums of 16-bit products: the log-prob of a sampled token may be off by
 # this much per element of a hidden state.
 CUT_OFF = 1.2e-8
-FEW = 4  # tokens, over which the errors of log-probs don't average out yet
+FEW = 4  # the errors of log-probs do not average out over fewer tokens
 
 
 def log_prob_from_hidden(H: int) -> float:
-    """Bound for a sampled token from 16-bit hidden states of H elements, on tensor cores."""
+    """Return the bound for a sampled token from H-element 16-bit hidden states, on tensor cores."""
     return max(BOUNDS["log_prob from hidden"], CUT_OFF * H)
 
 

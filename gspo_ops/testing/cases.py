@@ -15,9 +15,9 @@ from ..constants import IGNORED
 from .bounds import BOUNDS, log_prob_from_hidden
 from .errors import worst
 
-EDGE_OFFSET = 5e-6  # where the test ratios stand beside the edges
+EDGE_OFFSET = 5e-6  # distance of the test ratios from the edges
 OBJECTIVES = (GSPO(), GSPOToken(), GRPO())
-# what else an objective can say, each choice once at least
+# all other choices of an objective, each at least once
 FURTHER_OBJECTIVES = (
     GRPO(dual_clip=1.5, aggregation="token-mean"),
     Objective(ratio_level="sequence_shared", clip_low=3e-4, clip_high=4e-4, dual_clip=1.001),
@@ -51,7 +51,7 @@ class HeadTensors(NamedTuple):
         return reference.logits_from_hidden(hidden, weight, bias=bias)
 
     def to(self, dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> HeadTensors:
-        """Hidden states in one dtype, weight and bias in the same or in another."""
+        """Return hidden states in one dtype, and weight and bias in the same or another one."""
         head = self.map(lambda x: x.to(weight_dtype or dtype))
         return head._replace(hidden=self.hidden.to(dtype))
 
@@ -99,7 +99,7 @@ class Case:
 
     @property
     def lengths(self) -> Tensor:
-        """(B,) valid tokens of each sequence."""
+        """The number of valid tokens of each sequence, (B,)."""
         if self.cu_seqlens is None:
             return self.valid.sum(1)
         before = torch.nn.functional.pad(self.valid.cumsum(0), (1, 0))
@@ -119,7 +119,7 @@ class Case:
         }
 
     def double(self) -> Case:
-        """The same numbers in float64, with logits at masked positions replaced by 0."""
+        """Return the same numbers in float64, with logits at masked positions replaced by 0."""
         logits = torch.where(self.valid.unsqueeze(-1), self.logits, 0.0)
         return replace(
             self,
@@ -132,7 +132,7 @@ class Case:
 
 
 def said(objective: Objective) -> str:
-    """An objective in short: its class, and its options that differ from the default."""
+    """Describe an objective briefly: its class, and its options that differ from the default."""
     given = []
     for x in fields(objective):
         value = getattr(objective, x.name)
@@ -142,7 +142,7 @@ def said(objective: Objective) -> str:
 
 
 def synthetic_logits(B: int, T: int, V: int, *, device: torch.device, seed: int = 0) -> Tensor:
-    """(B, T, V) float32 within +-32, some rows flat and some sharply peaked as a model's are."""
+    """Draw (B, T, V) float32 logits within +-32: some rows flat, some as peaked as a model's."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(B, T, V, generator=generator) * 3
     peak = torch.rand(B, T, 1, generator=generator) * 24
@@ -153,7 +153,7 @@ def synthetic_logits(B: int, T: int, V: int, *, device: torch.device, seed: int 
 def synthetic_head(
     B: int, T: int, H: int, V: int, *, device: torch.device, seed: int = 0
 ) -> HeadTensors:
-    """A head in float32 whose logits lie within +-32: some rows flat, some sharply peaked."""
+    """Draw a head in float32 with logits within +-32: some rows flat, some sharply peaked."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
@@ -176,11 +176,11 @@ def make_case(
     targets: Tensor | None = None,
     seed: int = 0,
 ) -> Case:
-    """A case from logits (B, T, V) or a head: ragged lengths, 0 and 1 among them, with tool tokens
-    masked.
+    """Make a case from logits (B, T, V) or a head.
 
-    Padding holds targets of -100, and NaN in logits and hidden states. Targets are given for a real
-    model; what its head may err is measured.
+    Lengths are ragged, 0 and 1 among them, and tool tokens are masked. Padding holds targets of
+    -100, and NaN in logits and hidden states. If targets are given, as for a real model, the error
+    that its head is allowed is measured.
     """
     head = source if isinstance(source, HeadTensors) else None
     logits = source.logits() if isinstance(source, HeadTensors) else source
@@ -217,7 +217,7 @@ def make_case(
 
 
 def _ragged(B: int, T: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Lengths (B,), which tokens are within them (B, T), and which of these are not a tool's."""
+    """Draw lengths (B,), a mask (B, T) of tokens within them, and one without a tool's tokens."""
     lengths = torch.randint(1, T + 1, (B,), generator=generator)
     lengths[0] = T
     lengths[1 % B : 3 % B] = torch.tensor([0, 1])[: max(3 % B - 1 % B, 0)]
@@ -228,7 +228,7 @@ def _ragged(B: int, T: int, generator: torch.Generator) -> tuple[Tensor, Tensor,
 
 
 def _allowed(head: HeadTensors, targets: Tensor, log_probs: Tensor) -> float:
-    """Twice the error of log-probs from fp32 logits, or the contract's bound if that is more."""
+    """Return twice the error of log-probs from fp32 logits, or the contract's bound if larger."""
     eager = reference.log_probs_from_logits(head.logits(torch.float32), targets).cpu()
     contract = BOUNDS["log_prob from hidden"]
     on_tensor_cores = head.hidden.is_cuda and head.hidden.dtype.itemsize == 2
@@ -239,7 +239,7 @@ def _allowed(head: HeadTensors, targets: Tensor, log_probs: Tensor) -> float:
 def _advantages(
     objective: Objective, log_ratio: Tensor, mask: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Mostly of the sign with which the sequence's ratio can be clipped; the last are 0."""
+    """Draw advantages, mostly of the sign that lets the ratio be clipped; the last are 0."""
     B, T = mask.shape
     per_token = objective.ratio_level in ("sequence_token", "sequence_shared")
     advantages = torch.randn((B, T) if per_token else (B,), generator=generator)
@@ -256,7 +256,7 @@ def _advantages(
 def _ref_log_probs(
     objective: Objective, log_probs: Tensor, generator: torch.Generator, device: torch.device
 ) -> Tensor | None:
-    """So that log_prob - ref_log_prob is of either size beside the clamp of the KL estimate."""
+    """Draw reference log-probs at distances on both sides of the KL estimate's input clamp."""
     if objective.kl_coef == 0:
         return None
     sign = torch.randn(log_probs.shape, generator=generator, dtype=torch.float64).sign()
@@ -284,12 +284,12 @@ def _pack(case: Case, in_sequence: Tensor, lengths: Tensor) -> Case:
 
 
 def upstream(like: Tensor, seed: int) -> Tensor:
-    """An upstream gradient in float32, in the shape of `like`."""
+    """Draw an upstream gradient in float32, in the shape of `like`."""
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).to(like.device)
 
 
 def sample(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """One token per row from softmax(logits), by the Gumbel-max trick."""
+    """Sample one token per row from softmax(logits), by the Gumbel-max trick."""
     uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float64).to(logits.device)
     return (logits.double() - (-uniform.clamp_min(1e-300).log()).log()).argmax(-1)
 
@@ -297,7 +297,7 @@ def sample(logits: Tensor, generator: torch.Generator) -> Tensor:
 def log_ratios(
     objective: Objective, mask: Tensor, generator: torch.Generator, offset: float = EDGE_OFFSET
 ) -> Tensor:
-    """(B, T) log-ratios that straddle all clip edges, per sequence or per token."""
+    """Draw (B, T) log-ratios that straddle all clip edges, per sequence or per token."""
     edges = [math.log1p(objective.clip_high), math.log(objective.dual_clip)]
     if objective.clip_low < 1:
         edges.append(math.log1p(-objective.clip_low))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def grad_errors(grad: Tensor | None, exact: Tensor | None, targets: Tensor) -> dict[str, float]:
-    """Errors of dlogits, in the contract's measure for the dtype."""
+    """Return the errors of dlogits, in the contract's measure for the dtype."""
     assert grad is not None
     assert exact is not None
     if grad.dtype in (torch.bfloat16, torch.float16):
@@ -27,7 +27,7 @@ def grad_errors(grad: Tensor | None, exact: Tensor | None, targets: Tensor) -> d
 
 
 def on_policy_errors(stats: dict[str, Tensor]) -> dict[str, float]:
-    """Errors of a policy against itself, where every ratio is 1 and none is clipped."""
+    """Return errors of a policy against itself, where all ratios are 1 and none is clipped."""
     ratios = torch.stack([stats[name] for name in ("ratio_mean", "ratio_min", "ratio_max")])
     return {
         "on-policy ratio - 1": worst(ratios - 1),
@@ -36,7 +36,7 @@ def on_policy_errors(stats: dict[str, Tensor]) -> dict[str, float]:
 
 
 def ulp_distance(x: Tensor, exact: Tensor) -> float:
-    """Largest number of representable steps between x and exact, rounded to x's dtype."""
+    """Return the largest number of steps between x and exact, which is rounded to x's dtype."""
     if torch.isnan(x).any():
         return math.nan
 
@@ -48,18 +48,18 @@ def ulp_distance(x: Tensor, exact: Tensor) -> float:
 
 
 def relative(x: Tensor, exact: Tensor) -> float:
-    """||x - exact|| / ||exact||; 0 where both vanish."""
+    """Return ||x - exact|| / ||exact||, or ||x|| if exact vanishes."""
     error = (x.double() - exact).norm()
     return float(error / exact.norm()) if exact.norm() > 0 else float(error)
 
 
 def worst(x: Tensor) -> float:
-    """Largest absolute value; NaN if there is one."""
+    """Return the largest absolute value; NaN if there is one."""
     return float(x.detach().abs().max()) if x.numel() else 0.0
 
 
 def largest(values: Iterable[float]) -> float:
-    """The largest; NaN if there is one, which `max` may pass over."""
+    """Return the largest value; NaN if there is one, which `max` may pass over."""
     return max(values, key=lambda x: (math.isnan(x), x))
 
 
@@ -72,6 +72,6 @@ def differing(x: Tensor, y: Tensor) -> float:
 
 
 def ratio_of(stats: dict[str, Tensor]) -> Tensor:
-    """s_i, and 1 + log(s_i) beyond 1, so that a difference is relative to large ones."""
+    """Return s_i, or 1 + log(s_i) beyond 1, so that differences of large ones are relative."""
     log_ratio = stats["log_ratio"].double()
     return torch.where(log_ratio > 0, 1 + log_ratio, log_ratio.exp())

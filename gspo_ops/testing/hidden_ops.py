@@ -30,15 +30,15 @@ from .errors import (
     worst,
 )
 
-_Options = dict[str, Any]  # of an op
-_OfPlan = Callable[[_Options], dict[str, float]]  # errors by their names
-_Outcome = tuple[Tensor, dict[str, Tensor]]  # what has a gradient, and values by their names
+_Options = dict[str, Any]  # options of an op
+_OfPlan = Callable[[_Options], dict[str, float]]  # errors of a plan by name
+_Outcome = tuple[Tensor, dict[str, Tensor]]  # a scalar with a gradient, and values by name
 
 PLANS = ("keep", "keep part", "recompute", "chunk", "chunk part")
 
 
 def head_plans(head: HeadTensors) -> dict[str, _Options]:
-    """Options of every plan, with all the memory that it needs and with less, by name."""
+    """Return options of every plan by name, with all the memory that it needs and with less."""
     on_triton = use_triton(head.hidden)
     plans: dict[str, _Options] = {}
     for products, name in product(("mm", "triton") if on_triton else ("auto",), PLANS):
@@ -47,14 +47,14 @@ def head_plans(head: HeadTensors) -> dict[str, _Options]:
         if part:
             whole = plan_from_hidden(head.hidden, head.weight, plan=options["plan"])
             options["memory_budget"] = whole.kept_bytes // 2
-            if kind == "keep":  # by name it keeps everything
+            if kind == "keep":  # "keep" would keep everything
                 options["plan"] = "auto"
         plans[f"{name}, {products}" if on_triton else name] = options
     return plans
 
 
 def measure_from_hidden(case: Case, head: HeadTensors) -> Iterator[Measured]:
-    """Both ops with every plan, each against float64 and against the first plan."""
+    """Measure both ops with every plan, each against float64 and against the first plan."""
     plans = head_plans(head)
     if case.objective.entropy_coef > 0:
         plans = {n: plan for n, plan in plans.items() if plan["plan"] in ("auto", "recompute")}
@@ -161,7 +161,7 @@ def _of_loss(case: Case, head: HeadTensors) -> _OfPlan:
 
 
 def _of_loss_on_policy(case: Case, head: HeadTensors) -> _OfPlan:
-    """old_log_probs=None, and old log-probs that the same plan has given before."""
+    """Measure with old_log_probs=None, and with old log-probs that the same plan returned."""
     _, _, g, h = _exact_loss(case, None, torch.ones(()))
     expected = _expected(case, head, g, h)
 
@@ -195,7 +195,10 @@ def _of_loss_on_policy(case: Case, head: HeadTensors) -> _OfPlan:
 def _exact_loss(
     case: Case, old_log_probs: Tensor | None, of_loss: Tensor
 ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
-    """Loss and statistics in float64, and gradients by log-probs and, with a bonus, entropies."""
+    """Return loss and statistics in float64, and gradients scaled by `of_loss`.
+
+    These are with respect to log-probs and, with a bonus, entropies.
+    """
     exact = case.double()
     log_probs = reference.log_probs_from_logits(exact.logits, case.targets).requires_grad_()
     entropy = reference.entropy_from_logits(exact.logits, case.targets).requires_grad_()
@@ -209,21 +212,21 @@ def _exact_loss(
 
 
 class _Result(NamedTuple):
-    """Detached values, and the gradients by the head's tensors."""
+    """Detached values, and gradients with respect to the head's tensors."""
 
     values: dict[str, Tensor]
     grads: dict[str, Tensor]
 
 
 class _Exact(NamedTuple):
-    """What a result is compared with."""
+    """The results that another one is compared with."""
 
     exact: _Result
     eager: _Result  # from fp32 logits, gradients rounded to the dtype of their tensors
     is_real: bool
 
     def errors(self, grads: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, float]:
-        """Distance between gradients, in the contract's measure for the dtypes."""
+        """Return the distances between gradients, in the contract's measure for the dtypes."""
         errors = {name: relative(grads[name], others[name].double()) for name in grads}
         is_fp32 = all(grad.dtype == torch.float32 for grad in grads.values())
         if is_fp32 and not self.is_real:
@@ -235,7 +238,7 @@ class _Exact(NamedTuple):
 
 
 def _through(head: HeadTensors, function: Callable[[HeadTensors], _Outcome]) -> _Result:
-    """Values of a function of a head, and the gradients of the scalar that it returns first."""
+    """Return values of a function of a head, and gradients of the scalar that it returns first."""
     leaves = head.map(lambda x: x.clone().requires_grad_())
     total, values = function(leaves)
     total.backward()
@@ -244,7 +247,7 @@ def _through(head: HeadTensors, function: Callable[[HeadTensors], _Outcome]) -> 
 
 
 def _expected(case: Case, head: HeadTensors, g: Tensor, h: Tensor | None = None) -> _Exact:
-    """Log-probs, and gradients of their sum weighted by g, and that of entropies by h."""
+    """Compute log-probs, and the gradients of sums of log-probs times g and entropies times h."""
     clean = _clean(case, head)
 
     def plain(dtype: torch.dtype) -> Callable[[HeadTensors], _Outcome]:
@@ -267,12 +270,12 @@ def _expected(case: Case, head: HeadTensors, g: Tensor, h: Tensor | None = None)
 
 
 def _clean(case: Case, head: HeadTensors) -> HeadTensors:
-    """Without the NaN of padding, which a plain product would carry into dweight."""
+    """Replace the NaN of padding by 0: a plain product would carry it into dweight."""
     return head._replace(hidden=torch.where(case.valid.unsqueeze(-1), head.hidden, 0.0))
 
 
 def _as_allowed(case: Case, errors: dict[str, float], name: str) -> dict[str, float]:
-    """Errors of log-probs, the one by this name as the contract counts it for the case."""
+    """Replace the error of this name by its ratio to the allowed one, if the case has one."""
     if case.allowed is None:
         return errors
     others = {other: error for other, error in errors.items() if other != name}
@@ -288,12 +291,12 @@ def _plans_apart(expected: _Exact, ours: _Result, first: _Result) -> dict[str, f
 
 
 def _kind(errors: dict[str, float]) -> str:
-    """How gradients were compared."""
+    """Return how gradients were compared, from the names of their errors."""
     return next(iter(errors)).removeprefix("dhidden")
 
 
 def _ratios(case: Case, stats: dict[str, Tensor]) -> dict[str, Tensor]:
-    """s_i of sequences, of large ones the log, by name of the bound that holds for their length."""
+    """Return `ratio_of` of sequences, by the name of the bound that applies to their length."""
     ratio, has_few = ratio_of(stats), case.lengths < FEW
     return {"ratio": ratio[~has_few], "ratio of a few tokens": ratio[has_few]}
 

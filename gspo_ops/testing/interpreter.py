@@ -41,7 +41,7 @@ def patch_interpreter() -> None:
         input_precision: object,
         max_num_imprecise_acc: int,
     ) -> interpreter.TensorHandle:
-        # bfloat16 stands in the interpreter as its bits
+        # the interpreter holds bfloat16 as its bits
         a, b = (original(self, x, d.dtype).data for x in (a, b))
         # every element is a sum over k from the first to the last
         product = np.einsum("mk,kn->mn", a, b)
@@ -53,8 +53,10 @@ def patch_interpreter() -> None:
 
 
 def _hasten_interpreter() -> None:
-    """Halve its time: it patches the language anew for each launch and each call of a device
-    function, makes a table of dtypes for each dtype, and computes overflows that it never reports.
+    """Halve the interpreter's time.
+
+    It patches the language anew for each launch and each call of a device function, makes a table
+    of dtypes for each dtype, and computes overflows that it never reports.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -62,7 +64,7 @@ def _hasten_interpreter() -> None:
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     for_good = SimpleNamespace(restore=lambda: None)
     interpreter._patch_lang = lambda fn: for_good
-    # a scalar is an array of one element here, of which NumPy 2.4 makes no number
+    # a scalar is an array of one element here, which NumPy 2.4 does not convert to a number
     tl.tensor.__index__ = lambda self: int(self.handle.data.item())
 
     of_scalar = functools.cache(interpreter._get_np_dtype)

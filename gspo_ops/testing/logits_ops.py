@@ -29,7 +29,7 @@ from .errors import (
 
 
 def measure_from_logits(case: Case) -> Iterator[Measured]:
-    """Every op from logits and, for float32 logits, the op from log-probs."""
+    """Measure every op from logits and, for float32 logits, the op from log-probs."""
     parts = [
         ("log_probs_from_logits", _of_log_probs),
         ("policy_loss_from_logits", _of_loss),
@@ -125,7 +125,7 @@ def _of_loss(case: Case) -> dict[str, float]:
 
 
 def _of_loss_on_policy(case: Case) -> dict[str, float]:
-    """Old log-probs that are bitwise the new ones, and old_log_probs=None."""
+    """Measure with old log-probs that are bitwise the new ones, and with old_log_probs=None."""
     with torch.no_grad():
         new = log_probs_from_logits(case.logits, case.targets)
     exact = case.double()

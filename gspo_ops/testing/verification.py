@@ -1,4 +1,4 @@
-"""Every op, dtype, layout, objective and plan against float64."""
+"""Checks of every op, dtype, layout, objective and plan against float64."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def verify(
 def _further_cases(
     device: torch.device, dtypes: Sequence[torch.dtype], objectives: Sequence[Objective]
 ) -> Iterator[Case]:
-    """Small cases: from logits in each dtype and layout, from hidden states in one of them."""
+    """Yield small cases: logits in each dtype and layout, and hidden states in one of them."""
     logits = synthetic_logits(9, 6, 65, device=device)
     head = synthetic_head(9, 6, 16, 65, device=device)
     for i, objective in enumerate(objectives):
@@ -90,7 +90,7 @@ def _further_cases(
 def _variants(
     source: Tensor | HeadTensors, dtypes: Sequence[torch.dtype], quick: bool
 ) -> Iterator[tuple[Tensor | HeadTensors, Objective, bool]]:
-    """A source in each dtype, with each objective, padded and packed."""
+    """Yield a source in each dtype, with each objective, padded and packed."""
     combinations: Iterator = product(dtypes, OBJECTIVES, (False, True))
     if not isinstance(source, HeadTensors):
         yield from ((source.to(dtype), *rest) for dtype, *rest in combinations)
@@ -105,7 +105,7 @@ def _variants(
 
 
 def measure(case: Case) -> Iterator[Measured]:
-    """Every quantity of every op on one case."""
+    """Measure every quantity of every op on one case."""
     if case.head is None:
         yield from measure_from_logits(case)
     else:
@@ -113,7 +113,7 @@ def measure(case: Case) -> Iterator[Measured]:
 
 
 def worst_of(measured: list[Measured]) -> list[Measured]:
-    """The worst case of each (op, dtype, quantity), in order of appearance; NaN is worst."""
+    """Return the worst case of each (op, dtype, quantity), in order of appearance; NaN is worst."""
     out: dict[tuple, Measured] = {}
     for m in measured:
         key = (m.op, m.dtype, m.quantity)
@@ -123,7 +123,7 @@ def worst_of(measured: list[Measured]) -> list[Measured]:
 
 
 def table(measured: list[Measured]) -> str:
-    """One line per (op, dtype, quantity): worst value, bound, and the case that gave it."""
+    """Return one line per (op, dtype, quantity): worst value, bound, and the case that gave it."""
     lines = [f"{'op':27} {'dtype':9} {'quantity':27} {'worst':>9} {'bound':>7}  worst case"]
     for m in worst_of(measured):
         mark = "" if m.ok else "  <-- over the bound"
