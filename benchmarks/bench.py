@@ -179,9 +179,9 @@ def summary(samples: list[Sample], baseline: list[Sample], returned_bytes: int) 
         for taken in (samples, baseline)
     )
     ratios = [a.seconds / b.seconds for a, b in zip(samples, baseline, strict=True)]
-    memory = None
-    if extra and extra_of_baseline:  # on a CPU, the system may take back pages, which hides a peak
-        memory = statistics.median(extra)
+    # on a CPU, the system may take back pages, which hides a peak, or all of a small baseline's
+    memory_of_baseline = statistics.median(extra_of_baseline) if extra_of_baseline else 0
+    memory = statistics.median(extra) if extra and memory_of_baseline else None
     return {
         "median_ms": {
             "forward": 1e3 * statistics.median(s.forward for s in samples),
@@ -192,7 +192,7 @@ def summary(samples: list[Sample], baseline: list[Sample], returned_bytes: int) 
             "median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)
         },
         "extra_bytes": memory,
-        "memory_ratio": None if memory is None else memory / statistics.median(extra_of_baseline),
+        "memory_ratio": None if memory is None else memory / memory_of_baseline,
     }  # fmt: skip
 
 
