@@ -116,13 +116,11 @@ def differences(of: Sampled) -> dict[str, dict[str, Tensor]]:
     for dtype in BODIES:
         hidden = one_forward(of, dtype)
         training[dtype] = exact_head(of, hidden)
-        found[dtype] = {}
-        for name, way in ways.items():
-            other = way(of, dtype)
-            found[dtype][name] = exact_head(of, other) - training[dtype]
-        found[dtype]["head rounding"] = rounded_head(of, hidden) - training[dtype]
-        # `other` is from cached decoding, the last of the ways
-        found[dtype]["engine: cached, rounded head"] = rounded_head(of, other) - training[dtype]
+        others = {name: way(of, dtype) for name, way in ways.items()}
+        changed = {name: exact_head(of, other) for name, other in others.items()}
+        changed["head rounding"] = rounded_head(of, hidden)
+        changed["engine: cached, rounded head"] = rounded_head(of, others["cached decoding"])
+        found[dtype] = {name: x - training[dtype] for name, x in changed.items()}
     found["bfloat16"]["body in bf16, training in fp32"] = training["bfloat16"] - training["float32"]
     return found
 

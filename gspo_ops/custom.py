@@ -108,7 +108,7 @@ def _terms(
     shape = tuple(log_probs.shape)
     if not isinstance(terms, Tensor) or terms.shape != log_probs.shape:
         raise ValueError(
-            f"objective must return one loss term per token, shape {shape}, got {_told(terms)}"
+            f"objective must return one loss term per token, shape {shape}, got {_kind(terms)}"
         )
     if clipped is not None and (
         not isinstance(clipped, Tensor)
@@ -117,12 +117,12 @@ def _terms(
     ):
         raise ValueError(
             "objective must return loss terms, or a pair of them and a bool tensor of shape "
-            f"{shape} that marks the clipped ones, got {_told(clipped, dtype=True)} as the second"
+            f"{shape} that marks the clipped ones, got {_kind(clipped, dtype=True)} as the second"
         )
     return terms, clipped
 
 
-def _told(x: object, dtype: bool = False) -> str:
+def _kind(x: object, dtype: bool = False) -> str:
     if not isinstance(x, Tensor):
         return type(x).__name__
     return f"{x.dtype} {tuple(x.shape)}" if dtype else str(tuple(x.shape))

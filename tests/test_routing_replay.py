@@ -41,7 +41,7 @@ def routers_of(model):
     return [p for name, p in model.named_parameters() if "gate.weight" in name or "router" in name]
 
 
-def loss_and_grads(model, tokens=TOKENS):
+def loss_and_logits(model, tokens=TOKENS):
     model.zero_grad()
     logits = model(tokens, use_cache=False).logits
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
@@ -61,8 +61,8 @@ def test_the_documented_use(python_blocks):
     model = make()
     scope = {
         "torch": torch, "model": model, "batch": TOKENS,
-        "log_probs_of": lambda model, batch: loss_and_grads(model, batch)[1],
-        "loss_of": lambda model, batch, old: loss_and_grads(model, batch)[0],
+        "log_probs_of": lambda model, batch: loss_and_logits(model, batch)[1],
+        "loss_of": lambda model, batch, old: loss_and_logits(model, batch)[0],
     }  # fmt: skip
     exec(code, scope)
     assert all(p.grad.abs().sum() > 0 for p in routers_of(model))
@@ -71,13 +71,13 @@ def test_the_documented_use(python_blocks):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_replay_of_native_routing_changes_nothing(family):
     model = make(family)
-    loss, logits = loss_and_grads(model)
+    loss, logits = loss_and_logits(model)
     loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     routing = recorded(model)
     assert [x.shape for x in routing.indices] == [(24, 2)] * 2
     with routing.replay(model):
-        replayed, replayed_logits = loss_and_grads(model)
+        replayed, replayed_logits = loss_and_logits(model)
         replayed.backward()
     assert (replayed - loss).item() == 0.0
     assert torch.equal(replayed_logits, logits)
@@ -95,14 +95,14 @@ def test_the_recorded_experts_are_used(family):
     with torch.no_grad():
         for p in routers_of(model):
             p.normal_()
-    _, native = loss_and_grads(model)
+    _, native = loss_and_logits(model)
     seen = []
     hooks = [
         router.register_forward_hook(lambda m, i, out: seen.append(out[2]))
         for router in find_routers(model)
     ]
     with routing.replay(model):
-        loss, logits = loss_and_grads(model)
+        loss, logits = loss_and_logits(model)
         loss.backward()
     for hook in hooks:
         hook.remove()
@@ -123,7 +123,7 @@ def test_the_same_with_gradient_checkpointing():
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         with routing.replay(model):
-            loss, _ = loss_and_grads(model)
+            loss, _ = loss_and_logits(model)
             loss.backward()
         found.append([p.grad.clone() for p in model.parameters()])
     assert all(map(torch.equal, *found))
@@ -135,12 +135,12 @@ def test_forgotten_tokens_route_natively():
     with torch.no_grad():
         for p in routers_of(model):
             p.normal_()
-    _, native = loss_and_grads(model)
+    _, native = loss_and_logits(model)
     where = torch.zeros(2, 12, dtype=torch.bool)
     where[1] = True
     routing.route_natively(where)
     with routing.replay(model):
-        _, logits = loss_and_grads(model)
+        _, logits = loss_and_logits(model)
     torch.testing.assert_close(logits[1], native[1])  # experts see other rows beside these
     assert not torch.allclose(logits[0], native[0])
     with pytest.raises(ValueError, match="where has 3 tokens, but 24 were recorded"):

@@ -218,11 +218,11 @@ def _metrics(
     clipped, lower = stats["clip_frac_tokens"], stats.get("clip_frac_dual", torch.zeros(()))
     # these two count ratios outside the range on either side, clipped or not
     if mode == "cispo":
-        clipped = _share(_is_outside(objective, batch), batch.mask)
+        clipped = _token_fraction(_is_outside(objective, batch), batch.mask)
     elif mode == "geo_mean":
         is_outside, of_token = _is_outside(objective, batch), batch.advantages[:, None]
-        clipped = _share(is_outside & (of_token > 0), batch.mask)
-        lower = _share(is_outside & (of_token < 0), batch.mask)
+        clipped = _token_fraction(is_outside & (of_token > 0), batch.mask)
+        lower = _token_fraction(is_outside & (of_token < 0), batch.mask)
     return {
         "actor/pg_clipfrac": clipped.item(),
         "actor/ppo_kl": stats["approx_kl"].item(),
@@ -237,5 +237,5 @@ def _is_outside(objective: Objective, batch: _Batch) -> Tensor:
     return (log_ratio < low) | (log_ratio > high)
 
 
-def _share(of_tokens: Tensor, mask: Tensor) -> Tensor:
+def _token_fraction(of_tokens: Tensor, mask: Tensor) -> Tensor:
     return (of_tokens & (mask != 0)).sum() / (mask != 0).sum().clamp(min=1)

@@ -47,6 +47,8 @@ def _without_zero_advantages(theirs: Any) -> Any:
     """Derive from verl's worker for actors a class that leaves sequences out."""
 
     class SkippingWorker(theirs):
+        _skips = False  # until the loss is known
+
         def set_loss_fn(self, loss_fn: Any) -> None:
             found = _obstacles(loss_fn)
             self._skips = not found
