@@ -17,6 +17,7 @@ from .checks import checked_targets
 from .softmax import LogOdds, Softmax, Upstream, sum_with_error, times_exp
 
 _CHUNK_ELEMENTS = 1 << 20  # 4 MiB of fp32
+_LOG_OF_ZERO = -2048.0  # its exponential is 0 in all dtypes; 0 * log(0) must be 0
 
 
 class LogitStats(NamedTuple):
@@ -74,10 +75,10 @@ def torch_fwd(
         y = targets[index]
         z = _load(rows, softmax.softcap, buffer)
         row_max, x_target = z.amax(1), _target_logits(z, y)
-        log_e = _shift(z, row_max, softmax.temperature) if softmax.return_entropy else None
+        log_e = _log_exp(z, row_max, softmax.temperature) if softmax.return_entropy else None
         p, total = _softmax(z, row_max, softmax.temperature, buffer[: len(y)])
         others = _others(p, y, buffer)
-        log_sum = None if log_e is None else _times_log(p, log_e).sum(1)
+        log_sum = None if log_e is None else log_e.mul_(p).sum(1)
         if isinstance(out, LogitPart):
             if log_sum is not None:
                 log_sum = total * log_sum / math.log(2.0)
@@ -175,7 +176,7 @@ def _chunk_grad(z: Tensor, rows: _Rows, softmax: Softmax, buffer: Tensor, out: T
         log_coef = torch.where(coef > 0, e.odds.log_q() - e.row_sum.log(), 0.0)
         factor = e.log.add_((log_coef + rows.entropy)[:, None])
         factor = factor.mul_(h[:, None]).add_(rows.g[:, None])
-        torch.mul(_times_log(e.p, factor), -coef[:, None], out=out)
+        torch.mul(factor.mul_(e.p), -coef[:, None], out=out)
     _put(out, rows.targets, at_target)
     if temperature != 1.0:
         out.div_(temperature)
@@ -210,7 +211,7 @@ def _exponentials(
         x_target, own_max = rows.target_logit, z.amax(1)
         empty = own_max == -math.inf
         z = z.masked_fill(empty[:, None], 0.0) if empty.any() else z
-    log_e = None if rows.h is None else _shift(z, rows.row_max, temperature)
+    log_e = None if rows.h is None else _log_exp(z, rows.row_max, temperature)
     p, total = _softmax(z, rows.row_max, temperature, out)
     if own_max is not None:
         total = total * ((own_max - rows.row_max) / temperature).exp()
@@ -268,6 +269,11 @@ def _shift(z: Tensor, row_max: Tensor, temperature: float) -> Tensor:
     return (z - row_max[:, None]).div_(temperature)
 
 
+def _log_exp(z: Tensor, row_max: Tensor, temperature: float) -> Tensor:
+    """Return log(e), finite where e is 0."""
+    return _shift(z, row_max, temperature).clamp_(min=_LOG_OF_ZERO)
+
+
 def _softmax(z: Tensor, row_max: Tensor, temperature: float, out: Tensor) -> tuple[Tensor, Tensor]:
     """Return p and total, such that p * total = e = exp((z - max) / temperature).
 
@@ -300,11 +306,6 @@ def _put(x: Tensor, y: Tensor, value: Tensor) -> None:
 def _target_logits(z: Tensor, y: Tensor) -> Tensor:
     """Return z[i, y[i]]; 0 for a negative y[i]."""
     return torch.where(y < 0, 0.0, z.gather(1, y.clamp(min=0)[:, None]).squeeze(1))
-
-
-def _times_log(p: Tensor, log_e: Tensor) -> Tensor:
-    """Return p * log_e, 0 where p is 0; overwrite log_e."""
-    return log_e.mul_(p).masked_fill_(p == 0, 0.0)
 
 
 def _checked_or_local(targets: Tensor, live: Tensor, V: int, softmax: Softmax) -> Tensor:
