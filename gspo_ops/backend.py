@@ -77,6 +77,8 @@ def rounds_fp32(device: torch.device) -> bool:
     if precision is None:
         older = torch.get_float32_matmul_precision()
         precision = {"high": "tf32", "medium": "bf16"}.get(older, "ieee")
+        if not is_cpu:
+            return precision != "ieee"  # "medium" also rounds to TF32
     if not is_cpu:
         return precision == "tf32"
     # a CPU rounds only where it has instructions for that

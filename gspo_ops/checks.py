@@ -88,6 +88,12 @@ def check_float(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
 
 
+def check_cu_seqlens(boundaries: list[int], rows: int) -> None:
+    """Refuse sequences that do not follow one another from the first row to the last."""
+    if boundaries[0] != 0 or boundaries[-1] != rows or boundaries != sorted(boundaries):
+        raise ValueError(f"cu_seqlens must be non-decreasing from 0 to N={rows}, got {boundaries}")
+
+
 def check_targets(targets: Tensor, name: str, x: Tensor) -> None:
     """Refuse targets that are not one token per row of x, which the caller knows as `name`."""
     check_tensor("targets", targets, x.device)

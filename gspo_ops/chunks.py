@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from .checks import check_cu_seqlens
 from .head import Head, HeadGrads, HeadOptions, Wanted, stats_dtype
 from .hidden import Grads, NeededRows, empty_kept
 from .operators import Changed, flat, graph_is_kept, operator, reader, refuse_graph
@@ -225,6 +226,7 @@ def _chunks(policy: Policy, chunk_rows: int) -> Iterator[tuple[slice, slice]]:
         borders = [b * T for b in range(batch + 1)]
     else:
         borders = cu_seqlens.tolist()
+        check_cu_seqlens(borders, count)
     first = 0
     for b, (_, stop) in enumerate(pairwise(borders), start=1):
         is_last = b == batch

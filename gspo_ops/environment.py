@@ -40,9 +40,11 @@ def environment() -> str:
 
 def provenance() -> dict:
     """Return where, when and at which commit results are made; "-dirty" if the tree is changed."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True
-    ).stdout.strip()
+    git = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # git is not installed
+        commit = ""
     return {
         "environment": environment().splitlines(), "threads": torch.get_num_threads(),
         "commit": commit, "date": time.strftime("%Y-%m-%d"),

@@ -100,7 +100,7 @@ class HeadOptions(NamedTuple):
 
 def resolve_products(products: Products, head: Head) -> str:
     """Return how products are computed, as far as that is known without querying the device."""
-    if not use_triton(head.hidden):
+    if not use_triton(head.hidden) or product_dtype(head.hidden, head.weight) == torch.float64:
         return "torch"
     # Triton's products have no low-rank part
     return "mm" if products == "auto" and head.lora_b is not None else products

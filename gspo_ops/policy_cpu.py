@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import check_cu_seqlens
 from .constants import ESS_RATIO_CAP, LOG_RATIO_CAP, STATS
 from .parallel import gathered
 from .policy import LossAndGrad, ObjectiveOptions, Policy
@@ -301,12 +302,8 @@ def checked_mask(policy: Policy) -> Tensor:
     """Return the mask, (N,) bool; on a CPU, refuse invalid values of it and of cu_seqlens."""
     device = policy.advantages.device
     rows, _, cu, mask = policy.sequences
-    if (
-        cu is not None
-        and device.type == "cpu"
-        and (int(cu[0]) != 0 or int(cu[-1]) != rows or bool((cu.diff() < 0).any()))
-    ):
-        raise ValueError(f"cu_seqlens must be non-decreasing from 0 to N={rows}, got {cu.tolist()}")
+    if cu is not None and device.type == "cpu":
+        check_cu_seqlens(cu.tolist(), rows)
     if mask is None:
         return torch.ones(rows, dtype=torch.bool, device=device)
     valid = mask != 0

@@ -453,6 +453,8 @@ def _for_kernels(operands: Operands) -> Operands:
     return operands._replace(
         x=_with_contiguous_rows(operands.x),
         weight=_with_contiguous_rows(operands.weight),
+        bias=None if operands.bias is None else operands.bias.contiguous(),
+        lora_b=None if operands.lora_b is None else operands.lora_b.contiguous(),
         targets=operands.targets.contiguous(),
     )
 

@@ -390,6 +390,29 @@ def test_strided_inputs(device, which, name, dtype, products):
 
 @kernels
 @all_products
+@pytest.mark.parametrize("which", ["bias", "lora"])
+def test_strided_bias_and_low_rank_part(device, which, products):
+    if which == "lora" and products == "triton":
+        pytest.skip("triton's products have no low-rank part")
+    inputs = make(6, 17, 130, device, bias=True, rank=3 if which == "lora" else 0)
+    targets, upstream = sample(inputs), torch.randn(6, device=device)
+    assert inputs.bias is not None
+    strided = inputs._replace(bias=inputs.bias.repeat_interleave(2)[::2])
+    if inputs.b is not None:
+        strided = strided._replace(b=inputs.b.T.contiguous().T)
+    results = []
+    for x in (inputs, strided):
+        leaves = x.map(lambda t: t.detach().requires_grad_())
+        leaves.weight.requires_grad_(which == "bias")
+        log_probs = leaves.call(log_probs_from_hidden, targets, products=products)
+        log_probs.backward(upstream)
+        results.append([log_probs.detach(), *leaves.grads().values()])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+@kernels
+@all_products
 def test_batched_hidden_states_are_rows(device, products):
     inputs = make(12, 17, 130, device)
     targets = sample(inputs)

@@ -14,8 +14,10 @@ pytest.importorskip("reasoning_gym")
 pytest.importorskip("matplotlib")
 from gspo_ops.trainer.config import load_config  # noqa: E402
 from gspo_ops.trainer.learner import Learner  # noqa: E402
+from gspo_ops.trainer.model import load_model  # noqa: E402
 from gspo_ops.trainer.ranks import Ranks  # noqa: E402
 from gspo_ops.trainer.rollout import Rollout, check_sampling, own_log_probs  # noqa: E402
+from gspo_ops.trainer.tiny import character_tokenizer  # noqa: E402
 
 # Classes without the last part of their names, by layout: one row for a prompt and its responses,
 # or one row for each response.
@@ -85,6 +87,15 @@ def test_log_probs_are_the_model_s_own(make, name, layout):
     assert learner.layout == layout
     own = own_log_probs(model, rollout, 1.0)
     torch.testing.assert_close(learner.log_probs(rollout), own, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["Gemma2", "Llama", "Mpt"])
+def test_models_without_sdpa_can_be_loaded(make, name, tmp_path):
+    model = make(name)
+    model.save_pretrained(tmp_path)
+    character_tokenizer().save_pretrained(tmp_path)
+    loaded, _ = load_model(str(tmp_path))
+    assert loaded.config._attn_implementation == ("sdpa" if model._supports_sdpa else "eager")
 
 
 @pytest.mark.parametrize("name", REFUSED)

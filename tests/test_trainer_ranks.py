@@ -110,6 +110,7 @@ CASES = {
     "gspo-token": ("objective.name=gspo-token",),
     "grpo, token-mean": ("objective.name=grpo", "objective.aggregation=token-mean"),
     "kl": ("objective.kl_coef=0.5",),
+    "entropy": ("objective.entropy_coef=0.01",),
     "lora": ("model.lora_rank=2",),
     "logits": ("update.loss_from=logits",),
     "eager": ("update.loss_from=eager",),

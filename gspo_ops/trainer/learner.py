@@ -427,7 +427,7 @@ class Learner:
         """Measure log-ratios of training to sampling, and what fraction they alone would clip."""
         stats = policy_loss_from_log_probs(
             recomputed, sampled, advantages, cu_seqlens=rollout.cu_seqlens(),
-            objective=replace(self.objective, kl_coef=0.0),
+            objective=replace(self.objective, kl_coef=0.0, entropy_coef=0.0),
         ).stats  # fmt: skip
         tokens = (recomputed - sampled).abs()
         return {

@@ -58,10 +58,7 @@ def load_model(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             f"model.name: expected a local model directory, a .gguf file or one of "
             f"{', '.join(map(repr, known))}, got {str(source)!r}"
         )
-    # sdpa accepts the trainer's own attention masks.
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="sdpa"
-    )
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     model.eval()
     _check_weights(model)
     output_head(model)  # raises for a head that the ops can't apply
