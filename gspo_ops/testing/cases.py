@@ -15,11 +15,10 @@ from ..constants import IGNORED
 from .bounds import BOUNDS, log_prob_from_hidden
 from .errors import worst
 
-# Old log-probs are given in fp32: for log-probs within +-16, as of sampled tokens, they are off by
-# half a step.
+# Rounding of old log-probs to fp32, half a step of numbers within +-32
 OLD_ROUNDING = 1e-6
-# The distance of the test ratios from the edges is an error of log-probs more than that, so that no
-# decision depends on rounding, and each of them must be that of float64.
+# Distance of the test ratios from the edges: as neither that nor the error of an op's log-probs
+# reaches an edge, each clip decision must be that of float64.
 EDGE_OFFSET = BOUNDS["log_prob from hidden"] + OLD_ROUNDING
 LORA_SCALE = 0.5
 OBJECTIVES = (GSPO(), GSPOToken(), GRPO())
