@@ -16,8 +16,7 @@ from torch import Tensor
 
 from .constants import ESS_RATIO_CAP, IGNORED, LOG_RATIO_CAP
 from .head import LoRA
-from .layout import Layout, resolve_layout
-from .objective import GSPO, Objective, log_clip_range
+from .objective import GSPO, Objective
 
 
 def log_probs_from_logits(
@@ -152,12 +151,13 @@ def policy_loss_of_tokens(
     denominator: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss that an `Objective` defines, and its statistics; entropies are for its bonus."""
-    layout = resolve_layout("log_probs", log_probs.shape, log_probs.device, mask, cu_seqlens)
     old = log_probs.detach() if old_log_probs is None else old_log_probs
     loss_sum = log_probs.new_zeros(())
     tokens, sequences = 0, 0
     seen = _Seen()
-    for b, rows in enumerate(_sequences(layout)):
+    all_rows = _sequences(log_probs, mask, cu_seqlens)
+    batch = len(all_rows)
+    for b, rows in enumerate(all_rows):
         n = len(rows)
         new_b, old_b = log_probs.reshape(-1)[rows], old.reshape(-1)[rows]
         log_ratio = new_b - old_b
@@ -165,11 +165,11 @@ def policy_loss_of_tokens(
             seen.log_ratio.append(log_probs.new_zeros(()))
             continue
         tokens, sequences = tokens + n, sequences + 1
-        A = _pick(advantages, b, rows, layout)
+        A = _pick(advantages, b, rows, batch)
         ratio, decisive = _ratios(objective, new_b, log_ratio, A)
         terms = -_surrogates(objective, ratio, A, new_b)
         if rollout_weights is not None:
-            terms = terms * _pick(rollout_weights, b, rows, layout)
+            terms = terms * _pick(rollout_weights, b, rows, batch)
         if ref_log_probs is not None:
             kl = _kl(objective, new_b - ref_log_probs.reshape(-1)[rows])
             if objective.kl_weight != "one":
@@ -242,20 +242,20 @@ class _Seen:
         return stats
 
 
-def _sequences(layout: Layout) -> list[Tensor]:
-    """Return the valid rows of each sequence."""
-    _, batch, cu_seqlens, mask = layout.sequences
+def _sequences(log_probs: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> list[Tensor]:
+    """Return the positions of each sequence's valid tokens among the flattened ones."""
     if cu_seqlens is None:
-        bounds = [b * layout.shape[1] for b in range(batch + 1)]
+        B, T = log_probs.shape
+        bounds = [b * T for b in range(B + 1)]
     else:
         bounds = cu_seqlens.tolist()
-    rows = [torch.arange(first, last, device=layout.device) for first, last in pairwise(bounds)]
-    return rows if mask is None else [r[mask[r] != 0] for r in rows]
+    rows = [torch.arange(*pair, device=log_probs.device) for pair in pairwise(bounds)]
+    return rows if mask is None else [r[mask.reshape(-1)[r] != 0] for r in rows]
 
 
-def _pick(x: Tensor, b: int, rows: Tensor, layout: Layout) -> Tensor:
-    """Return a per-sequence or per-token argument at the rows of sequence b."""
-    return x[b].expand(len(rows)) if x.shape == (layout.sequences.batch,) else x.reshape(-1)[rows]
+def _pick(x: Tensor, b: int, rows: Tensor, batch: int) -> Tensor:
+    """Return an argument per sequence, one of `batch`, or per token at the rows of sequence b."""
+    return x[b].expand(len(rows)) if x.shape == (batch,) else x.reshape(-1)[rows]
 
 
 def _capped(log_ratio: Tensor) -> Tensor:
@@ -272,7 +272,9 @@ def _ratios(
 ) -> tuple[Tensor, Tensor]:
     """Return the ratio of each token of a sequence, and, as a constant, the one that is clipped."""
     if objective.ratio_level == "geometric":
-        low, high = log_clip_range(objective.clip_low, objective.clip_high)
+        # arXiv 2507.20673 clips each token's ratio before it takes their geometric mean
+        low = math.log(1 - objective.clip_low) if objective.clip_low < 1 else -math.inf
+        high = math.log(1 + objective.clip_high)
         clipped = torch.where(A > 0, log_ratio.clamp(max=high), log_ratio)
         clipped = torch.where(A < 0, log_ratio.clamp(min=low), clipped)
         return _capped_exp(clipped.mean()).expand(len(new)), _capped_exp(log_ratio.detach())

@@ -38,7 +38,7 @@ class Inputs(NamedTuple):
 
 
 def make(N, H, V, device, *, bias=False, rank=0, seed=0) -> Inputs:
-    hidden, weight, b = synthetic_head(1, N, H, V, device=device, seed=seed)
+    hidden, weight, b = synthetic_head(1, N, H, V, device=device, seed=seed)[:3]
     generator = torch.Generator().manual_seed(seed)
     lora = [None, None]
     if rank:

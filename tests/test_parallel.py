@@ -263,7 +263,7 @@ def test_lora_entropy_and_main_grad_over_ranks(ranks, size):
 def on_rank_lora() -> None:
     group = dist.group.WORLD
     generator = torch.Generator().manual_seed(3)
-    hidden, weight, _ = synthetic_head(1, 10, H, V, device=CPU)
+    hidden, weight, _ = synthetic_head(1, 10, H, V, device=CPU)[:3]
     hidden, targets = hidden[0], torch.randint(V, (10,), generator=generator)
     targets[4] = -100
     a, b = (torch.randn(s, generator=generator) / 5 for s in ((3, H), (V, 3)))
@@ -302,7 +302,7 @@ def on_rank_dtensor() -> None:
     """No number of ranks divides the vocabulary; the gradient is a DTensor again."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     group = mesh.get_group()
-    hidden, weight, bias = synthetic_head(1, 8, H, 103, device=CPU)
+    hidden, weight, bias = synthetic_head(1, 8, H, 103, device=CPU)[:3]
     hidden = hidden[0]
     targets = torch.arange(8) * 14
     expected = [leaf(x) for x in (hidden, weight, bias)]
@@ -348,7 +348,7 @@ def test_groups_that_are_none(ranks):
 
 
 def on_rank_no_group() -> None:
-    hidden, weight, _ = synthetic_head(1, 8, H, V, device=CPU)
+    hidden, weight, _ = synthetic_head(1, 8, H, V, device=CPU)[:3]
     hidden, targets = hidden[0], torch.zeros(8, dtype=torch.long)
     with pytest.raises(
         TypeError, match=r"vocab_group must be a torch.distributed.ProcessGroup .* got str"
@@ -367,7 +367,7 @@ def test_a_target_of_no_rank_is_nan_on_all(ranks, size):
 def on_rank_nowhere() -> None:
     """Targets of no rank, unchecked as on a GPU, are NaN on all, even if only one rank has them."""
     group, columns = dist.group.WORLD.group_name, any_part_of(torch.arange(V), 0, 1)
-    hidden, weight, _ = synthetic_head(2, 4, H, V, device=CPU)
+    hidden, weight, _ = synthetic_head(2, 4, H, V, device=CPU)[:3]
     hidden, weight = hidden[0], any_part_of(weight, 0, 1)
     everywhere = torch.tensor([0, V - 1, 50, 60])
     targets = everywhere.clone()
@@ -412,7 +412,7 @@ class Refusals:
 
 def a_batch() -> tuple[dict, Tensor, Tensor]:
     """Return arguments of a policy loss except its source, hidden states, and a head."""
-    hidden, weight, _ = synthetic_head(2, 4, H, V, device=CPU)
+    hidden, weight, _ = synthetic_head(2, 4, H, V, device=CPU)[:3]
     targets = torch.arange(8).view(2, 4) * 14
     old, advantages = torch.full((2, 4), -4.0), torch.tensor([1.0, -1.0])
     mask = torch.ones(2, 4, dtype=torch.bool)
@@ -810,7 +810,7 @@ def test_what_context_group_refuses(ranks):
 
 def on_rank_refusals() -> None:
     group = dist.group.WORLD
-    hidden, weight, _ = synthetic_head(2, 3, H, V, device=CPU)
+    hidden, weight, _ = synthetic_head(2, 3, H, V, device=CPU)[:3]
     targets, old, advantages = torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3), torch.ones(2)
     with pytest.raises(ValueError, match=r"plan='chunk' needs whole sequences"):
         policy_loss_from_hidden(

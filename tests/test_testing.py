@@ -141,6 +141,29 @@ OBJECTIVES_ON_CPU = {
         "gspo_ops/policy_cpu.py", 'objective.kl_weight == "ratio"', 'objective.kl_weight == "none"'
     ),
     "a bonus without a gradient": ("gspo_ops/autograd.py", "h * (grad_loss", "0 * h * (grad_loss"),
+    "another temperature": (
+        "gspo_ops/logits_cpu.py", "x_target) / softmax.temperature",
+        "x_target) / softmax.temperature**1.001",
+    ),
+    "another temperature of a head": (
+        "gspo_ops/softmax.py", "(math.e) / self.temperature", "(math.e) / self.temperature**1.001"
+    ),
+    "another soft cap": (
+        "gspo_ops/logits_cpu.py", "tanh_().mul_(softcap)", "tanh_().mul_(1.001 * softcap)"
+    ),
+    "another soft cap of a head": (
+        "gspo_ops/tiles_torch.py", "z.mul_(softmax.softcap)", "z.mul_(1.001 * softmax.softcap)"
+    ),
+    "another denominator": (
+        "gspo_ops/policy_cpu.py", "torch.where(D > 0, D,", "torch.where(D > 0, 1.001 * D,"
+    ),
+    "another scale of LoRA": (
+        "gspo_ops/tiles.py", ") * options.lora_scale", ") * 1.001 * options.lora_scale"
+    ),
+    "a wrong mean": ("gspo_ops/policy_cpu.py", "totals.k3 / n", "1.001 * totals.k3 / n"),
+    "a wrong fraction": (
+        "gspo_ops/policy_cpu.py", "totals.active / n", "1.001 * totals.active / n"
+    ),
 }  # fmt: skip
 HEAD_KERNELS = {
     "nothing": ("kernels/hidden.py", "acc = tl.dot(e, x, acc", "acc = tl.dot(e, x, acc"),
@@ -277,7 +300,7 @@ def test_interpreter_leaves_no_product_to_a_blas(monkeypatch):
         raise AssertionError("the BLAS of this machine takes part")
 
     monkeypatch.setattr(np, "matmul", refuse)
-    hidden, weight, _ = testing.synthetic_head(1, 3, 16, 130, device=torch.device("cpu"))
+    hidden, weight, _ = testing.synthetic_head(1, 3, 16, 130, device=torch.device("cpu"))[:3]
     targets = torch.tensor([0, 129, 64])
     log_probs = gspo_ops.log_probs_from_hidden(hidden[0], weight, targets, products="triton")
     expected = reference.log_probs_from_hidden(hidden[0].double(), weight.double(), targets)

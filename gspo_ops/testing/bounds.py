@@ -15,9 +15,19 @@ BOUNDS = {
     "entropy": 1e-5,
     "ratio": 1e-6,
     "loss": 4e-6,
+    # An error e of log-probs moves ratios by e (relatively), the mean of k1 by e, that of k3 by 3 e
+    # at most (as |exp(d) - 1| <= 1 + 2 k3), the effective sample size by 4 e, and estimates of the
+    # KL to a reference, at the distances and ratios of the cases, by less. From given log-probs, e
+    # is the rounding of a log-ratio and of its exponential, 5e-7.
+    "statistics": 4 * 2e-6,
+    "statistics of log_probs": 4 * 5e-7,
+    "statistics from hidden": 4 * 4e-6,
+    "statistics from hidden / allowed": 4,
+    "clip and active fractions": 1e-6,  # rounding; with one more or fewer of N, it would be 1 / N
     "clip decisions flipped": 0,
     "on-policy ratio - 1": 0,
     "on-policy clipped": 0,
+    "on-policy KL": 0,
     "grad at target, rel L2": 2e-6,
     "grad elsewhere, rel L2": 2e-6,
     "grad row sum / g": 1e-5,
@@ -33,9 +43,13 @@ BOUNDS = {
     "dhidden, rel L2": 5e-6,
     "dweight, rel L2": 5e-6,
     "dbias, rel L2": 5e-6,
+    "dlora_a, rel L2": 5e-6,
+    "dlora_b, rel L2": 5e-6,
     "dhidden / allowed": 1,
     "dweight / allowed": 1,
     "dbias / allowed": 1,
+    "dlora_a / allowed": 1,
+    "dlora_b / allowed": 1,
     "ratio, plans apart": 1e-6,
     "plans apart, rel L2": 5e-6,
     "plans apart / allowed": 1,

@@ -10,12 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import CISPO, GMPO, GRPO, GSPO, SAPO, GSPOToken, Objective, reference
+from .. import CISPO, GMPO, GRPO, GSPO, SAPO, GSPOToken, LoRA, Objective, reference
 from ..constants import IGNORED
 from .bounds import BOUNDS, log_prob_from_hidden
 from .errors import worst
 
-EDGE_OFFSET = 5e-6  # distance of the test ratios from the edges
+# Rounding of old log-probs to fp32, half a step of numbers within +-32
+OLD_ROUNDING = 1e-6
+# Distance of the test ratios from the edges: as neither that nor the error of an op's log-probs
+# reaches an edge, each clip decision must be that of float64.
+EDGE_OFFSET = BOUNDS["log_prob from hidden"] + OLD_ROUNDING
+LORA_SCALE = 0.5
 OBJECTIVES = (GSPO(), GSPOToken(), GRPO())
 # all other choices of an objective, each at least once
 FURTHER_OBJECTIVES = (
@@ -39,16 +44,50 @@ FURTHER_OBJECTIVES = (
 )
 
 
+class Setting(NamedTuple):
+    """Options of the softmax and the loss, and a factor for logits within +-32.
+
+    The bounds apply to logits / temperature within +-32. A soft cap adds twice the error of capped
+    values, 1.8e-7 * softcap / temperature at most, to that of a log-prob. Where the cap is so small
+    that this is about 1e-6, the roundings of small logits leave room for it within the bounds. The
+    factor also keeps logits within 1.6 times the cap, beyond which its derivative, 1 - tanh^2,
+    loses digits.
+    """
+
+    factor: float
+    options: dict[str, Any]
+
+
+SETTINGS = (
+    Setting(0.7, {"temperature": 0.7, "denominator": 5.0}),
+    Setting(0.2, {"temperature": 1.3, "softcap": 4.0}),
+)
+
+
 class HeadTensors(NamedTuple):
-    """Hidden states (B, T, H) or (N, H), and the weight (V, H) and bias (V,) of the head."""
+    """Hidden states (B, T, H) or (N, H), and the head: weight (V, H), bias (V,), LoRA factors."""
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None = None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Return the options of an op besides hidden states and weight."""
+        lora = None
+        if self.lora_a is not None and self.lora_b is not None:
+            lora = LoRA(self.lora_a, self.lora_b, LORA_SCALE)
+        return {"bias": self.bias, "lora": lora}
 
     def logits(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        hidden, weight, bias = self.to(dtype)
-        return reference.logits_from_hidden(hidden, weight, bias=bias)
+        head = self.to(dtype)
+        return reference.logits_from_hidden(head.hidden, head.weight, **head.options())
+
+    def scaled(self, factor: float) -> HeadTensors:
+        """Return a head whose logits are those of this one times a factor."""
+        bias = None if self.bias is None else self.bias * factor
+        return self._replace(hidden=self.hidden * factor, bias=bias)
 
     def to(self, dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> HeadTensors:
         """Return hidden states in one dtype, and weight and bias in the same or another one."""
@@ -56,8 +95,7 @@ class HeadTensors(NamedTuple):
         return head._replace(hidden=self.hidden.to(dtype))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> HeadTensors:
-        bias = None if self.bias is None else function(self.bias)
-        return HeadTensors(function(self.hidden), function(self.weight), bias)
+        return HeadTensors(*[None if x is None else function(x) for x in self])
 
 
 @dataclass(frozen=True)
@@ -77,6 +115,9 @@ class Case:
     rollout_weights: Tensor
     ref_log_probs: Tensor | None
     objective: Objective
+    temperature: float = 1.0
+    softcap: float | None = None
+    denominator: float | None = None
     head: HeadTensors | None = None
     allowed: float | None = None
 
@@ -89,7 +130,10 @@ class Case:
         name = f"{said(self.objective)} {self.layout}"
         if self.head is not None and self.head.weight.dtype != self.dtype:
             name += f", {str(self.head.weight.dtype)[6:]} weight"
-        return name
+        if self.head is not None and self.head.lora_a is not None:
+            name += ", LoRA"
+        options = self.softmax() | {"denominator": self.denominator}
+        return name + "".join(f", {n} {x:g}" for n, x in options.items() if x not in (None, 1.0))
 
     @property
     def valid(self) -> Tensor:
@@ -109,12 +153,18 @@ class Case:
     def layout(self) -> str:
         return "padded" if self.cu_seqlens is None else "packed"
 
+    def softmax(self) -> dict[str, Any]:
+        """Return the options of log-probs."""
+        return {"temperature": self.temperature, "softcap": self.softcap}
+
     def options(self) -> dict[str, Any]:
+        """Return the options of a loss besides those of log-probs."""
         return {
             "mask": self.mask,
             "cu_seqlens": self.cu_seqlens,
             "rollout_weights": self.rollout_weights,
             "ref_log_probs": self.ref_log_probs,
+            "denominator": self.denominator,
             "objective": self.objective,
         }
 
@@ -168,12 +218,25 @@ def synthetic_head(
     return HeadTensors(hidden * (26 / largest), weight, bias).map(lambda x: x.to(device))
 
 
+def with_lora(head: HeadTensors, rank: int, *, seed: int = 0) -> HeadTensors:
+    """Return the head with a low-rank update, which changes its logits by a few units."""
+    generator = torch.Generator().manual_seed(seed)
+    V, H = head.weight.shape
+    a, b = (torch.randn(*shape, generator=generator) for shape in ((rank, H), (V, rank)))
+    return head._replace(
+        lora_a=(a / math.sqrt(H)).to(head.weight), lora_b=(b / math.sqrt(rank)).to(head.weight)
+    )
+
+
 def make_case(
     source: Tensor | HeadTensors,
     objective: Objective,
     *,
     packed: bool,
     targets: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    denominator: float | None = None,
     seed: int = 0,
 ) -> Case:
     """Make a case from logits (B, T, V) or a head.
@@ -191,12 +254,15 @@ def make_case(
     padding = ~mask.to(device)
     is_real = targets is not None
     if targets is None:
-        targets = sample(logits, generator)
+        capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        targets = sample(capped / temperature, generator)
     targets = targets.masked_fill(padding, IGNORED)
     clean = logits.masked_fill(padding.unsqueeze(-1), 0.0).double()
-    log_probs = reference.log_probs_from_logits(clean, targets).cpu()
-    allowed = _allowed(head, targets, log_probs) if head is not None and is_real else None
-    log_ratio = log_ratios(objective, mask, generator, max(EDGE_OFFSET, allowed or 0.0))
+    softmax: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
+    log_probs = reference.log_probs_from_logits(clean, targets, **softmax).cpu()
+    allowed = _allowed(head, targets, log_probs, softmax) if head is not None and is_real else None
+    offset = EDGE_OFFSET if allowed is None else allowed + OLD_ROUNDING
+    log_ratio = log_ratios(objective, mask, generator, offset)
     advantages = _advantages(objective, log_ratio, mask, generator)
     if head is not None:
         head = head._replace(hidden=head.hidden.masked_fill(padding.unsqueeze(-1), math.nan))
@@ -210,6 +276,9 @@ def make_case(
         rollout_weights=(0.5 + torch.rand(B, T, generator=generator)).to(device),
         ref_log_probs=_ref_log_probs(objective, log_probs, generator, device),
         objective=objective,
+        temperature=temperature,
+        softcap=softcap,
+        denominator=denominator,
         head=head,
         allowed=allowed,
     )
@@ -227,9 +296,12 @@ def _ragged(B: int, T: int, generator: torch.Generator) -> tuple[Tensor, Tensor,
     return lengths, in_sequence, mask
 
 
-def _allowed(head: HeadTensors, targets: Tensor, log_probs: Tensor) -> float:
+def _allowed(
+    head: HeadTensors, targets: Tensor, log_probs: Tensor, softmax: dict[str, Any]
+) -> float:
     """Return twice the error of log-probs from fp32 logits, or the contract's bound if larger."""
-    eager = reference.log_probs_from_logits(head.logits(torch.float32), targets).cpu()
+    logits = head.logits(torch.float32)
+    eager = reference.log_probs_from_logits(logits, targets, **softmax).cpu()
     contract = BOUNDS["log_prob from hidden"]
     on_tensor_cores = head.hidden.is_cuda and head.hidden.dtype.itemsize == 2
     least = log_prob_from_hidden(head.hidden.shape[-1]) if on_tensor_cores else contract

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..constants import STATS
+
 
 def grad_errors(grad: Tensor | None, exact: Tensor | None, targets: Tensor) -> dict[str, float]:
     """Return the errors of dlogits, in the contract's measure for the dtype."""
@@ -22,16 +24,43 @@ def grad_errors(grad: Tensor | None, exact: Tensor | None, targets: Tensor) -> d
     return {
         "grad at target, rel L2": relative(grad[is_target], exact[is_target]),
         "grad elsewhere, rel L2": relative(grad[~is_target], exact[~is_target]),
-        "grad row sum / g": worst(grad.double().sum(-1) / g),
+        # it is 0 without a soft cap, whose derivative differs between logits
+        "grad row sum / g": worst((grad.double().sum(-1) - exact.sum(-1)) / g),
     }
+
+
+def statistic_errors(
+    stats: dict[str, Tensor], exact: dict[str, Tensor], source: str = ""
+) -> dict[str, float]:
+    """Return the worst errors of fractions, of other statistics (relative beyond 1) and of entropy.
+
+    `source` ends the names of those that an error of log-probs moves.
+    """
+    errors = {
+        name: worst((stats[name] - exact[name]) / exact[name].abs().clamp(min=1))
+        for name in STATS
+        if name in exact
+    }
+    fractions = {name for name in errors if "frac" in name}
+    found = {
+        "clip and active fractions": largest(errors[name] for name in fractions),
+        f"statistics{source}": largest(errors[name] for name in errors.keys() - fractions),
+    }
+    if "entropy" in exact:
+        found[f"entropy{source}"] = worst(stats["entropy"] - exact["entropy"])
+    return found
 
 
 def on_policy_errors(stats: dict[str, Tensor]) -> dict[str, float]:
     """Return errors of a policy against itself, where all ratios are 1 and none is clipped."""
-    ratios = torch.stack([stats[name] for name in ("ratio_mean", "ratio_min", "ratio_max")])
+
+    def named(*starts: str) -> Tensor:
+        return torch.stack([x for name, x in stats.items() if name.startswith(starts)])
+
     return {
-        "on-policy ratio - 1": worst(ratios - 1),
-        "on-policy clipped": float(stats["clip_frac_tokens"]),
+        "on-policy ratio - 1": worst(named("ratio_", "effective_sample_size") - 1),
+        "on-policy clipped": worst(named("clip_frac_")),
+        "on-policy KL": worst(named("approx_kl")),
     }
 
 

@@ -27,8 +27,10 @@ from .errors import (
     on_policy_errors,
     ratio_of,
     relative,
+    statistic_errors,
     worst,
 )
+from .exact import exact_loss
 
 _Options = dict[str, Any]  # options of an op
 _OfPlan = Callable[[_Options], dict[str, float]]  # errors of a plan by name
@@ -40,8 +42,11 @@ PLANS = ("keep", "keep part", "recompute", "chunk", "chunk part")
 def head_plans(head: HeadTensors) -> dict[str, _Options]:
     """Return options of every plan by name, with all the memory that it needs and with less."""
     on_triton = use_triton(head.hidden)
+    multipliers = ["auto"] if not on_triton else ["mm", "triton"]
+    if on_triton and head.lora_a is not None:  # Triton's products have no low-rank part
+        multipliers.remove("triton")
     plans: dict[str, _Options] = {}
-    for products, name in product(("mm", "triton") if on_triton else ("auto",), PLANS):
+    for products, name in product(multipliers, PLANS):
         kind, _, part = name.partition(" ")
         options: _Options = {"plan": kind, "products": products}
         if part:
@@ -83,12 +88,11 @@ def _of_log_probs(case: Case, head: HeadTensors, with_entropy: bool) -> _OfPlan:
     def of_plan(options: _Options) -> dict[str, float]:
         def function(leaves: HeadTensors) -> _Outcome:
             arguments = (leaves.hidden, leaves.weight, case.targets)
+            further = {**leaves.options(), **case.softmax(), **options}
             if not with_entropy:
-                log_probs = log_probs_from_hidden(*arguments, bias=leaves.bias, **options)
+                log_probs = log_probs_from_hidden(*arguments, **further)
                 return (log_probs * g).sum(), {"log_prob": log_probs}
-            log_probs, entropy = log_probs_from_hidden(
-                *arguments, bias=leaves.bias, return_entropy=True, **options
-            )
+            log_probs, entropy = log_probs_from_hidden(*arguments, return_entropy=True, **further)
             total = (log_probs * g + entropy * h).sum()
             return total, {"log_prob": log_probs, "entropy": entropy}
 
@@ -111,16 +115,16 @@ def _of_log_probs(case: Case, head: HeadTensors, with_entropy: bool) -> _OfPlan:
 
 def _of_loss(case: Case, head: HeadTensors) -> _OfPlan:
     of_loss = upstream(torch.zeros(()), 4).to(case.logits.device)
-    loss64, stats64, g, h = _exact_loss(case, case.double().old_log_probs, of_loss)
-    exact_ratios = _ratios(case, stats64)
-    expected = _expected(case, head, g, h)
-    is_dead = g == 0 if h is None else (g == 0) & (h == 0)
+    exact = exact_loss(case, case.double().old_log_probs, of_loss)
+    exact_ratios = _ratios(case, exact.stats)
+    expected = _expected(case, head, exact.g, exact.h)
+    is_dead = exact.g == 0 if exact.h is None else (exact.g == 0) & (exact.h == 0)
     alive = _any_in_row(expected.exact.grads["dhidden"].to(case.dtype))
 
     def from_logits(leaves: HeadTensors) -> _Outcome:
         out = policy_loss_from_logits(
             leaves.logits(torch.float32), case.targets, case.old_log_probs, case.advantages,
-            **case.options(),
+            **case.softmax(), **case.options(),
         )  # fmt: skip
         return out.loss * of_loss, _ratios(case, out.stats)
 
@@ -132,17 +136,18 @@ def _of_loss(case: Case, head: HeadTensors) -> _OfPlan:
         def function(leaves: HeadTensors) -> _Outcome:
             out = policy_loss_from_hidden(
                 leaves.hidden, leaves.weight, case.targets, case.old_log_probs, case.advantages,
-                bias=leaves.bias, **case.options(), **options,
+                **leaves.options(), **case.softmax(), **case.options(), **options,
             )  # fmt: skip
-            return out.loss * of_loss, {"loss": out.loss} | _ratios(case, out.stats)
+            return out.loss * of_loss, {"loss": out.loss} | out.stats | _ratios(case, out.stats)
 
         ours = _through(head, function)
         first.append(ours)
         dhidden = ours.grads["dhidden"]
-        ratio_errors = {n: worst(ours.values[n] - exact) for n, exact in exact_ratios.items()}
+        ratio_errors = {n: worst(ours.values[n] - ratio) for n, ratio in exact_ratios.items()}
         quantities = {
-            "loss": worst(ours.values["loss"] - loss64),
+            "loss": worst(ours.values["loss"] - exact.loss),
             **_as_allowed(case, ratio_errors, "ratio of a few tokens"),
+            **_statistic_errors(case, ours.values, exact.stats),
             "clip decisions flipped": float((_any_in_row(dhidden) != alive).sum()),
             **expected.errors(ours.grads, expected.exact.grads),
             **_plans_apart(expected, ours, first[0]),
@@ -162,8 +167,8 @@ def _of_loss(case: Case, head: HeadTensors) -> _OfPlan:
 
 def _of_loss_on_policy(case: Case, head: HeadTensors) -> _OfPlan:
     """Measure with old_log_probs=None, and with old log-probs that the same plan returned."""
-    _, _, g, h = _exact_loss(case, None, torch.ones(()))
-    expected = _expected(case, head, g, h)
+    exact = exact_loss(case, None, torch.ones(()))
+    expected = _expected(case, head, exact.g, exact.h)
 
     def of_plan(options: _Options) -> dict[str, float]:
         olds: list[Tensor | None] = [None]
@@ -171,8 +176,9 @@ def _of_loss_on_policy(case: Case, head: HeadTensors) -> _OfPlan:
             with torch.no_grad():
                 olds.append(
                     log_probs_from_hidden(
-                        head.hidden, head.weight, case.targets, bias=head.bias, **options
-                    )
+                        head.hidden, head.weight, case.targets,
+                        **head.options(), **case.softmax(), **options,
+                    )  # fmt: skip
                 )
         found = []
         for old in olds:
@@ -180,35 +186,17 @@ def _of_loss_on_policy(case: Case, head: HeadTensors) -> _OfPlan:
             def function(leaves: HeadTensors, old: Tensor | None = old) -> _Outcome:
                 out = policy_loss_from_hidden(
                     leaves.hidden, leaves.weight, case.targets, old, case.advantages,
-                    bias=leaves.bias, **case.options(), **options,
+                    **leaves.options(), **case.softmax(), **case.options(), **options,
                 )  # fmt: skip
                 return out.loss, out.stats
 
             ours = _through(head, function)
             errors = expected.errors(ours.grads, expected.exact.grads)
-            found.append(on_policy_errors(ours.values) | errors)
+            of_stats = _statistic_errors(case, ours.values, exact.stats)
+            found.append(on_policy_errors(ours.values) | of_stats | errors)
         return {q: largest(errors[q] for errors in found) for q in found[0]}
 
     return of_plan
-
-
-def _exact_loss(
-    case: Case, old_log_probs: Tensor | None, of_loss: Tensor
-) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
-    """Return loss and statistics in float64, and gradients scaled by `of_loss`.
-
-    These are with respect to log-probs and, with a bonus, entropies.
-    """
-    exact = case.double()
-    log_probs = reference.log_probs_from_logits(exact.logits, case.targets).requires_grad_()
-    entropy = reference.entropy_from_logits(exact.logits, case.targets).requires_grad_()
-    loss, stats = reference.policy_loss_of_tokens(
-        log_probs, entropy, old_log_probs, exact.advantages, **exact.options()
-    )
-    (loss * of_loss).backward()
-    assert log_probs.grad is not None
-    has_bonus = case.objective.entropy_coef > 0
-    return loss.detach(), stats, log_probs.grad, entropy.grad if has_bonus else None
 
 
 class _Result(NamedTuple):
@@ -240,9 +228,11 @@ class _Exact(NamedTuple):
 def _through(head: HeadTensors, function: Callable[[HeadTensors], _Outcome]) -> _Result:
     """Return values of a function of a head, and gradients of the scalar that it returns first."""
     leaves = head.map(lambda x: x.clone().requires_grad_())
+    leaves.weight.requires_grad_(leaves.lora_a is None)
     total, values = function(leaves)
     total.backward()
-    grads = {f"d{name}": x.grad for name, x in leaves._asdict().items() if x is not None}
+    named = [(name, x) for name, x in leaves._asdict().items() if x is not None]
+    grads = {f"d{name}": x.grad for name, x in named if x.requires_grad}
     return _Result({name: value.detach() for name, value in values.items()}, grads)
 
 
@@ -253,10 +243,10 @@ def _expected(case: Case, head: HeadTensors, g: Tensor, h: Tensor | None = None)
     def plain(dtype: torch.dtype) -> Callable[[HeadTensors], _Outcome]:
         def function(leaves: HeadTensors) -> _Outcome:
             logits = leaves.logits(dtype)
-            log_probs = reference.log_probs_from_logits(logits, case.targets)
+            log_probs = reference.log_probs_from_logits(logits, case.targets, **case.softmax())
             if h is None:
                 return (log_probs * g.to(dtype)).sum(), {"log_prob": log_probs}
-            entropy = reference.entropy_from_logits(logits, case.targets)
+            entropy = reference.entropy_from_logits(logits, case.targets, **case.softmax())
             values = {"log_prob": log_probs, "entropy": entropy}
             return (log_probs * g.to(dtype) + entropy * h.to(dtype)).sum(), values
 
@@ -280,6 +270,13 @@ def _as_allowed(case: Case, errors: dict[str, float], name: str) -> dict[str, fl
         return errors
     others = {other: error for other, error in errors.items() if other != name}
     return {f"{name} / allowed": errors[name] / case.allowed} | others
+
+
+def _statistic_errors(
+    case: Case, stats: dict[str, Tensor], exact: dict[str, Tensor]
+) -> dict[str, float]:
+    errors = statistic_errors(stats, exact, " from hidden")
+    return _as_allowed(case, errors, "statistics from hidden")
 
 
 def _plans_apart(expected: _Exact, ours: _Result, first: _Result) -> dict[str, float]:

@@ -24,8 +24,10 @@ from .errors import (
     on_policy_errors,
     ratio_of,
     relative,
+    statistic_errors,
     worst,
 )
+from .exact import active_token_frac, exact_loss
 
 
 def measure_from_logits(case: Case) -> Iterator[Measured]:
@@ -48,14 +50,16 @@ def _of_log_probs(case: Case) -> dict[str, float]:
 
     def ours() -> tuple[Tensor, Tensor, Tensor]:
         logits = case.logits.clone().requires_grad_()
-        log_probs, entropy = log_probs_from_logits(logits, case.targets, return_entropy=True)
+        log_probs, entropy = log_probs_from_logits(
+            logits, case.targets, return_entropy=True, **case.softmax()
+        )
         (log_probs * g + entropy * h).sum().backward()
         assert logits.grad is not None
         return log_probs.detach(), entropy.detach(), logits.grad
 
     logits64 = exact.logits.requires_grad_()
-    log_probs64 = reference.log_probs_from_logits(logits64, exact.targets)
-    entropy64 = reference.entropy_from_logits(logits64, exact.targets)
+    log_probs64 = reference.log_probs_from_logits(logits64, exact.targets, **exact.softmax())
+    entropy64 = reference.entropy_from_logits(logits64, exact.targets, **exact.softmax())
     (log_probs64 * g + entropy64 * h).sum().backward()
     log_probs, entropy, grad = ours()
     return {
@@ -69,7 +73,9 @@ def _of_log_probs(case: Case) -> dict[str, float]:
 
 def _of_loss_from_log_probs(case: Case) -> dict[str, float]:
     exact = case.double()
-    log_probs = reference.log_probs_from_logits(exact.logits, exact.targets).float()
+    log_probs = reference.log_probs_from_logits(
+        exact.logits, exact.targets, **exact.softmax()
+    ).float()
     ours = torch.where(case.valid, log_probs, math.nan).requires_grad_()
     theirs = log_probs.double().requires_grad_()
     out = policy_loss_from_log_probs(ours, case.old_log_probs, case.advantages, **case.options())
@@ -82,9 +88,11 @@ def _of_loss_from_log_probs(case: Case) -> dict[str, float]:
     assert ours.grad is not None
     assert theirs.grad is not None
     flipped = (ours.grad == 0) != (theirs.grad == 0)
+    stats64["active_token_frac"] = active_token_frac(case, theirs.grad)
     return {
         "loss": worst(out.loss - loss64),
         "ratio": worst(ratio_of(out.stats) - ratio_of(stats64)),
+        **statistic_errors(out.stats, stats64, " of log_probs"),
         "clip decisions flipped": float(flipped.sum()),
         "grad of log_probs, rel L2": relative(ours.grad, theirs.grad),
         "non-zeros in dead rows": non_zeros(ours.grad[~case.valid]),
@@ -92,33 +100,29 @@ def _of_loss_from_log_probs(case: Case) -> dict[str, float]:
 
 
 def _of_loss(case: Case) -> dict[str, float]:
-    exact = case.double()
-    logits64 = exact.logits.requires_grad_()
-    loss64, stats64 = reference.policy_loss_from_logits(
-        logits64, exact.targets, exact.old_log_probs, exact.advantages, **exact.options()
-    )
-    g = upstream(loss64, 4)
-    (loss64 * g).backward()
-    assert logits64.grad is not None
+    g = upstream(case.logits.new_zeros(()), 4)
+    exact = exact_loss(case, case.double().old_log_probs, g)
 
     def ours() -> tuple[Tensor, dict[str, Tensor], Tensor]:
         logits = case.logits.clone().requires_grad_()
         out = policy_loss_from_logits(
-            logits, case.targets, case.old_log_probs, case.advantages, **case.options()
-        )
+            logits, case.targets, case.old_log_probs, case.advantages,
+            **case.softmax(), **case.options(),
+        )  # fmt: skip
         (out.loss * g).backward()
         assert logits.grad is not None
         return out.loss.detach(), out.stats, logits.grad
 
     loss, stats, grad = ours()
-    at_target = _at_target(logits64.grad, case.targets)
+    at_target = _at_target(exact.dlogits, case.targets)
     flipped = (_at_target(grad, case.targets) == 0) != (at_target.to(grad.dtype) == 0)
-    dead = (logits64.grad == 0).all(-1)
+    dead = (exact.dlogits == 0).all(-1)
     return {
-        "loss": worst(loss - loss64),
-        "ratio": worst(ratio_of(stats) - ratio_of(stats64)),
+        "loss": worst(loss - exact.loss),
+        "ratio": worst(ratio_of(stats) - ratio_of(exact.stats)),
+        **statistic_errors(stats, exact.stats),
         "clip decisions flipped": float(flipped.sum()),
-        **grad_errors(grad, logits64.grad, case.targets),
+        **grad_errors(grad, exact.dlogits, case.targets),
         "non-zeros in dead rows": non_zeros(grad[dead]),
         "bits that differ on repeat": differing(grad, ours()[2]),
     }
@@ -127,19 +131,19 @@ def _of_loss(case: Case) -> dict[str, float]:
 def _of_loss_on_policy(case: Case) -> dict[str, float]:
     """Measure with old log-probs that are bitwise the new ones, and with old_log_probs=None."""
     with torch.no_grad():
-        new = log_probs_from_logits(case.logits, case.targets)
-    exact = case.double()
-    logits64 = exact.logits.requires_grad_()
-    reference.policy_loss_from_logits(
-        logits64, exact.targets, None, exact.advantages, **exact.options()
-    )[0].backward()
+        new = log_probs_from_logits(case.logits, case.targets, **case.softmax())
+    exact = exact_loss(case, None, torch.ones(()))
     found = []
     for old in (new, None):
         logits = case.logits.clone().requires_grad_()
-        out = policy_loss_from_logits(logits, case.targets, old, case.advantages, **case.options())
+        out = policy_loss_from_logits(
+            logits, case.targets, old, case.advantages, **case.softmax(), **case.options()
+        )
         out.loss.backward()
         found.append(
-            on_policy_errors(out.stats) | grad_errors(logits.grad, logits64.grad, case.targets)
+            on_policy_errors(out.stats)
+            | statistic_errors(out.stats, exact.stats)
+            | grad_errors(logits.grad, exact.dlogits, case.targets)
         )
     return {q: largest(errors[q] for errors in found) for q in found[0]}
 

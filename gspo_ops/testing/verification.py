@@ -14,11 +14,13 @@ from .bounds import Measured
 from .cases import (
     FURTHER_OBJECTIVES,
     OBJECTIVES,
+    SETTINGS,
     Case,
     HeadTensors,
     make_case,
     synthetic_head,
     synthetic_logits,
+    with_lora,
 )
 from .hidden_ops import measure_from_hidden
 from .logits_ops import measure_from_logits
@@ -44,11 +46,12 @@ def verify(
         dtypes: dtypes of the logits, or of hidden states and weight.
         shapes: (B, T, V) of the synthetic logits.
         head_shapes: (B, T, H, V) of the synthetic hidden states and weights.
-        further: objectives checked on small synthetic inputs, besides the three on all inputs.
+        further: objectives checked on small synthetic inputs, besides the three on all inputs. A
+            temperature, a soft cap, a denominator and LoRA are checked on small inputs, too.
         logits, head, targets: (B, T, V), (B, T, H) and (V, H), and (B, T) of a real model, instead
             of synthetic ones.
-        quick: one case per dtype for each head, not each objective and layout, and no further
-            objectives.
+        quick: one case per dtype for each head, not each objective and layout, and no small
+            inputs.
         progress: called with one line per case.
 
     Returns:
@@ -67,18 +70,30 @@ def verify(
             shape = tuple(case.logits.shape)
             progress(f"{str(case.dtype)[6:]} {case.name} {shape} {'head' if case.head else ''}")
             measured += measure(case)
-    for case in _further_cases(device, dtypes, () if quick else further):
+    small = () if quick else _small_cases(device, dtypes, further)
+    for case in small:
         progress(f"{str(case.dtype)[6:]} {case.name} {'head' if case.head else ''}")
         measured += measure(case)
     return measured
 
 
-def _further_cases(
+def _small_cases(
     device: torch.device, dtypes: Sequence[torch.dtype], objectives: Sequence[Objective]
 ) -> Iterator[Case]:
-    """Yield small cases: logits in each dtype and layout, and hidden states in one of them."""
+    """Yield small cases of logits and of hidden states, with other settings and objectives.
+
+    Logits come in each dtype and layout, hidden states in each dtype with other settings.
+    """
     logits = synthetic_logits(9, 6, 65, device=device)
     head = synthetic_head(9, 6, 16, 65, device=device)
+    for i, (factor, options) in enumerate(SETTINGS):
+        for dtype in dtypes:
+            for packed in (False, True):
+                yield make_case((logits * factor).to(dtype), GSPO(), packed=packed, **options)
+            of_head = head.scaled(factor).to(dtype)
+            yield make_case(of_head, GSPO(), packed=i % 2 == 0, **options)
+    for dtype in dtypes:  # the update makes logits larger, the temperature smaller
+        yield make_case(with_lora(head, 4).to(dtype), GSPO(), packed=False, temperature=1.3)
     for i, objective in enumerate(objectives):
         for j, dtype in enumerate(dtypes):
             for packed in (False, True):
