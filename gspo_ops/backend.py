@@ -38,6 +38,17 @@ def has_bf16(device: torch.device) -> bool:
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def device_exists(name: str) -> bool:
+    """Return whether a name is that of the CPU or of a GPU that this machine has."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        return False
+    if device.type == "cuda":
+        return (device.index or 0) < torch.cuda.device_count()
+    return device.type == "cpu"
+
+
 def has_tma(device: torch.device, is_capped: bool) -> bool:
     """Return whether a GPU has TMA and enough shared memory, and this Triton can use it."""
     if device.type != "cuda" or torch.version.hip is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from . import __version__
+from .backend import device_exists
 from .environment import ISSUES, environment
 
 _EXAMPLES = """examples:
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument(
         "--device",
-        type=torch.device,
+        type=_device,
         default=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         help="where to run (default: %(default)s)",
     )
@@ -84,6 +85,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _device(name: str) -> torch.device:
+    if not device_exists(name):
+        raise argparse.ArgumentTypeError(
+            f"expected 'cpu' or a GPU of this machine, such as 'cuda:0', got {name!r}"
+        )
+    return torch.device(name)
+
+
 def _verify(device: torch.device, model: str | None) -> int:
     from . import testing
 
@@ -94,7 +103,12 @@ def _verify(device: torch.device, model: str | None) -> int:
         options["shapes"] = ((9, 3, 1000), (5, 2, 4097))
         options |= {"head_shapes": ((7, 2, 19, 1100),), "quick": True}
     if model is not None:
-        options |= _model_outputs(model)
+        try:
+            options |= _model_outputs(model)
+        except (ValueError, ImportError) as error:
+            why = str(error).removeprefix("model.name: ")
+            print(f"gspo-ops verify: error: --model: {why}", file=sys.stderr)
+            return 2
     path = "Triton's interpreter" if interpreted else "Triton" if device.type == "cuda" else "torch"
     print(f"{environment()}\nverifying on {device} ({path}) against float64")
 

@@ -255,6 +255,18 @@ def out_is_a_file(run):
     return error
 
 
+@accident("`out` has files but no run", goes_on=False)
+def other_files(run):
+    notes = run.out / "notes/precious.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("precious")
+    for more in ([], ["--resume"]):
+        status, error = run.train(*more)
+        assert status == 2
+        assert list(run.out.parent.rglob("*.*")) == [notes]
+    return error
+
+
 @accident("the directory of `out` is read-only", goes_on=False)
 def read_only(run):
     run.out.parent.chmod(0o555)

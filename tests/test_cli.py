@@ -37,6 +37,37 @@ def test_help_lists_every_command(capsys):
     assert "examples:" in text
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["sample", "run", "--problems", "0"], "--problems: expected at least 1, got 0"),
+        (["sample", "run", "--responses", "-1"], "--responses: expected at least 1, got -1"),
+        (["sample", "run", "--temperature", "-1"], "--temperature: expected 0 or a finite number"),
+        (["sample", "run", "--temperature", "nan"], "--temperature: expected 0 or a finite number"),
+        (["sample", "run", "--seed", "-1"], "--seed: expected an integer from 0 to below"),
+        (["sample", "run", "1 + 1 =", " "], "QUESTION: expected texts that are not empty, got"),
+        (["plot", "run", "--out", "x.txt"], "--out: expected a picture's name, such as runs.png"),
+        (["plot", "run", "--out", "both"], "--out: expected a picture's name, such as runs.png"),
+        (["verify", "--device", "abacus"], "--device: expected 'cpu' or a GPU of this machine"),
+        (["verify", "--device", "cuda:99"], "--device: expected 'cpu' or a GPU of this machine"),
+        (["verify", "--device", "meta"], "--device: expected 'cpu' or a GPU of this machine"),
+        (["verify", "--model", "no/such"], "--model: expected a local model directory"),
+    ],
+)
+def test_bad_arguments(arguments, says, capsys):
+    if {"plot", "--model"} & {*arguments}:
+        pytest.importorskip("transformers")
+        pytest.importorskip("matplotlib")
+    try:
+        status = cli.main(arguments)
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"gspo-ops {arguments[0]}: error: ")
+    assert says in error
+
+
 def next_line(capsys):
     """Return the last line that was printed, the only one that says what to do next."""
     lines = capsys.readouterr().out.splitlines()
@@ -108,3 +139,16 @@ def test_train_says_how_to_go_on_after_an_early_end(ended, monkeypatch, capsys):
     line = next_line(capsys)
     assert "the same command with --resume" in line
     assert ("learning_rate" in line) == isinstance(ended, Diverged)
+
+
+def test_sample_says_that_a_model_is_broken(monkeypatch, capsys):
+    loop = pytest.importorskip("gspo_ops.trainer.loop")
+
+    def answers(*_):
+        raise Diverged("logits are not finite")
+
+    model = SimpleNamespace(device="cpu")
+    sampler = SimpleNamespace(answers=answers, model=model)
+    monkeypatch.setattr(loop, "trained", lambda run: sampler)
+    assert cli.main(["sample", "run", "1 + 1 ="]) == 2
+    assert capsys.readouterr().err == "gspo-ops sample: error: logits are not finite\n"

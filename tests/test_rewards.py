@@ -158,7 +158,8 @@ def test_failed_rewards_of_all_processes_are_counted():
         ("reward_seconds=-1", "task.reward_seconds: expected 0 or a positive number, got -1"),
         ("reward_seconds=inf", "task.reward_seconds: expected 0 or a positive number, got inf"),
         ("reward_workers=0", "task.reward_workers: expected at least 1, got 0"),
-        ("failed_reward=nan", "task.failed_reward: expected a finite number, got nan"),
+        ("failed_reward=nan", "task.failed_reward: expected a finite float32 number, got nan"),
+        ("failed_reward=1e300", "task.failed_reward: expected a finite float32 number, got 1e"),
     ],
 )
 def test_settings(setting, message):

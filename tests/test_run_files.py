@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib")
 from gspo_ops.trainer import checkpoint
 from gspo_ops.trainer.config import load_config
 from gspo_ops.trainer.files import Lock, numbers_of, to_json, write, writing
-from gspo_ops.trainer.progress import CannotWrite
+from gspo_ops.trainer.progress import CannotWrite, stop_signals
 from gspo_ops.trainer.ranks import Ranks
 from gspo_ops.trainer.report import RunFiles, Summary, plot, read_metrics
 
@@ -221,7 +221,7 @@ def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(type(path), "write_text", full)
-        with pytest.raises(CannotWrite, match=r"^can't write .*a\.json: No space left on device\."):
+        with pytest.raises(CannotWrite, match=r"^can't write .*a\.json: No space left on device$"):
             write(path, "new")
     assert path.read_text() == "old"
     with pytest.raises(ZeroDivisionError), writing(path):
@@ -253,11 +253,51 @@ def test_a_lock(forked, tmp_path):
     holder.wait()
     with Lock(out) as lock:
         (out / "some").touch()
+        with pytest.raises(ValueError, match=r"^out: .* has files, but none of a run \(met"):
+            lock.move_aside()
+        (out / "metrics.jsonl").touch()
         assert lock.move_aside() == tmp_path / "new" / "run-1"
         assert names(out) == ["lock"]
         assert lock.move_aside() is None
         assert forked(code + "Lock(Path(out))").wait()[0] == 1
-    assert names(tmp_path / "new" / "run-1") == ["some"]
+    assert names(tmp_path / "new" / "run-1") == ["metrics.jsonl", "some"]
+
+
+def test_what_a_run_leaves_at_any_instant_is_that_of_a_run(tmp_path, monkeypatch):
+    """A run that is killed while it creates its files can be started again."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, Lock(out):
+        patch.setattr("gspo_ops.trainer.report.write", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            RunFiles.create(load_config(None, [f"out={out}"]))
+    with Lock(out) as lock:
+        assert lock.move_aside() == tmp_path / "run-1"
+
+
+SIGNALS = signal.SIGINT, signal.SIGTERM
+
+
+@pytest.mark.parametrize("second", SIGNALS)
+@pytest.mark.parametrize("first", SIGNALS)
+def test_a_second_signal_of_either_kind_ends_the_process(first, second):
+    def end(*_):
+        raise KeyboardInterrupt
+
+    before = [signal.signal(number, end) for number in SIGNALS]
+    try:
+        with stop_signals(twice=True) as stopped:
+            signal.raise_signal(first)
+            assert stopped()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(second)
+        with stop_signals(twice=False) as stopped:
+            for number in (first, second):
+                signal.raise_signal(number)
+            assert stopped()
+        assert all(signal.getsignal(number) is end for number in SIGNALS)
+    finally:
+        for number, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(number, handler)
 
 
 def test_a_lock_where_nothing_can_be_written(tmp_path):

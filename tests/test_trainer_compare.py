@@ -233,6 +233,27 @@ def test_a_change_of_kernels_or_trainer_repeats_runs_and_one_of_the_report_does_
     assert not files & {"trainer/compare_report.py", "benchmarks/bench.py"}
 
 
+def test_other_libraries_or_models_repeat_runs(tmp_path, monkeypatch):
+    def key(model="a"):
+        found = []
+        with monkeypatch.context() as patch:
+            patch.setattr(compare, "_done", lambda file, key: found.append(key) or {})
+            with compare._Runner(tmp_path, [], 1, {SMALL.model: model}) as runner:
+                runner.expect([Run(SMALL, "GSPO", 1e-3, 0)])
+                runner.do([Run(SMALL, "GSPO", 1e-3, 0)])
+        return found[0]
+
+    keys = {key(), key("b")}
+    assert key() in keys
+    for name in ("torch", "transformers"):
+        with monkeypatch.context() as patch:
+            version = compare.importlib.metadata.version
+            other = lambda x, name=name: "0" if x == name else version(x)  # noqa: E731
+            patch.setattr(compare.importlib.metadata, "version", other)
+            keys.add(key())
+    assert len(keys) == 4
+
+
 @pytest.fixture
 def untaught(tmp_path, monkeypatch):
     """Make a cache with a model without a warm-up, and a reward in which its answers differ."""
@@ -350,6 +371,7 @@ def test_a_run_that_diverges_has_lost_everything(untaught, monkeypatch):
     [
         (["--seeds", "1", "1"], "--seeds: expected at least two"),
         (["--seeds", "1", "100"], "--seeds: (100, 101) are reserved"),
+        (["--seeds", "1", "-1"], "--seeds: expected each to be an integer from 0 to below"),
         (["--jobs", "0"], "--jobs: expected at least 1"),
         (["update.learning_rate=1e-4"], "update.learning_rate: can't be overridden"),
         (["objective.name=grpo"], "objective.name: can't be overridden"),
@@ -364,6 +386,13 @@ def test_bad_arguments(arguments, says, capsys, monkeypatch):
     monkeypatch.setattr(compare, "compare", lambda *_: pytest.fail("it began"))
     assert compare.main(arguments) == 2
     assert says in capsys.readouterr().err
+
+
+def test_an_out_that_can_not_be_written_to(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert compare.main(["--out", str(tmp_path / "file" / "x")]) == 2
+    message = f"error: --out: can't write {tmp_path}/file/x: Not a directory"
+    assert message in capsys.readouterr().err
 
 
 def test_only_some_cells(monkeypatch, tmp_path, capsys):

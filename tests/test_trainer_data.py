@@ -1,6 +1,10 @@
 """The trainer's problems: what a file may contain, and that nothing held out is trained on."""
 
 import json
+import os
+import sys
+from dataclasses import replace
+from functools import partial
 
 import pytest
 from hypothesis import example, given, settings
@@ -134,6 +138,28 @@ def test_chat_messages(tmp_path):
     assert problem.messages == tuple(chats[int(problem.answer)])
 
 
+def test_a_text_among_chats_is_an_example_with_its_question(tmp_path):
+    chats = [[{"role": "user", "content": f"{i}?"}] for i in range(8)]
+    entries = [{"prompt": c, "answer": i} for i, c in enumerate(chats)]
+    path = write(tmp_path / "p.jsonl", [{"prompt": "a text?", "answer": "yes"}, *entries])
+    task = task_of(path, examples=1, chat=True)
+    text = Problem("a text?", "yes")
+    problem = next(problem for problem in task.train if problem.messages)
+    assert replace(task, examples=(text,)).chat(problem) == [
+        {"role": "user", "content": "a text?"}, {"role": "assistant", "content": "yes"},
+        *problem.messages,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", [" 8", "8\n", "a\nb", ["8", "a\nb"], ""])
+def test_an_answer_that_is_never_found_is_refused(tmp_path, answer):
+    path = write(tmp_path / "p.jsonl", [*plain(7), {"prompt": "x", "answer": answer}])
+    message = r"^task\.reward: 'exact' .* never finds .*, as to 'x': expected 'score' or a"
+    with pytest.raises(ValueError, match=message):
+        task_of(path)
+    assert task_of(path, reward="builtins:len").reward is len  # which may find it
+
+
 def test_a_fingerprint_is_of_all_that_matters(tmp_path):
     path = tmp_path / "p.jsonl"
     first = task_of(write(path, plain())).fingerprint()
@@ -145,6 +171,42 @@ def test_a_fingerprint_is_of_all_that_matters(tmp_path):
     more = [*plain(), {"prompt": "say 1", "answer": "one"}]
     assert task_of(write(path, more)).fingerprint() != first
     assert reward_fingerprint(is_correct) != reward_fingerprint(test_chat_messages)
+
+
+class Score:
+    def __call__(self, response, problem, scale=1):
+        return scale * len(response)
+
+    def of(self, response, problem):
+        return 0.0
+
+
+@pytest.mark.parametrize(
+    "make", [Score, lambda: Score().of, lambda: partial(Score(), scale=2), lambda: partial(
+        is_correct, Score())],
+)  # fmt: skip
+def test_a_fingerprint_is_not_of_addresses(make):
+    one, other = make(), make()
+    assert reward_fingerprint(one) == reward_fingerprint(other) != reward_fingerprint(len)
+
+
+def test_a_fingerprint_is_of_arguments():
+    found = {reward_fingerprint(partial(Score(), scale=scale)) for scale in (1, 2, "1")}
+    assert len(found) == 3
+
+
+def test_a_reward_in_the_working_directory(tmp_path, monkeypatch):
+    """A console script has its own folder on the path, not the working directory."""
+    path = [folder for folder in sys.path if folder not in ("", os.getcwd())]
+    monkeypatch.setattr(sys, "path", path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "score_of_here.py").write_text("def score(r, p):\n    return 0.5\n")
+    (tmp_path / "broken_of_here.py").write_text("1 / 0")
+    task = task_of("sums", reward="score_of_here:score")
+    assert task.reward("", task.train[0]) == 0.5
+    message = rf"^task\.reward: can't import 'broken.* with {tmp_path} and .*: ZeroDivisionError: "
+    with pytest.raises(ValueError, match=message):
+        task_of("sums", reward="broken_of_here:score")
 
 
 # Recurrences

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 
 import pytest
@@ -19,7 +20,7 @@ pytest.importorskip("matplotlib")
 from gspo_ops.trainer import checkpoint
 from gspo_ops.trainer.loop import Trainer
 from gspo_ops.trainer.model import load_model
-from gspo_ops.trainer.progress import Diverged
+from gspo_ops.trainer.progress import CannotWrite, Diverged
 from gspo_ops.trainer.ranks import Ranks
 from gspo_ops.trainer.report import read_metrics
 from gspo_ops.trainer.rollout import append_turn, concatenate, real_tokens
@@ -119,6 +120,38 @@ class TestCheckpoint:
         assert torch.equal(other[0].weight, model[0].weight)
         assert not optimizer.state
 
+    def test_a_parameter_that_a_gradient_reaches_late(self, tmp_path):
+        """A saved run and a resumed one go on to the bits of one that was never saved."""
+
+        def start():
+            torch.manual_seed(0)
+            model, _ = tied_model()
+            model.late = torch.nn.Parameter(torch.ones(3))
+            return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+
+        def step(model, optimizer, *, late):
+            optimizer.zero_grad()
+            loss = model(torch.ones(2, 9)).square().sum()
+            (loss + model.late.square().sum() if late else loss).backward()
+            optimizer.step()
+
+        never, saved, resumed = start(), start(), start()
+        for of in (never, saved):
+            step(*of, late=False)
+        checkpoint.save(tmp_path, 1, {}, *saved, ALONE, keep=1)
+        checkpoint.load_weights(tmp_path / "step-000001", *resumed, ALONE)
+        for of in (never, saved, resumed):
+            step(*of, late=True)
+        expected, _ = never
+        for model, _ in (saved, resumed):
+            assert all(map(torch.equal, model.parameters(), expected.parameters()))
+
+    def test_one_of_another_model_is_refused(self, tmp_path, saved):
+        model, optimizer = tied_model()
+        model.more = torch.nn.Parameter(torch.ones(3))
+        with pytest.raises(ValueError, match=r"^out: can't load .*step-000005: .*more"):
+            checkpoint.load_weights(tmp_path / "step-000005", model, optimizer, ALONE)
+
     @pytest.mark.parametrize("damage", ["cut", "bit", "gone"])
     @pytest.mark.parametrize("name", ["state.pt", "weights/.metadata", "weights/__0_0.distcp"])
     def test_a_damaged_one_is_passed_over(self, tmp_path, saved, damage, name):
@@ -197,6 +230,46 @@ def test_resumed_with_another_learning_rate(make, tmp_path):
     assert trainer.step()["grad_norm"] > 0
     for p, q in zip(before, trainer.model.parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=1e-11, rtol=0)
+
+
+def test_resumed_with_another_evaluation(make, tmp_path):
+    """Accuracies before and after training are of the same settings, and the run is the same."""
+    make("steps=2").run()
+    whole = (tmp_path / "run").rename(tmp_path / "whole")
+    make("steps=1", "evaluation.samples=1", "evaluation.temperature=0").run()
+    make("steps=2", "evaluation.pass_at=4").run(resume=True)
+    runs = tmp_path / "run", whole
+    found, expected = (json.loads((run / "summary.json").read_text()) for run in runs)
+    assert found["pass_at"] == 4
+    assert found["before"] == expected["before"]
+    assert found["gain_se"] == expected["gain_se"]
+    assert rows_of(runs[0]) == rows_of(runs[1])
+
+
+def test_resumed_on_a_machine_without_the_device(make, tmp_path, monkeypatch):
+    make("steps=1").run()
+    load = checkpoint.load_state
+
+    def of_another_machine(path):
+        step, state = load(path)
+        return step, state | {"config": state["config"] | {"device": "cuda:99"}}
+
+    monkeypatch.setattr(checkpoint, "load_state", of_another_machine)
+    make("steps=2").run(resume=True)
+    file = tmp_path / "run/config.json"
+    file.write_text(file.read_text().replace('"device": "cpu"', '"device": "cuda:99"'))
+    assert COMMANDS["sample"]([str(tmp_path / "run"), "3 + 4 ="]) == 0
+
+
+def test_the_model_is_saved_before_the_plot_is_drawn(make, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise CannotWrite("full")
+
+    monkeypatch.setattr("gspo_ops.trainer.loop.plot", full)
+    with pytest.raises(CannotWrite):
+        make("steps=1").run()
+    assert (tmp_path / "run/model").is_dir()
+    assert (tmp_path / "run/summary.json").is_file()
 
 
 def test_an_old_run_is_moved_aside(make, tmp_path):
@@ -560,7 +633,7 @@ def test_a_checkpoint_of_an_earlier_version_is_refused(make, monkeypatch):
 
 
 class TestWhatSettingsName:
-    """The things that settings name: a run is not continued once one of them has changed."""
+    """A run is not continued once what a setting names has changed, except for the reward."""
 
     def resume(self, make, *more):
         make(*more, "steps=2").run(resume=True)
@@ -576,11 +649,20 @@ class TestWhatSettingsName:
         path.write_text("\n".join(lines))
         self.resume(make, f"task.name={path}")
 
-    def test_the_reward(self, make, reward_module):
-        make("steps=1").run()
-        file = reward_module / "first_letter.py"
-        file.write_text(file.read_text() + "\n# changed\n")
-        with pytest.raises(ValueError, match=r"task\.reward: what 'first_letter:score' names"):
+    def test_the_reward(self, make, tmp_path, monkeypatch, capsys):
+        """A corrected function is taken, with a notice, for accuracy before training, too."""
+        monkeypatch.syspath_prepend(str(tmp_path))
+        ask = "task.reward=corrected:score"
+        notice = "task.reward: 'corrected:score' has changed; the run goes on with the new func"
+        before = []
+        for steps, factor in (("steps=1", "1"), ("steps=2", "2.0"), ("steps=3", "2.0")):
+            code = f"def score(r, p):\n    return {factor} * len(r.strip())\n"
+            (tmp_path / "corrected.py").write_text(code)
+            sys.modules.pop("corrected", None)
+            before.append(make(ask, steps).run(resume=steps != "steps=1").before)
+            assert (notice in capsys.readouterr().out) == (steps == "steps=2")
+        assert before[1] == before[2] == 2 * before[0] > 0
+        with pytest.raises(ValueError, match=r"^task\.reward: the run .* --resume can't change"):
             self.resume(make)
 
     def test_the_model(self, make, directory):
@@ -641,6 +723,8 @@ def test_several_runs_in_one_picture(make, tmp_path, capsys):
     picture = tmp_path / "new" / "both.png"
     assert COMMANDS["plot"]([*runs, "--out", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert COMMANDS["plot"]([*runs, "--out", str(picture / "x.png")]) == 2
+    assert f"error: --out: can't write {picture}/x.png: " in capsys.readouterr().err
     assert COMMANDS["plot"]([str(tmp_path)]) == 2
     assert "no run in" in capsys.readouterr().err
 

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -28,9 +29,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.optim import Optimizer
+from torch.optim import AdamW
 
-from .files import writing
+from .files import reason, writing
 from .progress import CannotWrite
 from .ranks import Ranks
 
@@ -47,7 +48,7 @@ def save(
     step: int,
     state: dict[str, Any],
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: AdamW,
     ranks: Ranks,
     *,
     keep: int,
@@ -82,7 +83,7 @@ def save(
             for path in sorted(partial.rglob("*"))
             if path.is_file()
         }
-        manifest = {"step": step, "optimizer": bool(optimizer.state), "files": files}
+        manifest = {"step": step, "optimizer": has_optimizer, "files": files}
         _write(partial / _MANIFEST, lambda file: file.write(json.dumps(manifest).encode()))
         _flush(partial / _WEIGHTS)
         _flush(partial)
@@ -96,8 +97,10 @@ def save(
             if path not in kept:
                 shutil.rmtree(path)
 
-    # An optimizer that has not taken a step has nothing to save.
-    tensors = _tensors(model, optimizer, bool(optimizer.state))
+    has_optimizer = bool(optimizer.state)  # one that has not taken a step has nothing to save
+    if has_optimizer:
+        _complete(optimizer)
+    tensors = _tensors(model, optimizer, has_optimizer)
     try:
         with writing(final), _alone(ranks) as no_dist:
             ranks.on_first(begin)
@@ -125,18 +128,41 @@ def load_state(path: Path) -> tuple[int, dict[str, Any]]:
     return _manifest(path)["step"], state
 
 
-def load_weights(path: Path, model: nn.Module, optimizer: Optimizer, ranks: Ranks) -> None:
-    """Load a model and its optimizer in place; each process loads its shard."""
+def load_weights(path: Path, model: nn.Module, optimizer: AdamW, ranks: Ranks) -> None:
+    """Load a model and its optimizer in place; each process loads its shard.
+
+    Raises:
+        ValueError: the checkpoint does not fit the model, or can't be read.
+    """
     has_optimizer = _manifest(path)["optimizer"]
     tensors = _tensors(model, optimizer, has_optimizer)
-    with _alone(ranks) as no_dist:
-        dcp.load(tensors, checkpoint_id=path / _WEIGHTS, no_dist=no_dist)
+    try:
+        with _alone(ranks) as no_dist:
+            dcp.load(tensors, checkpoint_id=path / _WEIGHTS, no_dist=no_dist)
+    except CheckpointException as error:
+        raise ValueError(f"out: can't load {path}: {reason(error)}") from error
     set_model_state_dict(model, tensors["model"], options=_OPTIONS)
     if has_optimizer:
         set_optimizer_state_dict(model, optimizer, tensors["optimizer"], options=_OPTIONS)
 
 
-def _tensors(model: nn.Module, optimizer: Optimizer, has_optimizer: bool) -> dict[str, Any]:
+def _complete(optimizer: AdamW) -> None:
+    """Give parameters that no gradient has reached the state with which AdamW begins.
+
+    For loading, torch expects a state of every parameter.
+    """
+    known = next(iter(optimizer.state.values()))
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter not in optimizer.state:
+                optimizer.state[parameter] = {
+                    "step": torch.zeros_like(known["step"]),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def _tensors(model: nn.Module, optimizer: AdamW, has_optimizer: bool) -> dict[str, Any]:
     tensors: dict[str, Any] = {"model": get_model_state_dict(model, options=_OPTIONS)}
     if has_optimizer:
         tensors["optimizer"] = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)

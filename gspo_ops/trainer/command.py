@@ -9,7 +9,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .config import TrainConfig, load_config, presets
+from .config import (
+    SEED_RANGE,
+    TEMPERATURE_RANGE,
+    TrainConfig,
+    is_seed,
+    is_temperature,
+    load_config,
+    presets,
+)
 from .progress import CannotWrite, Diverged, Interrupted
 
 _REQUIRED = ("transformers", "reasoning_gym", "tqdm", "matplotlib")
@@ -27,6 +35,7 @@ _SAMPLE_EXAMPLES = """examples:
   gspo-ops sample runs/train                          its answers to held-out problems
   gspo-ops sample runs/train "3 + 4 =" --responses 4
 """
+_INTACT = ". Earlier checkpoints are intact: --resume continues from the last one"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -54,10 +63,10 @@ def main(argv: Sequence[str]) -> int:
         trainer = Trainer.of(config)
         summary = trainer.run(resume=args.resume)
     except (ValueError, ImportError) as error:
-        print(f"gspo-ops train: error: {error}", file=sys.stderr)
-        return 2
+        return _refuse("train", error)
     except (Interrupted, Diverged, CannotWrite) as ended:
-        print(f"gspo-ops train: {ended}", file=sys.stderr)
+        intact = _INTACT if isinstance(ended, CannotWrite) else ""
+        print(f"gspo-ops train: {ended}{intact}", file=sys.stderr)
         lower = " and a lower update.learning_rate" if isinstance(ended, Diverged) else ""
         print(f"next: the same command with --resume{lower}")
         return 130 if isinstance(ended, Interrupted) else 1
@@ -108,16 +117,21 @@ def plot_main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     try:
         _require_packages()
+        from matplotlib.backend_bases import FigureCanvasBase
+
         from .report import plot, read_metrics
 
+        if args.out.suffix[1:].lower() not in FigureCanvasBase.filetypes:
+            raise ValueError(f"--out: expected a picture's name, such as runs.png, got {args.out}")
         names = [run.name for run in args.runs]
         if len(set(names)) < len(names):
             names = [str(run) for run in args.runs]
         runs = {name: read_metrics(run) for name, run in zip(names, args.runs, strict=True)}
+        plot(runs, args.out)
     except (ValueError, ImportError) as error:
-        print(f"gspo-ops plot: error: {error}", file=sys.stderr)
-        return 2
-    plot(runs, args.out)
+        return _refuse("plot", error)
+    except CannotWrite as error:
+        return _refuse("plot", f"--out: {error}")
     print(args.out)
     return 0
 
@@ -140,6 +154,7 @@ def sample_main(argv: Sequence[str]) -> int:
     add("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
     args = parser.parse_intermixed_args(argv)
     try:
+        _check_sample(args)
         _require_packages()
         import torch
 
@@ -147,19 +162,37 @@ def sample_main(argv: Sequence[str]) -> int:
         from .tasks import Problem
 
         sampler = trained(args.run)
-    except (ValueError, ImportError) as error:
-        print(f"gspo-ops sample: error: {error}", file=sys.stderr)
-        return 2
-    problems = [Problem(question, "") for question in args.questions]
-    problems = problems or list(sampler.task.held_out[: args.problems])
-    generator = torch.Generator(sampler.model.device).manual_seed(args.seed)
-    answers = sampler.answers(problems, args.responses, generator, args.temperature)
+        problems = [Problem(question, "") for question in args.questions]
+        problems = problems or list(sampler.task.held_out[: args.problems])
+        generator = torch.Generator(sampler.model.device).manual_seed(args.seed)
+        answers = sampler.answers(problems, args.responses, generator, args.temperature)
+    except (ValueError, ImportError, Diverged) as error:
+        return _refuse("sample", error)
     for problem, texts in zip(problems, answers, strict=True):
         expected = f"   (expected: {' or '.join(problem.answers)})" if problem.answer else ""
         print(f"{problem.question}{expected}")
         for text in texts:
             print(f"    {text.strip()!r}")
     return 0
+
+
+def _check_sample(args: argparse.Namespace) -> None:
+    for name in ("problems", "responses"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    if args.temperature and not is_temperature(args.temperature):
+        expected = f"expected 0 or {TEMPERATURE_RANGE}"
+        raise ValueError(f"--temperature: {expected}, got {args.temperature}")
+    if not is_seed(args.seed):
+        raise ValueError(f"--seed: expected {SEED_RANGE}, got {args.seed}")
+    if not all(question.strip() for question in args.questions):
+        raise ValueError(f"QUESTION: expected texts that are not empty, got {args.questions}")
+
+
+def _refuse(command: str, why: object) -> int:
+    """Print why a command is refused; return its exit status."""
+    print(f"gspo-ops {command}: error: {why}", file=sys.stderr)
+    return 2
 
 
 def _require_packages() -> None:

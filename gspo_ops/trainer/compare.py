@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.metadata
 import json
 import math
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +27,8 @@ from threading import Thread
 from typing import Any
 
 from .compare_cells import MAP, RATES, SEEDS, SUBSET, TUNING_SEEDS, Cell, Run
-from .config import load_config, to_tables
+from .config import SEED_RANGE, is_seed, load_config, to_tables
+from .progress import CannotWrite
 
 _EXAMPLES = """examples:
   gspo-ops compare                           one cell, about ten minutes on two cores
@@ -62,8 +64,9 @@ def main(argv: Sequence[str]) -> int:
         _check(args, cells)
         compare(cells, args.override, sorted(set(args.seeds)), sorted(set(args.rates)), args.out,
                 args.jobs)  # fmt: skip
-    except (ValueError, ImportError) as error:
-        print(f"gspo-ops compare: error: {error}", file=sys.stderr)
+    except (ValueError, ImportError, CannotWrite) as error:
+        out = "--out: " if isinstance(error, CannotWrite) else ""
+        print(f"gspo-ops compare: error: {out}{error}", file=sys.stderr)
         return 2
     print((args.out / "report.md").read_text())
     return 0
@@ -81,6 +84,8 @@ def _cells(whole: bool, only: Sequence[str]) -> Sequence[Cell]:
 def _check(args: argparse.Namespace, cells: Sequence[Cell]) -> None:
     if len(set(args.seeds)) < 2:
         raise ValueError("--seeds: expected at least two different seeds, for a standard error")
+    if not all(map(is_seed, args.seeds)):
+        raise ValueError(f"--seeds: expected each to be {SEED_RANGE}, got {args.seeds}")
     if set(args.seeds) & set(TUNING_SEEDS):
         raise ValueError(f"--seeds: {TUNING_SEEDS} are reserved for tuning the learning rates")
     if args.jobs < 1:
@@ -116,7 +121,8 @@ def compare(
         overrides: `key=value` overrides of the preset.
         seeds: seeds of the final runs of each arm.
         rates: learning rates that the tuning seeds try.
-        out: output directory; runs that the same code finished there are not repeated.
+        out: output directory; runs that the same code finished there with the same libraries and
+            models are not repeated.
         jobs: number of parallel runs.
 
     Returns:
@@ -124,15 +130,19 @@ def compare(
     """
     from ..environment import provenance
     from . import compare_plot, compare_report
-    from .files import to_json, write
-    from .model import load_model
+    from .files import to_json, write, writing
+    from .model import fingerprint, load_model
 
-    for model in dict.fromkeys(cell.model for cell in cells):
-        load_model(model)  # makes the model once, before the parallel runs load it
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    models = {  # each is made once, before the parallel runs load it
+        name: fingerprint(load_model(name)[0])
+        for name in dict.fromkeys(cell.model for cell in cells)
+    }
     arms = [(cell, arm) for cell in cells for arm in cell.arms]
     tuning = [Run(*arm, rate, seed) for arm in arms for rate in rates for seed in TUNING_SEEDS]
     final: list[Run] = []
-    with _Runner(out, overrides, jobs) as runner:
+    with _Runner(out, overrides, jobs, models) as runner:
         runner.expect(tuning + [Run(*arm, 0.0, seed) for arm in arms for seed in seeds])
         found = runner.do(tuning)
         for cell, arm in arms:
@@ -156,10 +166,12 @@ def compare(
 class _Runner:
     """Executes runs in processes of one thread each, with one progress bar."""
 
-    def __init__(self, out: Path, overrides: Sequence[str], jobs: int) -> None:
+    def __init__(
+        self, out: Path, overrides: Sequence[str], jobs: int, models: Mapping[str, str]
+    ) -> None:
         from tqdm import tqdm
 
-        self._out, self._overrides = out, list(overrides)
+        self._out, self._overrides, self._models = out, list(overrides), models
         spawn = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(jobs, spawn, initializer=_start_worker)
         # in tokens: the duration of a run is roughly proportional to the length of its answers
@@ -179,7 +191,9 @@ class _Runner:
     def do(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
         """Return the results of runs, in their order; those of finished runs come from files."""
         code = code_fingerprint()
-        keys = {run: _key(run, self._overrides, code) for run in runs}
+        keys = {
+            run: _key(run, self._overrides, code + self._models[run.cell.model]) for run in runs
+        }
         done = {run: x for run in runs if (x := _done(run.file(self._out), keys[run])) is not None}
         self._bar.total -= sum(map(_cost, done))
         longest_first = sorted((run for run in runs if run not in done), key=_cost, reverse=True)
@@ -224,8 +238,10 @@ def code_files() -> set[Path]:
 
 
 def code_fingerprint() -> str:
-    """Hash these files and their names."""
+    """Hash these files and their names, and the versions of the libraries that compute."""
     digest = hashlib.sha256()
+    for name in ("torch", "transformers", "reasoning-gym"):
+        digest.update(f"{name} {importlib.metadata.version(name)}".encode())
     for path in sorted(code_files()):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
@@ -250,7 +266,6 @@ def _run(run: Run, overrides: Sequence[str], out: Path, key: str) -> dict[str, A
 
     found = train(run, overrides)
     file = run.file(out)
-    file.parent.mkdir(parents=True, exist_ok=True)
     write(file, to_json({"key": key, "run": found}))
     return json.loads(file.read_text())["run"]  # like the result of a finished run
 

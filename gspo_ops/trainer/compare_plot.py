@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .compare_report import Results, common_rate, mean_and_error
+from .files import writing
 
 _COLORS = {"GSPO": "C3", "GSPO-token": "C1", "GRPO": "C0", "GRPO, Routing Replay": "C2"}
 
@@ -29,8 +30,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
     axes[0, len(kinds) - 1].legend(frameon=False, fontsize=8)  # experts have one arm more
     _curves(results, axes[0, -1])
     _clipped(results, axes[1, -1])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with writing(path):
+        figure.savefig(path, dpi=110)
 
 
 def _order(cell: dict[str, Any]) -> tuple[int, bool, int, int]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import os
+import re
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -17,7 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 
 from .. import CISPO, GMPO, GRPO, GSPO, SAPO, GSPOToken, Objective
-from ..backend import has_bf16
+from ..backend import device_exists, has_bf16
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,6 +32,19 @@ OBJECTIVES: dict[str, type[Objective]] = {
 }  # fmt: skip
 
 _ADVANTAGE_PER_SEQUENCE = ("gspo", "gmpo")
+LARGEST_REWARD = torch.finfo(torch.float32).max
+SEED_RANGE = "an integer from 0 to below 2**63"
+TEMPERATURE_RANGE = "a finite number of at least 1e-6"
+
+
+def is_seed(x: int) -> bool:
+    """Return whether every generator of random numbers takes it."""
+    return 0 <= x < 2**63
+
+
+def is_temperature(x: float) -> bool:
+    """Return whether logits divided by it are more than the rounding errors of float32."""
+    return 1e-6 <= x < math.inf
 
 
 class _Section:
@@ -46,6 +61,11 @@ class _Section:
     def _positive(self, *names: str) -> None:
         for name in names:
             self._require(name, 0 < getattr(self, name) < math.inf, "a positive number")
+
+    def _not_negative(self, *names: str) -> None:
+        for name in names:
+            holds = 0 <= getattr(self, name) < math.inf
+            self._require(name, holds, "0 or a positive number")
 
 
 @dataclass(frozen=True)
@@ -77,9 +97,10 @@ class TaskConfig(_Section):
             or a list of chat messages; an answer is a text, a number or a list of all accepted
             answers.
         options: options of the reasoning-gym dataset, or `digits` of `recurrence`.
-        reward: `"exact"`, which compares the answer character by character; `"score"`, which is
-            reasoning-gym's own check; or `"package.module:function"`, which is called with
-            (response, problem) and returns a finite number.
+        reward: `"exact"`, which compares the first line of a response, without white space around
+            it, with the answers, character by character; `"score"`, which is reasoning-gym's own
+            check; or `"package.module:function"`, imported also from the working directory, which
+            is called with (response, problem) and returns a finite number.
         reward_seconds: time limit for one reward; 0 for no limit. Code that never releases
             Python's interpreter lock can't be interrupted.
         reward_workers: number of rewards computed at once, in threads.
@@ -111,13 +132,16 @@ class TaskConfig(_Section):
         self._at_least(1, "train_size", "reward_workers")
         self._at_least(2, "eval_size")
         self._require(
-            "reward", self.reward in ("exact", "score") or self.reward.count(":") == 1,
+            "reward", re.fullmatch(r"exact|score|[\w-]+(\.[\w-]+)*:\w+", self.reward) is not None,
             "'exact', 'score' or 'package.module:function'",
         )  # fmt: skip
         self._require(
-            "reward_seconds", 0 <= self.reward_seconds < math.inf, "0 or a positive number"
-        )
-        self._require("failed_reward", math.isfinite(self.failed_reward or 0), "a finite number")
+            "options", _is_json(self.options),
+            "texts, finite numbers, truth values, and lists and tables of these",
+        )  # fmt: skip
+        self._not_negative("reward_seconds")
+        holds = abs(self.failed_reward or 0) <= LARGEST_REWARD
+        self._require("failed_reward", holds, "a finite float32 number")
 
 
 @dataclass(frozen=True)
@@ -186,7 +210,7 @@ class RolloutConfig(_Section):
         self._at_least(1, "prompts", "max_new_tokens")
         self._at_least(2, "group_size")
         self._at_least(0, "refill")
-        self._positive("temperature")
+        self._require("temperature", is_temperature(self.temperature), TEMPERATURE_RANGE)
 
 
 @dataclass(frozen=True)
@@ -246,7 +270,8 @@ class UpdateConfig(_Section):
 
     def __post_init__(self) -> None:
         self._at_least(1, "mini_batches", "epochs", "max_bad_updates")
-        self._at_least(0, "warmup_steps", "micro_batch", "weight_decay")
+        self._at_least(0, "warmup_steps", "micro_batch")
+        self._not_negative("weight_decay", "rollout_weight_cap")
         self._positive("learning_rate", "max_grad_norm")
         for name in ("beta1", "beta2"):
             self._require(name, 0 <= getattr(self, name) < 1, "a number from 0 to below 1")
@@ -254,9 +279,6 @@ class UpdateConfig(_Section):
             "gradient_checkpointing", not (self.gradient_checkpointing and self.routing_replay),
             "false with routing_replay, which records each layer once",
         )  # fmt: skip
-        self._require(
-            "rollout_weight_cap", 0 <= self.rollout_weight_cap < math.inf, "0 or a positive number"
-        )
         if self.old_log_probs == "rollout":
             self._require(
                 "rollout_weight_cap", self.rollout_weight_cap == 0,
@@ -289,9 +311,10 @@ class EvaluationConfig(_Section):
 
     def __post_init__(self) -> None:
         self._at_least(1, "samples")
-        self._at_least(0, "every", "pass_at", "target")
-        if self.temperature is not None:
-            self._at_least(0, "temperature")
+        self._at_least(0, "every", "pass_at")
+        self._not_negative("target")
+        holds = not self.temperature or is_temperature(self.temperature)
+        self._require("temperature", holds, f"0 or {TEMPERATURE_RANGE}")
         self._require("pass_at", self.pass_at <= self.samples, f"at most samples={self.samples}")
         self._require("target", self.every > 0 or not self.target, "0 without evaluation.every")
 
@@ -345,7 +368,7 @@ class TrainConfig(_Section):
         steps: number of rollout batches.
         time_limit: seconds of training after which no further step starts.
         seed: seed of the problems, their order and the sampling.
-        device: a torch device, or `"auto"`: the GPU if there is one.
+        device: `"cpu"`, a GPU such as `"cuda:1"`, or `"auto"`: the GPU if there is one.
         dtype: dtype of training: `"bfloat16"` (autocast over fp32 weights, with the head in fp32),
             `"float32"`, or `"auto"`: bfloat16 where the device has instructions for it.
         model, task, objective, rollout, update, evaluation, checkpoint, logging: tables.
@@ -371,9 +394,12 @@ class TrainConfig(_Section):
 
     def __post_init__(self) -> None:
         self._at_least(1, "steps")
-        self._at_least(0, "seed")
+        self._require("seed", is_seed(self.seed), SEED_RANGE)
         self._require("time_limit", self.time_limit > 0, "a positive number")
-        self._require("device", self._device_exists(), "'auto' or a torch device of this machine")
+        self._require(
+            "device", device_exists(self._device_name),
+            "'auto', 'cpu' or a GPU of this machine, such as 'cuda:0'",
+        )  # fmt: skip
         prompts, parts = self.rollout.prompts, self.update.mini_batches
         if prompts % parts:
             raise ValueError(
@@ -401,20 +427,18 @@ class TrainConfig(_Section):
         if self.task.name == "two_step" and self.task.chat:
             raise ValueError("task.chat: expected false for task.name='two_step', got True")
 
-    def _device_exists(self) -> bool:
-        try:
-            return self.torch_device().type != "cuda" or torch.cuda.is_available()
-        except RuntimeError:
-            return False
-
     def torch_device(self) -> torch.device:
         """Return the device to run on."""
+        return torch.device(self._device_name)
+
+    @property
+    def _device_name(self) -> str:
         name = self.device
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: one GPU per process
             name = f"cuda:{os.environ['LOCAL_RANK']}"
-        return torch.device(name)
+        return name
 
     @property
     def training_dtype(self) -> Literal["bfloat16", "float32"]:
@@ -553,6 +577,15 @@ _WORDS = {
     int: "an integer", float: "a number", str: "a string", bool: "true or false",
     Path: "a path", Mapping: "a table",
 }  # fmt: skip
+
+
+def _is_json(table: Mapping[str, Any]) -> bool:
+    """Return whether JSON, in which a run records its settings, can represent a table."""
+    try:
+        json.dumps(dict(table), allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _nearest(name: object, known: Sequence[str], prefix: str = "") -> str:

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import CheckpointException
 from .progress import CannotWrite
 
 _LOCK = "lock"
+_FIRST = "metrics.jsonl"  # the first file that a run creates
 
 
 class Lock:
@@ -56,10 +57,20 @@ class Lock:
         return file
 
     def move_aside(self) -> Path | None:
-        """Move aside what an earlier run left in the directory; return where it is now, if any."""
+        """Move aside what an earlier run left in the directory; return where it is now, if any.
+
+        Raises:
+            ValueError: the directory has files of its own, but no run.
+        """
         with _naming(self._out):
-            if all(path.name == _LOCK for path in self._out.iterdir()):
+            found = {path.name for path in self._out.iterdir()} - {_LOCK}
+            if not found:
                 return None
+            if _FIRST not in found:
+                raise ValueError(
+                    f"out: {self._out} has files, but none of a run ({_FIRST} is missing): choose "
+                    "another out"
+                )
             numbered = (Path(f"{self._out}-{i}") for i in range(1, 10**6))
             aside = next(path for path in numbered if not path.exists())
             self._out.rename(aside)
@@ -82,7 +93,7 @@ def _naming(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(f"out: can't write to {out}: {_reason(error)}") from error
+        raise ValueError(f"out: can't write to {out}: {reason(error)}") from error
 
 
 @contextmanager
@@ -95,13 +106,10 @@ def writing(what: object) -> Iterator[None]:
     try:
         yield
     except (OSError, CheckpointException, SafetensorError) as error:
-        raise CannotWrite(
-            f"can't write {what}: {_reason(error)}. Earlier checkpoints are intact: --resume "
-            "continues from the last one"
-        ) from error
+        raise CannotWrite(f"can't write {what}: {reason(error)}") from error
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """Return the system's own message, which torch hides behind the errors that follow from it."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
@@ -114,9 +122,10 @@ def _reason(error: BaseException) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file, all or nothing."""
+    """Write a file, all or nothing; make its directory if it doesn't exist."""
     partial = path.with_name(path.name + ".partial")
     with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
 

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..backend import device_exists
 from . import checkpoint
 from .config import TrainConfig, from_tables, to_tables
 from .files import Lock, writing
@@ -42,6 +43,11 @@ _CHANGEABLE = (
     "out", "steps", "time_limit", "device", "evaluation.", "checkpoint.", "logging.",
     "update.learning_rate", "task.reward_", "task.failed_reward",
 )  # fmt: skip
+# Keys on which the result of an evaluation depends, besides the model.
+_MEASURED_WITH = {
+    "evaluation.samples", "evaluation.temperature", "task.reward", "task.reward_seconds",
+    "task.failed_reward",
+}  # fmt: skip
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> Summary:
@@ -60,7 +66,8 @@ def train(config: TrainConfig, *, resume: bool = False) -> Summary:
 
     Raises:
         ValueError: the settings do not fit the model, the task or the run that is resumed; another
-            run is going on in `config.out`; or a reward failed.
+            run is going on in `config.out`, or files of something else are there; or a reward
+            failed.
         CannotWrite: the disk is full, for example; the last checkpoint is intact.
         Interrupted: SIGINT or SIGTERM arrived; the step was finished and a checkpoint was written.
         Diverged: the loss or gradient was not finite too many times in a row, or the model's logits
@@ -85,7 +92,10 @@ def trained(out: Path) -> Sampler:
         raise ValueError(f"{model} is missing: the run is not over, or did not save its model")
     # JSON can't represent an infinite time limit, which is the default
     text = config_file.read_text(encoding="utf-8")
-    config = from_tables(json.loads(text, object_hook=_without_nulls))
+    tables = json.loads(text, object_hook=_without_nulls)
+    if not device_exists(tables.get("device", "auto")):
+        tables["device"] = "auto"  # the run was on another machine
+    config = from_tables(tables)
     is_adapter = (model / "adapter_config.json").is_file()
     loaded, tokenizer = load_model(config.model.name if is_adapter else str(model))
     if is_adapter:
@@ -163,14 +173,14 @@ class Trainer:
                 progress.before, after, pass_at=config.evaluation.pass_at,
                 seconds=progress.seconds + time.monotonic() - start,
             )  # fmt: skip
-            self.ranks.on_first(lambda: self._finish(files, summary))
+            self.ranks.on_first(lambda: files.finish(summary) if files else None)
         if config.checkpoint.save_model:
             self._save_model()
+        self.ranks.on_first(lambda: self._plot(files, summary))
         return summary
 
-    def _finish(self, files: RunFiles | None, summary: Summary) -> None:
+    def _plot(self, files: RunFiles | None, summary: Summary) -> None:
         assert files is not None
-        files.finish(summary)
         out = self.config.out
         plot({out.name: files.rows}, out / "training.png", title=str(summary))
 
@@ -307,32 +317,44 @@ class Trainer:
         step, state = checkpoint.load_state(path)
         if "fingerprints" not in state:
             raise ValueError(f"out: {path} was written by an earlier version and can't be resumed")
-        self._check_same(state["config"], state["fingerprints"])
+        changed = self._changed(state["config"], state["fingerprints"])
+        kept = {name: state[name] for name in ("before", "train_seconds", "seconds", "accuracy")}
+        if changed & _MEASURED_WITH:
+            del kept["accuracy"]
+            kept["before"] = self.evaluate()  # again: the weights are those before training
         checkpoint.load_weights(path, self.model, self.learner.optimizer, ranks)
         self.learner.load_state_dict(state["learner"])
         self.sampler.deck.load_state_dict(state["deck"])
-        names = ("before", "train_seconds", "seconds", "accuracy")
-        self.progress = Progress(step, **{name: state[name] for name in names})
+        self.progress = Progress(step, **kept)
         if ranks.is_first:
             print(f"resumed after step {step}")
         return ranks.on_first(lambda: RunFiles.reopen(self.config, state["files"], step))
 
-    def _check_same(self, saved: dict[str, Any], fingerprints: dict[str, str]) -> None:
-        """Refuse to resume with another run's settings, or if what they name has changed."""
+    def _changed(self, saved: dict[str, Any], fingerprints: dict[str, str]) -> set[str]:
+        """Return the keys that have changed, or what they name, since the run was saved.
+
+        Raises:
+            ValueError: the change would make it another run.
+        """
+        saved = saved | {"device": self.config.device}  # this machine may not have that of the run
         now, before = _flat(to_tables(self.config)), _flat(to_tables(from_tables(saved)))
-        for key in now | before:
-            was, asked = before.get(key), now.get(key)
-            if was != asked and not key.startswith(_CHANGEABLE):
+        changed = [key for key in now | before if now.get(key) != before.get(key)]
+        for key in changed:
+            if not key.startswith(_CHANGEABLE):
                 raise ValueError(
-                    f"{key}: the run in {self.config.out} has {was!r}, which --resume can't change "
-                    f"to {asked!r}"
+                    f"{key}: the run in {self.config.out} has {before.get(key)!r}, which --resume "
+                    f"can't change to {now.get(key)!r}"
                 )
-        for key, found in self.fingerprints.items():
-            if fingerprints[key] != found:
+        renewed = [key for key, found in self.fingerprints.items() if fingerprints[key] != found]
+        for key in renewed:
+            if key != "task.reward":
                 raise ValueError(
                     f"{key}: what {now[key]!r} names has changed since the run in "
                     f"{self.config.out} began: --resume needs the original"
                 )
+            if self.ranks.is_first:
+                print(f"{key}: {now[key]!r} has changed; the run goes on with the new function")
+        return {*changed, *renewed}
 
     def _save(self, files: RunFiles | None) -> None:
         progress = self.progress

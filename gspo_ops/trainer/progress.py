@@ -54,8 +54,8 @@ def stop_signals(*, twice: bool) -> Iterator[Callable[[], bool]]:
     """Yield a function that returns whether SIGINT or SIGTERM has arrived.
 
     Args:
-        twice: whether a second signal ends the process as usual. Under torchrun it must not: a
-            Ctrl-C arrives from the terminal and once more from torchrun.
+        twice: whether a second signal, of either kind, ends the process as usual. Under torchrun
+            it must not: a Ctrl-C arrives from the terminal and once more from torchrun.
     """
     came = False
 
@@ -65,7 +65,11 @@ def stop_signals(*, twice: bool) -> Iterator[Callable[[], bool]]:
             print("\nstopping after this step" + ("; repeat to stop at once" if twice else ""))
         came = True
         if twice:
-            signal.signal(number, before[number])
+            restore()
+
+    def restore() -> None:
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
     before: dict[int, Any] = {}
     with suppress(ValueError):  # only the main thread may handle signals
@@ -74,5 +78,4 @@ def stop_signals(*, twice: bool) -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: came
     finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        restore()

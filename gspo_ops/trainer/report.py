@@ -73,10 +73,11 @@ class RunFiles:
         out = config.out
         self.rows = rows
         self._out = out
-        write(out / "config.json", to_json(to_tables(config), indent=2) + "\n")
         with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
             self._metrics = (out / "metrics.jsonl").open(mode, encoding="utf-8")
             self._samples = (out / "samples.jsonl").open(mode, encoding="utf-8")
+        write(out / "config.json", to_json(to_tables(config), indent=2) + "\n")
         self._boards = [
             make(config, len(rows))
             for name, make in _BOARDS.items()
@@ -86,7 +87,6 @@ class RunFiles:
     @classmethod
     def create(cls, config: TrainConfig) -> RunFiles:
         """Create empty files in `config.out`."""
-        config.out.mkdir(parents=True, exist_ok=True)
         return cls(config, [], "w")
 
     @classmethod

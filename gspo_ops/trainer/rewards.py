@@ -13,14 +13,12 @@ from threading import Thread
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .config import TaskConfig
+from .config import LARGEST_REWARD, TaskConfig
 from .tasks import Problem, Reward
 
-_LARGEST = torch.finfo(torch.float32).max
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 120
 
@@ -87,7 +85,7 @@ def _call(reward: Reward, response: str, problem: Problem) -> float | _Failure:
         return _Failure(f"raised {type(error).__name__}: {error} ({where})", error)
     scalar = isinstance(given, (np.generic, np.ndarray, Tensor)) and given.ndim == 0
     number = given.item() if scalar else given
-    if isinstance(number, Real) and abs(cast(float, number)) <= _LARGEST:
+    if isinstance(number, Real) and abs(cast(float, number)) <= LARGEST_REWARD:
         return float(number)
     return _Failure(f"returned {_SHORT.repr(given)}, not a finite float32 number,")
 

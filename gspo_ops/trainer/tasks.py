@@ -7,9 +7,13 @@ import importlib
 import inspect
 import json
 import math
+import os
 import random
+import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from types import MappingProxyType
@@ -26,7 +30,7 @@ class Problem:
 
     Attributes:
         question: the question.
-        answer: the right answer.
+        answer: the right answer; empty if none is known.
         also: further answers that are accepted.
         messages: the question as a chat of `{"role": ..., "content": ...}`; empty for a text.
         entry: further data, such as the dataset's entry.
@@ -62,13 +66,24 @@ def is_correct(response: str, problem: Problem) -> bool:
 
 
 def reward_fingerprint(reward: Reward) -> str:
-    """Hash the source file of a reward function."""
+    """Hash the source file of a reward function or of an object's class, and a partial's arguments.
+
+    Addresses in memory are left out: another process has others.
+    """
     function = inspect.unwrap(getattr(reward, "__func__", reward))
-    try:
-        code = Path(inspect.getsourcefile(function) or "").read_bytes()
-    except (TypeError, OSError):  # not defined in a file
-        code = repr(getattr(function, "__qualname__", function)).encode()
+    if isinstance(function, partial):
+        arguments = _ADDRESS.sub("", repr((function.args, function.keywords)))
+        code = (reward_fingerprint(function.func) + arguments).encode()
+    else:
+        named = function if hasattr(function, "__qualname__") else type(function)
+        try:
+            code = Path(inspect.getsourcefile(named) or "").read_bytes()
+        except (TypeError, OSError):  # not defined in a file
+            code = named.__qualname__.encode()
     return hashlib.sha256(code).hexdigest()
+
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def _no_follow_up(problem: Problem, response: str) -> Problem | None:
@@ -108,7 +123,10 @@ class Task:
         solved = [
             message
             for example in self.examples
-            for message in (*example.messages, {"role": "assistant", "content": example.answer})
+            for message in (
+                *(example.messages or [{"role": "user", "content": example.question}]),
+                {"role": "assistant", "content": example.answer},
+            )
         ]
         return [*solved, *problem.messages]
 
@@ -137,7 +155,8 @@ def make_task(config: TaskConfig, seed: int) -> Task:
         The task.
 
     Raises:
-        ValueError: the task or its reward is unknown, or it has too few distinct problems.
+        ValueError: the task or its reward is unknown, it has too few distinct problems, or their
+            answers do not suit the settings.
     """
     source = _source(config)
     needed = config.examples + config.train_size + config.eval_size
@@ -151,10 +170,10 @@ def make_task(config: TaskConfig, seed: int) -> Task:
     # The draw exhausts the rare short questions first; shuffle to make all sets alike.
     random.Random(seed).shuffle(problems)
     first_held_out = config.examples + config.train_size
-    if any(problem.messages for problem in problems) and not config.chat:
-        raise ValueError("task.chat: must be true for prompts that are chat messages")
+    examples = problems[: config.examples]
+    _check_suitable(config, problems, examples)
     return Task(
-        examples=tuple(problems[: config.examples]),
+        examples=tuple(examples),
         train=tuple(problems[config.examples : first_held_out]),
         held_out=tuple(problems[first_held_out:]),
         reward=_reward(config.reward, source),
@@ -162,6 +181,27 @@ def make_task(config: TaskConfig, seed: int) -> Task:
         turns=source.turns,
         grades=_grades(config, source),
     )
+
+
+def _check_suitable(
+    config: TaskConfig, problems: Sequence[Problem], examples: Sequence[Problem]
+) -> None:
+    """Check that the settings can do something with the problems and their answers."""
+    if any(problem.messages for problem in problems) and not config.chat:
+        raise ValueError("task.chat: must be true for prompts that are chat messages")
+    if not all(example.answer for example in examples):
+        raise ValueError(
+            f"task.examples: expected 0 for {config.name!r}, some of whose problems have no answer "
+            f"to show, got {config.examples}"
+        )
+    missed = [(p, x) for p in problems for x in p.answers if not x or not is_correct(x, p)]
+    if missed and config.reward == "exact":
+        problem, answer = missed[0]
+        raise ValueError(
+            "task.reward: 'exact' looks for an answer in the first line of a response, without "
+            f"white space around it, and never finds {answer!r}, as to {problem.question[:60]!r}: "
+            "expected 'score' or a function of your own"
+        )
 
 
 class Deck:
@@ -210,7 +250,8 @@ class Dataset:
         except (TypeError, AssertionError) as error:
             raise ValueError(f"task.options: {self.name} rejects them: {error}") from None
         for entry in draws:
-            yield Problem(self.ask(entry), str(entry["answer"]), entry=entry)
+            answer = "" if entry["answer"] is None else str(entry["answer"])  # several may be right
+            yield Problem(self.ask(entry), answer, entry=entry)
 
     def score(self, response: str, problem: Problem) -> float:
         """Return the score of the dataset's own check, which may give partial credit."""
@@ -425,10 +466,16 @@ def _reward(name: str, source: Source) -> Reward:
             raise ValueError("task.reward: 'score' needs a task that is one reasoning-gym dataset")
         return source.score
     module, _, function = name.partition(":")
+    here = os.getcwd()
+    if here not in sys.path:  # as in `python -m`; a console script has its own folder here
+        sys.path.insert(0, here)
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"task.reward: can't import {name!r}: {error}") from None
+    except Exception as error:  # the code of the module may raise anything
+        raise ValueError(
+            f"task.reward: can't import {name!r} with {here} and PYTHONPATH searched: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if not callable(found):
         raise ValueError(f"task.reward: {name!r} is not a function of (response, problem)")
     return cast(Reward, found)
