@@ -245,9 +245,9 @@ def test_other_libraries_or_models_repeat_runs(tmp_path, monkeypatch):
 
     keys = {key(), key("b")}
     assert key() in keys
+    version = compare.importlib.metadata.version
     for name in ("torch", "transformers"):
         with monkeypatch.context() as patch:
-            version = compare.importlib.metadata.version
             other = lambda x, name=name: "0" if x == name else version(x)  # noqa: E731
             patch.setattr(compare.importlib.metadata, "version", other)
             keys.add(key())

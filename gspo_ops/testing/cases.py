@@ -95,7 +95,7 @@ class HeadTensors(NamedTuple):
         return head._replace(hidden=self.hidden.to(dtype))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> HeadTensors:
-        return HeadTensors(*[None if x is None else function(x) for x in self])
+        return HeadTensors(*[None if x is None else function(x) for x in self])  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

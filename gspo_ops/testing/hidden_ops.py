@@ -174,12 +174,11 @@ def _of_loss_on_policy(case: Case, head: HeadTensors) -> _OfPlan:
         olds: list[Tensor | None] = [None]
         if options["plan"] != "chunk":
             with torch.no_grad():
-                olds.append(
-                    log_probs_from_hidden(
-                        head.hidden, head.weight, case.targets,
-                        **head.options(), **case.softmax(), **options,
-                    )  # fmt: skip
-                )
+                old_log_probs = log_probs_from_hidden(
+                    head.hidden, head.weight, case.targets,
+                    **head.options(), **case.softmax(), **options,
+                )  # fmt: skip
+            olds.append(old_log_probs)
         found = []
         for old in olds:
 
