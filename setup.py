@@ -2,7 +2,7 @@ from setuptools import find_namespace_packages, setup
 from setuptools.command.build_py import build_py
 
 # `gspo-ops bench` needs these modules. The others make the repository's tables, from a checkout.
-BENCH = {"bench", "measure", "plots", "providers", "workloads"}
+BENCH = {"bench", "clip_error", "measure", "plots", "providers", "updates", "workloads"}
 
 
 class BuildPy(build_py):

@@ -343,7 +343,7 @@ def next_step(rows: Sequence[dict]) -> str:
     """Return one line that says what to do after these results."""
     providers = [of for row in rows for of in row["providers"].values()]
     if any(of.get("missing") == "not installed" for of in providers):
-        return "next: pip install 'gspo-ops[bench]' adds the peers that are not installed"
+        return "next: in a clone, pip install '.[bench]' adds missing peers, except for verl"
     if default_device().type == "cuda":
         return "next: make gpu, in a checkout, writes a results file to share (docs/gpu.md)"
     return "next: docs/integrations.md shows how to put the loss into your trainer"
@@ -379,8 +379,9 @@ def parser() -> argparse.ArgumentParser:
     names = "; ".join(dict.fromkeys(name for of in LOSSES.values() for name in of))
     found = argparse.ArgumentParser(
         prog="gspo-ops bench",
-        description="Time, peak memory and error of GSPO's loss and gradient: ours, eager,\n"
-        "torch.compile and peers, on this machine. Peers come with pip install 'gspo-ops[bench]'.",
+        description="Measure time, peak memory and error of GSPO's loss and gradient on this\n"
+        "machine, for gspo_ops, eager PyTorch, torch.compile and peers. In a clone,\n"
+        "pip install '.[bench]' installs the peers.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -393,7 +394,8 @@ def parser() -> argparse.ArgumentParser:
     add("--model", default="smollm2", help=f"for --path {MODEL}: smollm2 or a local directory")
     add(
         "--shape", type=shape_of, nargs="+", metavar="N,V,H", default=[SHAPES[device]],
-        help=f"rows, vocabulary, hidden size (default here: {','.join(map(str, SHAPES[device]))})",
+        help="rows (a multiple of 16), vocabulary and, from hidden states, hidden size "
+        f"(default here: {','.join(map(str, SHAPES[device]))})",
     )  # fmt: skip
     add("--dtype", choices=DTYPES, nargs="+", default=[dtype], help=f"default here: {dtype}")
     add(
@@ -401,9 +403,16 @@ def parser() -> argparse.ArgumentParser:
         help="fractions of sequences with a gradient (default here: "
         f"{', '.join(map(str, FRACTIONS[device]))})",
     )  # fmt: skip
-    add("--lengths", choices=("square", "ragged"), default="square", help="lengths of sequences")
+    add(
+        "--lengths", choices=("square", "ragged"), default="square",
+        help="whether all sequences have the same length (default: %(default)s)",
+    )  # fmt: skip
     add("--frozen-head", action="store_true", help="no gradient for the head's weight")
-    add("--rounds", type=positive, help=f"default here: {ROUNDS[device]}, or 3 for models")
+    add(
+        "--rounds", type=positive,
+        help="measurements of each provider, which take turns (default here: "
+        f"{ROUNDS[device]}, or 3 for models)",
+    )  # fmt: skip
     add(
         "--against", nargs="+", metavar="NAME",
         help=f"time only the providers whose names contain one of these words: {names}",
@@ -426,6 +435,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if MODEL in args.path:
         if args.path != [MODEL]:
             of.error(f"--path {MODEL} cannot be combined with others")
+        for name in ("shape", "dtype", "lengths", "frozen_head", "against"):
+            if getattr(args, name) != of.get_default(name):
+                of.error(f"--{name.replace('_', '-')} has no effect with --path {MODEL}")
         from . import updates
 
         fractions = args.f or updates.FRACTIONS

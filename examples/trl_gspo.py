@@ -4,7 +4,7 @@ The config, the rollouts, the rewards and the logs are TRL's; the loss step is f
 small and random, and a completion is rewarded for its fraction of even digits. With a model of your
 own, pass its name or path, and leave out `use_cpu`, `bf16` and the sizes.
 
-    pip install 'gspo-ops[trl]'
+    pip install '.[trl]'  # in a clone
     python examples/trl_gspo.py
 """
 

@@ -88,8 +88,8 @@ def test_verify_ends_with_what_to_do_next(error, status, after, monkeypatch, cap
 @pytest.mark.parametrize(
     ("device", "missing", "after"),
     [
-        ("cpu", "not installed", "gspo-ops[bench]"),
-        ("cuda", "not installed", "gspo-ops[bench]"),
+        ("cpu", "not installed", "pip install '.[bench]'"),
+        ("cuda", "not installed", "pip install '.[bench]'"),
         ("cuda", "needs sm_90", "make gpu"),
         ("cpu", "needs a GPU", "docs/integrations.md"),
     ],

@@ -20,7 +20,7 @@ from gspo_ops.environment import ISSUES
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
 # all that `gspo-ops bench` needs: the code for the repository's tables is run from a checkout
-BENCHMARKS = ["bench", "measure", "plots", "providers", "workloads"]
+BENCHMARKS = ["bench", "clip_error", "measure", "plots", "providers", "updates", "workloads"]
 HEAVY = ["transformers", "reasoning_gym", "matplotlib", "trl", "tensorboard"]
 
 LOSS = """

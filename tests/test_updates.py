@@ -73,6 +73,15 @@ def test_table_picture_and_command(data, rows, monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         bench.main(["--path", "model", "logits"])
     assert "--path model cannot be combined" in capsys.readouterr().err
+    for name, value in (
+        ("shape", "16,40"),
+        ("dtype", "float16"),
+        ("lengths", "ragged"),
+        ("against", "TRL"),
+    ):
+        with pytest.raises(SystemExit):
+            bench.main(["--path", "model", f"--{name}", value])
+        assert f"--{name} has no effect with --path model" in capsys.readouterr().err
 
 
 def test_what_the_demo_saves(tmp_path):

@@ -198,4 +198,4 @@ def _refuse(command: str, why: object) -> int:
 def _require_packages() -> None:
     missing = [name for name in _REQUIRED if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(f"{', '.join(missing)} not installed: pip install 'gspo-ops[train]'")
+        raise ImportError(f"{', '.join(missing)} not installed: in a clone, pip install '.[train]'")
