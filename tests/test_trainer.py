@@ -550,9 +550,12 @@ class TestSettings:
         for a, b in zip(grads[0].values(), grads[1].values(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
-    def test_a_step_without_any_advantage(self, model, tokenizer, tmp_path):
-        trainer = Trainer(config(tmp_path), model, tokenizer, task(answer="99999"))
-        row = trainer.step()
+    @pytest.mark.parametrize("old_log_probs", ["recompute", "rollout"])
+    def test_a_step_without_any_advantage(self, old_log_probs, model, tokenizer, tmp_path):
+        settings = config(tmp_path, update__old_log_probs=old_log_probs)
+        row = Trainer(settings, model, tokenizer, task(answer="99999")).step()
+        assert row["mismatch_token_max"] == row["mismatch_sequence_max"] == 0
+        assert row["first_ratio_error"] == row["log_ratio_rms"] == 0
         assert row["left_out_frac"] == 1
         assert row["grad_norm"] == row["loss"] == row["active_token_frac"] == 0
         assert all(math.isfinite(x) for x in row.values())

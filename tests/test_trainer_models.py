@@ -89,6 +89,23 @@ def test_log_probs_are_the_model_s_own(make, name, layout):
     torch.testing.assert_close(learner.log_probs(rollout), own, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["BioGpt", "Falcon", "OPT"])
+def test_checkpointing_switches_no_dropout_on(make, name):
+    model, rollout = make(name), make_rollout()
+    dropouts = {k: 0.5 for k, v in model.config.to_dict().items() if "drop" in k and v is not None}
+    assert dropouts
+    model.config.update(dropouts)
+    model = type(model)(model.config).eval()
+    overrides = ["dtype=float32", "device=cpu", "update.gradient_checkpointing=true"]
+    learner = Learner(load_config(None, overrides), model, Ranks(torch.device("cpu")))
+    before = learner.log_probs(rollout)
+    with learner._checkpointing():
+        assert any(module.training for module in model.modules())
+        assert torch.equal(learner.log_probs(rollout), before)
+    assert not any(module.training for module in model.modules())
+    assert {name: getattr(model.config, name) for name in dropouts} == dropouts
+
+
 @pytest.mark.parametrize("name", ["Gemma2", "Llama", "Mpt"])
 def test_models_without_sdpa_can_be_loaded(make, name, tmp_path):
     model = make(name)

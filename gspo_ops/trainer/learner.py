@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -187,7 +187,8 @@ class Learner:
         routing = RoutingReplay() if self.config.update.routing_replay else None
         with nullcontext() if routing is None else routing.record(self.model):
             recomputed = self.log_probs(rollout)
-        sampled = rollout.log_probs[rollout.mask]
+        # a stand-in lacks its prompt, so that sampling's log-probs are not comparable
+        sampled = rollout.log_probs[rollout.mask] if len(groups) else recomputed
         mismatch = self._mismatch(rollout, advantages, recomputed, sampled)
         mismatch["mismatch_clip_frac"] *= len(sampled) / lengths.sum()
         is_rollout = self.config.update.old_log_probs == "rollout"
@@ -286,15 +287,24 @@ class Learner:
 
     @contextmanager
     def _checkpointing(self) -> Iterator[None]:
-        """Put checkpointed layers into training mode: transformers checkpoints no others."""
+        """Put checkpointed layers into training mode: transformers checkpoints no others.
+
+        Modules inside remain in eval mode, and the layers' own dropout is 0.
+        """
         layers = [m for m in self.model.modules() if getattr(m, "gradient_checkpointing", False)]
-        for layer in layers:
-            layer.training = True  # the layer alone, not the dropouts inside
-        try:
+        owners = layers + [layer.config for layer in layers if hasattr(layer, "config")]
+        settings: list[tuple[Any, str, Any]] = [(layer, "training", True) for layer in layers]
+        settings += [
+            (owner, name, 0.0)
+            for owner in owners
+            for name, value in vars(owner).items()
+            if "drop" in name and isinstance(value, float)
+        ]
+        with ExitStack() as stack:
+            for owner, name, value in settings:
+                stack.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, value)
             yield
-        finally:
-            for layer in layers:
-                layer.training = False
 
     def loss(self, batch: Batch, denominator: Tensor | None = None) -> PolicyLoss:
         """Compute the loss of a part of a mini-batch.
