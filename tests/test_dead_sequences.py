@@ -475,7 +475,13 @@ def test_arguments_that_can_not_be_cut():
         loss_from_model(model, batch, old, advantages, **where, skip="all")
     with pytest.raises(ValueError, match=r"needed must have shape \(5,\).*got \(4,\)"):
         log_probs_from_model(model, batch, T, needed=LIVE[:4])
+    with pytest.raises(TypeError, match=r"needed must be bool.*got torch\.float32"):
+        log_probs_from_model(model, batch, T, needed=advantages)
     del batch["pixel_values"]
+    with pytest.raises(TypeError, match=r"advantages must be a torch\.Tensor, got list"):
+        loss_from_model(model, batch, old, advantages.tolist(), **where)
+    with pytest.raises(ValueError, match=r"mask must have a row for each of the 5 .*got 1"):
+        loss_from_model(model, batch, old, advantages, mask=where["mask"][:1])
     with pytest.raises(ValueError, match=r"advantages must have shape \(5,\).*got \(4,\)"):
         loss_from_model(model, batch, old, advantages[:4], **where, skip="dead")
 
@@ -502,6 +508,25 @@ def test_packed_sequences_that_see_each_other():
     with pytest.raises(ValueError, match="BloomForCausalLM lets packed sequences see each other"):
         log_probs(model, batch, where)
     log_probs(model, batch, where, check_model=False)
+
+
+def test_arguments_with_which_packed_sequences_see_each_other():
+    """An attention mask turns packing off, also in a model that has been checked without one."""
+    model = build("Llama")
+    batch, where = packed(model)
+    log_probs(model, batch, where)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    with pytest.raises(ValueError, match="see each other, given attention_mask, input_ids"):
+        log_probs(model, batch, where)
+
+
+@pytest.mark.parametrize("is_live", [True, False])
+def test_the_reference_s_kl_is_reported_whatever_is_left_out(is_live):
+    model = build("Llama")
+    batch, where = padded(model)
+    old, _ = arguments(model, batch, where, "no advantage")
+    stats = loss_from_model(model, batch, old, LIVE * float(is_live), **where, ref_log_probs=old)[1]
+    assert stats["ref_kl"].isfinite()
 
 
 class Normalised(transformers.models.llama.modeling_llama.LlamaMLP):

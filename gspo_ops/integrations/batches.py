@@ -37,7 +37,7 @@ _OF_TOKENS = (
     "active_token_frac",
 )
 _FEW = 4  # tokens per sequence in the test whether packed sequences see each other
-_separate: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_separate: weakref.WeakKeyDictionary[nn.Module, set[object]] = weakref.WeakKeyDictionary()
 
 
 class Batch(NamedTuple):
@@ -274,13 +274,18 @@ def fractions_of_all(
 
 @torch.no_grad()
 def require_separate(model: Any, batch: Batch) -> None:
-    """Refuse a model whose packed sequences see each other; checked once, on a few tokens.
+    """Refuse a model whose packed sequences see each other; checked on a few tokens.
+
+    It is checked once for each set of arguments and attention implementation.
 
     Raises:
         ValueError: hidden states of a sequence change when another sequence precedes it.
     """
     inner = unwrapped(model)
-    if batch.cu_seqlens is None or inner in _separate or batch.obstacle():
+    config = getattr(inner, "config", None)
+    attention = getattr(config, "_attn_implementation", None)
+    key = attention, *sorted(name for name, x in batch.arguments.items() if x is not None)
+    if batch.cu_seqlens is None or key in _separate.get(inner, ()) or batch.obstacle():
         return
     both = batch.twice()
     alone = both.some(torch.tensor([False, True], device=batch.ids.device)).batch
@@ -301,4 +306,4 @@ def require_separate(model: Any, batch: Batch) -> None:
             f"{type(inner).__name__} lets packed sequences see each other, given "
             f"{', '.join(sorted(batch.arguments))}: pad them"
         )
-    _separate.add(inner)
+    _separate.setdefault(inner, set()).add(key)

@@ -21,7 +21,7 @@ from .. import (
     log_probs_from_hidden,
     policy_loss_from_hidden,
 )
-from ..checks import check_choice
+from ..checks import check_choice, check_tensor
 from .batches import Batch, Part, fractions_of_all, require_separate
 from .checkpointing import live_checkpointing
 from .heads import OutputHead, hidden_to
@@ -97,6 +97,9 @@ def log_probs_from_model(
 
 
 def _needed(whole: Batch, needed: Tensor) -> Part:
+    check_tensor("needed", needed, whole.ids.device)
+    if needed.dtype != torch.bool:
+        raise TypeError(f"needed must be bool, as in advantages != 0, got {needed.dtype}")
     if needed.shape != (whole.number,):
         raise ValueError(
             f"needed must have shape {(whole.number,)}, one per sequence, got {tuple(needed.shape)}"
@@ -163,7 +166,13 @@ def loss_from_model(
         shape = "(B, T)" if cu_seqlens is None else "(S,)"
         raise ValueError(f"mask must have shape {shape}, one per response token, got {got}")
     check_choice("skip", skip, ("auto", "dead", "none"))
+    check_tensor("advantages", advantages, mask.device)
     whole = Batch.of(batch, mask.shape[1] if cu_seqlens is None else None, cu_seqlens)
+    if cu_seqlens is None and len(mask) != whole.number:
+        raise ValueError(
+            f"mask must have a row for each of the {whole.number} in batch['input_ids'], got "
+            f"{len(mask)}"
+        )
     if check_model:
         require_separate(model, whole)
     if router_loss_coef:
@@ -241,7 +250,10 @@ def _of_part(part: Part, given: Mapping[str, Any]) -> dict[str, Any]:
     if not part.is_stand_in:
         return {name: None if x is None else part.take(x) for name, x in given.items()}
     nothing = given["advantages"].new_zeros(1)
-    return {"mask": nothing[:, None], "old_log_probs": None, "advantages": nothing}
+    found = {"mask": nothing[:, None], "old_log_probs": None, "advantages": nothing}
+    if given["ref_log_probs"] is not None:  # statistics have the same names on every rank
+        found["ref_log_probs"] = nothing[:, None].float()
+    return found
 
 
 def _stats_of_all(
