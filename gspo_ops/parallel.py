@@ -281,7 +281,7 @@ def global_denominator(
 ) -> Tensor:
     """The `denominator` with which losses of parts of a batch add up to that of the whole batch.
 
-        D = (non-empty sequences, or tokens for "token-mean", on all ranks) / ranks
+        D = max(1, non-empty sequences, or tokens for "token-mean", on all ranks) / ranks
 
     Each rank passes it to the loss of each of its micro-batches and accumulates the gradients. When
     DDP or FSDP averages them over the ranks, the result is the gradient of the whole batch.
@@ -322,6 +322,7 @@ def global_denominator(
     ranks = math.prod(x.size() for x in (group, context_group) if x is not None)
     if objective.aggregation == "token-sum":
         count = torch.ones_like(count)
+    count = count.clamp(min=1)  # a batch in which nothing counts has the loss 0
     return count / ranks if gradients == "mean" else count
 
 

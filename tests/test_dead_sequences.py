@@ -520,6 +520,15 @@ def test_arguments_with_which_packed_sequences_see_each_other():
         log_probs(model, batch, where)
 
 
+@pytest.mark.parametrize("skip", ["auto", "none"])
+def test_a_batch_in_which_no_token_counts(skip):
+    model = build("Llama")
+    batch, where = padded(model)
+    old, advantages = arguments(model, batch, where, "no advantage")
+    mask = torch.zeros_like(where["mask"])
+    assert loss_from_model(model, batch, old, advantages, mask=mask, skip=skip).loss == 0
+
+
 @pytest.mark.parametrize("is_live", [True, False])
 def test_the_reference_s_kl_is_reported_whatever_is_left_out(is_live):
     model = build("Llama")

@@ -926,6 +926,7 @@ def on_rank_counts() -> None:
     alone = {"objective": GRPO(aggregation="token-mean")}
     assert global_denominator([{"mask": torch.tensor([[1, 1, 0], [0, 0, 0]])}], **alone) == 2
     assert global_denominator([{"mask": torch.tensor([[1, 1, 0], [0, 0, 0]])}]) == 1
+    assert global_denominator([{"mask": torch.zeros(2, 3)}], **alone) == 1
     for batches, message in (
         ([], "batches must contain at least one micro-batch"),
         ([{"mask": None}], r"batches\[0\] must have mask or cu_seqlens"),
