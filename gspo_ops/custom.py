@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import check_choice
 from .constants import STATS
-from .objective import AGGREGATIONS, Objective
+from .objective import Objective, aggregation_of
 from .policy import ObjectiveOptions, Policy
 from .policy_loss import (
     clip_fractions,
@@ -39,17 +37,9 @@ _CLIP_STATS = ("clip_frac_sequences", "clip_frac_tokens", "clip_frac_low", "clip
 
 def options_of(objective: Objective | TokenLoss) -> ObjectiveOptions:
     """Return the options for operators; a function has one ratio per token, which nothing clips."""
-    if isinstance(objective, Objective):
-        return ObjectiveOptions.of(objective)
-    if not callable(objective) or isinstance(objective, type):
-        got = repr(objective) if isinstance(objective, type) else type(objective).__name__
-        raise TypeError(
-            "objective must be an Objective, as in GSPO(), or a function of (log_probs, "
-            f"old_log_probs, advantages, sequence_ids), got {got}"
-        )
-    aggregation: Any = getattr(objective, "aggregation", "seq-mean-token-mean")
-    check_choice("aggregation", aggregation, AGGREGATIONS)
-    return ObjectiveOptions.of(Objective(ratio_level="token", aggregation=aggregation))
+    if not isinstance(objective, Objective):
+        objective = Objective(ratio_level="token", aggregation=aggregation_of(objective))
+    return ObjectiveOptions.of(objective)
 
 
 def custom_loss(

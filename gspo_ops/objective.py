@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -146,6 +146,21 @@ class Objective:
 def log_clip_range(clip_low: float, clip_high: float) -> tuple[float, float]:
     """Return the clip range of the log-ratio, which resolves it better than the ratio does."""
     return math.log1p(-clip_low) if clip_low < 1 else -math.inf, math.log1p(clip_high)
+
+
+def aggregation_of(objective: object) -> Aggregation:
+    """Return how an objective, or a function as objective, averages its terms."""
+    if isinstance(objective, Objective):
+        return objective.aggregation
+    if not callable(objective) or isinstance(objective, type):
+        got = repr(objective) if isinstance(objective, type) else type(objective).__name__
+        raise TypeError(
+            "objective must be an Objective, as in GSPO(), or a function of (log_probs, "
+            f"old_log_probs, advantages, sequence_ids), got {got}"
+        )
+    aggregation: Any = getattr(objective, "aggregation", "seq-mean-token-mean")
+    check_choice("aggregation", aggregation, AGGREGATIONS)
+    return aggregation
 
 
 @dataclass(frozen=True, kw_only=True)

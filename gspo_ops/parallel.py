@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from zlib import crc32
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .checks import check_tensor, checked_targets, is_dtensor
 from .layout import resolve_layout
-from .objective import GSPO, Objective
+from .objective import GSPO, Objective, aggregation_of
 from .operators import operator
 
 if TYPE_CHECKING or dist.is_available():
@@ -274,7 +274,7 @@ def agree_on_targets(targets: Tensor, mask: Tensor, vocabulary: Vocabulary) -> T
 def global_denominator(
     batches: Iterable[Mapping[str, Tensor | None]],
     *,
-    objective: Objective = GSPO(),
+    objective: Objective | Callable[..., Any] = GSPO(),
     group: ProcessGroup | None = None,
     context_group: ProcessGroup | None = None,
     gradients: Literal["mean", "sum"] = "mean",
@@ -282,6 +282,7 @@ def global_denominator(
     """The `denominator` with which losses of parts of a batch add up to that of the whole batch.
 
         D = max(1, non-empty sequences, or tokens for "token-mean", on all ranks) / ranks
+            (1 / ranks for "token-sum")
 
     Each rank passes it to the loss of each of its micro-batches and accumulates the gradients. When
     DDP or FSDP averages them over the ranks, the result is the gradient of the whole batch.
@@ -289,7 +290,8 @@ def global_denominator(
     Args:
         batches: for each micro-batch of this rank, the `mask` and `cu_seqlens` that are passed to
             its loss, by these names; at least one of them.
-        objective: the objective whose `aggregation` says what is counted.
+        objective: the objective, or the function as objective, whose `aggregation` says what is
+            counted.
         group: ranks with other sequences; None if there are none.
         context_group: ranks over which the tokens of the sequences are sharded.
         gradients: `"mean"` if gradients are averaged over the ranks of both groups, `"sum"` if they
@@ -306,6 +308,7 @@ def global_denominator(
     with SharedChecks(*given, context_group=context_group, group=group):
         if gradients not in ("mean", "sum"):
             raise ValueError(f"gradients must be 'mean' or 'sum', got {gradients!r}")
+        aggregation = aggregation_of(objective)
         if not batches:
             raise ValueError("batches must contain at least one micro-batch")
         n = torch.cat([_lengths(i, batch) for i, batch in enumerate(batches)])
@@ -316,11 +319,11 @@ def global_denominator(
         agree({"context_group": (context, facts), "group": (others, {})}, None)
     if context is not None:
         n = gathered(n, context).sum(0)
-    count = n.sum() if objective.aggregation == "token-mean" else (n > 0).sum().double()
+    count = n.sum() if aggregation == "token-mean" else (n > 0).sum().double()
     if others is not None:
         count = summed(count, others)
     ranks = math.prod(x.size() for x in (group, context_group) if x is not None)
-    if objective.aggregation == "token-sum":
+    if aggregation == "token-sum":
         count = torch.ones_like(count)
     count = count.clamp(min=1)  # a batch in which nothing counts has the loss 0
     return count / ranks if gradients == "mean" else count

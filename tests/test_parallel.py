@@ -927,6 +927,16 @@ def on_rank_counts() -> None:
     assert global_denominator([{"mask": torch.tensor([[1, 1, 0], [0, 0, 0]])}], **alone) == 2
     assert global_denominator([{"mask": torch.tensor([[1, 1, 0], [0, 0, 0]])}]) == 1
     assert global_denominator([{"mask": torch.zeros(2, 3)}], **alone) == 1
+
+    def function(log_probs, old_log_probs, advantages, sequence_ids):
+        return -log_probs * advantages
+
+    padded = [{"mask": torch.tensor([[1, 1, 0], [0, 0, 0]])}]
+    assert global_denominator(padded, objective=function) == 1
+    function.aggregation = "token-mean"
+    assert global_denominator(padded, objective=function) == 2
+    with pytest.raises(TypeError, match="objective must be an Objective"):
+        global_denominator(padded, objective="gspo")
     for batches, message in (
         ([], "batches must contain at least one micro-batch"),
         ([{"mask": None}], r"batches\[0\] must have mask or cu_seqlens"),
