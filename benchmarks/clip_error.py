@@ -1,4 +1,4 @@
-"""How a log-prob method's rounding changes GSPO's ratio, on hidden states of a real model.
+"""Measure how a log-prob method's rounding changes GSPO's ratio, on a real model's hidden states.
 
     python -m gspo_ops.benchmarks.clip_error --out NAME.json
 
@@ -159,7 +159,7 @@ def _log_ratio_rms(new: Tensor, old: Tensor) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2", help="smollm2 or a local model directory")
-    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--sequences", type=int, default=16, help="responses to sample")
     parser.add_argument("--length", type=int, default=1024, help="tokens sampled per sequence")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()

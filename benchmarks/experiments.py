@@ -1,4 +1,4 @@
-"""Experiments on design choices that only a GPU can decide, each in a process of its own.
+"""Try design choices that only a GPU can decide, each in a process of its own.
 
     python -m gspo_ops.benchmarks.experiments PART --out NAME.jsonl
 
@@ -239,7 +239,7 @@ def _coarse() -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("part", choices=PARTS, help="what to try")
     parser.add_argument("--out", type=Path, required=True, help="file to which lines are appended")
     args = parser.parse_args(argv)
     as_a_gpu_computes()

@@ -1,4 +1,4 @@
-"""`make gpu`: everything that needs a GPU, in one run of at most nine minutes.
+"""Run everything that needs a GPU, in at most nine minutes: `make gpu`.
 
     python -m gspo_ops.benchmarks.gpu [--limit SECONDS] [--out NAME.json] [--dry-run]
 

@@ -1,4 +1,4 @@
-"""The demo's training with and without the groups that have no gradient.
+"""Train the demo with and without the groups that have no gradient.
 
     python -m gspo_ops.benchmarks.left_out --out NAME.json
 
@@ -70,7 +70,7 @@ def draw(report: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=20, help="steps of each run")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     if args.run is not None:

@@ -1,4 +1,4 @@
-"""Peak memory of each plan beyond the gradients it returns, against the plan's own estimate.
+"""Compare the peak memory of each plan, beyond the gradients it returns, with its own estimate.
 
     python -m gspo_ops.benchmarks.memory --out benchmarks/results/NAME.json
 
@@ -56,7 +56,8 @@ def measure(N: int, dtype: torch.dtype, plan: PlanName) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[2048, 4096, 8192, 16384])
+    parser.add_argument("--rows", type=int, nargs="+", default=[2048, 4096, 8192, 16384],
+        help="numbers of rows to measure")  # fmt: skip
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     results = []

@@ -1,4 +1,4 @@
-"""The sources of the noise between an engine's log-probs and the trainer's, and their size.
+"""Measure the sources of the noise between an engine's log-probs and the trainer's.
 
     python -m gspo_ops.benchmarks.mismatch --out NAME.json
 

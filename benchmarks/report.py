@@ -47,7 +47,8 @@ def bench_table(report: dict) -> list[str]:
         f"f. % is the least possible time as a percentage of the measured time: the least possible "
         f"time is that of the bytes (from logits) or FLOPs (from hidden states) that no "
         f"implementation can avoid, at the rate of a copy or a matrix product measured in the same "
-        f"rounds. s_i is the largest error of the ratio s_i against float64, inferred from the "
+        f"rounds. It can exceed 100, because the rate itself is a measurement. s_i is the largest "
+        f"error of the ratio s_i against float64, inferred from the "
         f"loss, in bold if it exceeds the clip range of 3e-4. The last column is the largest "
         f"relative L2 error of a gradient against float64.",
     ]

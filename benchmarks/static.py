@@ -1,4 +1,4 @@
-"""The kernels of gspo_ops and of peers, compiled for GPUs that are not present.
+"""Compile the kernels of gspo_ops and of peers for GPUs that are not present.
 
     python -m gspo_ops.benchmarks.static --out NAME.json
 
@@ -310,7 +310,8 @@ def row(kernel: str, target: str, compiled: Compiled, itemsize: int, per_logit: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--targets", nargs="+", choices=TARGETS, default=["sm_90", "sm_100", "gfx942"])
+    add("--targets", nargs="+", choices=TARGETS, default=["sm_90", "sm_100", "gfx942"],
+        help="architectures to compile for")  # fmt: skip
     add("--bandwidth", type=float, default=3000, help="GB/s that the predictions assume")
     add("--matmul", type=float, default=790, help="TFLOP/s that the predictions assume")
     add("--out", type=Path, help="JSON file to write")

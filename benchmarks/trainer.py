@@ -1,4 +1,4 @@
-"""The reference trainer with the fused loss, with eager PyTorch, and with an engine's log-probs.
+"""Run the reference trainer with the fused loss, eager PyTorch, and an engine's log-probs.
 
     python -m gspo_ops.benchmarks.trainer --out NAME.json
 

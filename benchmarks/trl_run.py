@@ -1,4 +1,4 @@
-"""GSPOTrainer and trl.GRPOTrainer: the same run from one seed, and one gradient against float64.
+"""Run GSPOTrainer beside trl.GRPOTrainer from one seed, and compare one gradient with float64.
 
     python -m gspo_ops.benchmarks.trl_run --out NAME.json
 

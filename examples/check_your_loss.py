@@ -1,4 +1,4 @@
-"""Check your own trainer's loss against the reference, on inputs that show the usual mistakes.
+"""Check your own trainer's loss against the reference, on inputs that show common mistakes.
 
 `gspo_ops.testing` makes ragged batches whose ratios lie on both sides of the clip range, some of
 them 5e-6 from its edges. `gspo_ops.reference` is the definition, here in float64. Replace

@@ -2,7 +2,8 @@
 
 The model is small and random, and a response is rewarded for its fraction of even tokens, so that
 there is something to learn within seconds. Each line shows the ratio before the first update of a
-batch, which is exactly 1, and the fraction of tokens that the clip range leaves out of the second.
+batch, which is exactly 1, and the fraction of tokens that are clipped in the first and the second
+update.
 
     python examples/from_logits.py
 """

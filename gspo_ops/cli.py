@@ -24,7 +24,7 @@ _VERIFY_EXAMPLES = """examples:
   gspo-ops verify                    on the GPU if there is one, else on the CPU
   gspo-ops verify --device cpu
   gspo-ops verify --model smollm2    on the logits and hidden states of a real model
-  TRITON_INTERPRET=1 gspo-ops verify --device cpu    the kernels, without a GPU
+  TRITON_INTERPRET=1 gspo-ops verify --device cpu    fewer checks, of the kernels without a GPU
 """
 _ENV_EXAMPLE = "example: gspo-ops env > environment.txt, for a bug report"
 _AFTER_VERIFY = "gspo-ops bench compares time and memory with what you run now"
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="train a language model with the fused loss")
     commands.add_parser("plot", help="draw the metrics of training runs side by side")
     commands.add_parser("sample", help="show what the model of a training run answers")
-    commands.add_parser("compare", help="train GSPO against GRPO, dense and MoE, on several seeds")
+    commands.add_parser("compare", help="train GSPO against GRPO: MoE, or with --map dense too")
     commands.add_parser("bench", help="time the ops against eager PyTorch, torch.compile and peers")
     commands.add_parser("env", help="print versions and devices", epilog=_ENV_EXAMPLE)
     verify = commands.add_parser(

@@ -78,8 +78,8 @@ def policy_loss_from_log_probs(
         advantages: (B,), or per token unless the ratio is the sequence's. Packed with N == B, they
             are read as (B,) unless they are given as (1, N). An infinite advantage, like an
             infinite weight, makes the loss NaN.
-        mask: padded (B, T) or packed (N,), non-zero where a token counts. Values at other positions
-            are never used, whatever they are.
+        mask: padded (B, T) or packed (N,): 1 where a token counts, and 0 elsewhere. A CPU refuses
+            other values. Whatever other arguments hold where the mask is 0 is never used.
         cu_seqlens: (B + 1,) int32 first rows of packed sequences, followed by N.
         objective: an `Objective`, or a function of flat (N,) tensors (log_probs, old_log_probs,
             advantages, sequence_ids). The function returns loss terms (N,), which autograd
@@ -153,10 +153,11 @@ def policy_loss_from_logits(
     node, whose backward writes dlogits in one pass and skips every row with zero gradient: masked,
     clipped, or with zero advantage.
 
-    With `old_log_probs=None`, and without a reference, an entropy or a vocab_group, the gradient
-    with respect to the log-probs is known beforehand. The forward then does not read the logits at
-    all, and the backward reads only the rows with a non-zero advantage. NaN in the logits and
-    targets out of range then show in the backward, not in the loss.
+    With `old_log_probs=None`, the gradient with respect to the log-probs is known beforehand. The
+    forward then does not read the logits at all, and the backward reads only the rows with a
+    non-zero advantage. NaN in the logits and targets out of range then show in the backward, not in
+    the loss. This does not hold for `surrogate="weighted"` (CISPO, REINFORCE), a function as
+    objective, a reference, an entropy, return_log_probs or a vocab_group, which need the log-probs.
 
     Args:
         logits: (B, T, V) or (N, V), float16, bfloat16, float32 or float64; any strides, as long as
@@ -230,8 +231,9 @@ def policy_loss_from_hidden(
     It equals `policy_loss_from_log_probs(log_probs_from_hidden(...), ...)`, but is one autograd
     node. Logits are never rounded below fp32 and never stored as a whole. The backward skips every
     row with zero gradient: masked, clipped, or with zero advantage. For rows with zero advantage,
-    the forward computes no more than the statistics need, which is nothing if `old_log_probs` is
-    None and neither a reference nor an entropy is requested.
+    the forward computes no more than the statistics need. That is nothing if `old_log_probs` is
+    None, unless `surrogate="weighted"`, a function as objective, a reference, an entropy or
+    return_log_probs needs the log-probs.
 
     Args:
         hidden: (B, T, H) or (N, H), float16, bfloat16, float32 or float64.
@@ -241,10 +243,10 @@ def policy_loss_from_hidden(
         bias, lora, temperature, softcap: of the head, as in `log_probs_from_hidden`.
         plan: `"keep"` keeps the exponentials of all logits from forward to backward. `"chunk"`
             processes whole sequences at a time and computes their gradients in the forward; with
-            packed sequences on a GPU it reads their borders back, and with a vocab_group the chunks
-            that suit all ranks, with one host synchronisation each; it does not work with
-            context_group. `"recompute"` recomputes the logits in the backward. `"auto"` takes the
-            plan with the fewest FLOPs within the budget and without synchronisation.
+            packed sequences on a GPU it reads the sequence boundaries back, and with a vocab_group
+            the chunks that suit all ranks, with one host synchronisation each; it does not work
+            with context_group. `"recompute"` recomputes the logits in the backward. `"auto"` takes
+            the plan with the fewest FLOPs within the budget and without synchronisation.
             `plan_from_hidden` says what each costs.
         memory_budget: bytes for kept exponentials and sums of gradients; by default 2.1 per logit
             (eager PyTorch takes 8 to 14), between 64 MiB and 4 GiB.

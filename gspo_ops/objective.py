@@ -67,8 +67,8 @@ class Objective:
         kl_weight: `"one"`; `"ratio"` multiplies a token's estimate by its unclipped ratio and
             differentiates both (arXiv 2512.02556); `"ratio_detached"` stops the gradient through
             the ratio.
-        kl_input_clamp: d is clamped to +- this, with no gradient beyond it; > 0, by default
-            infinite.
+        kl_input_clamp: d is clamped to +- this, with no gradient beyond it, except for `"k1+"` and
+            `"k3+"`, whose derivative is not clamped; > 0, by default infinite.
         kl_output_clamp: the same for the estimate.
         entropy_coef: weight of the entropy bonus, >= 0, for losses from logits or hidden states.
 

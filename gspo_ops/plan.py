@@ -183,10 +183,12 @@ def plan_from_hidden(
     memory_budget: int | None = None,
     chunks: bool = True,
 ) -> Plan:
-    """The plan that `policy_loss_from_hidden` takes, and what it costs.
+    """The plan that `policy_loss_from_hidden` takes without an entropy bonus, and what it costs.
 
         FLOPs = (2 + 4 f) N V H if exponentials are kept, (2 + 6 f) N V H if they are recomputed,
                 2 f N V H less with a frozen weight, for a fraction f of rows with a gradient
+
+    With an entropy bonus, the loss always takes `"recompute"`.
 
     Args:
         hidden: (B, T, H) or (N, H).
@@ -196,8 +198,8 @@ def plan_from_hidden(
         memory_budget: bytes for kept exponentials and sums of gradients; by default 2.1 per logit
             (eager PyTorch takes 8 to 14), between 64 MiB and 4 GiB.
         chunks: whether `"auto"` may choose chunks. It may not for `log_probs_from_hidden`, for a
-            vocabulary or sequences sharded over ranks, and for packed sequences on a GPU, whose
-            borders the host does not know.
+            function as objective, for a vocabulary or sequences sharded over ranks, and for packed
+            sequences on a GPU, whose boundaries the host does not know.
 
     Returns:
         The plan. Print it, or read its `flops(f)` and `bytes`.

@@ -1,4 +1,4 @@
-"""Record every output and gradient of some hundred calls, for changes that must not move a bit.
+"""Record every output and gradient of many calls, for changes that must not move a bit.
 
     python tests/bits.py record before.json         # on the old code, then on the new code
     python tests/bits.py compare before.json

@@ -459,7 +459,10 @@ def test_the_compiled_model_runs(make_trainer, monkeypatch):
 # examples of values that the table describes in words
 EXAMPLES = {
     "any other loss_type": {"loss_type": "of a later TRL"},
-    "epsilon_high below 1 with cispo, as by default": {"loss_type": "cispo", "epsilon_high": None},
+    "epsilon_high below 1 with cispo, which the default is": {
+        "loss_type": "cispo",
+        "epsilon_high": None,
+    },
     "any other epsilon_high": {"loss_type": "cispo"},
     "delta below 1": {"delta": 0.9},
     "any other delta": {"delta": 1.1},

@@ -125,9 +125,9 @@ def loss_from_model(
     """The policy loss of the last T tokens of each row; see `policy_loss_from_hidden`.
 
     The model runs, forward and backward, only for the sequences that can have a gradient: those
-    with a token whose advantage, times its rollout weight, is not zero. With a KL term, a router
-    loss or a function as objective, all sequences can have one. Loss and gradients are those of all
-    sequences, whose number or tokens still divide the loss.
+    with a token whose advantage, times its rollout weight, is not zero. With a KL term, an entropy
+    bonus, a router loss, a function as objective or a context_group, all sequences can have one.
+    Loss and gradients are those of all sequences, whose number or tokens still divide the loss.
 
     Args:
         model: a causal language model of transformers, as it is called in training, possibly
@@ -136,7 +136,7 @@ def loss_from_model(
         old_log_probs: (B, T) float32 of the policy that sampled, or None for on-policy; arbitrary
             where a sequence is left out.
         advantages: (B,), or (B, T) with an objective that takes one per token.
-        mask: (B, T), non-zero at response tokens; its width is T.
+        mask: (B, T), 1 at response tokens and 0 elsewhere; its width is T.
         cu_seqlens: (B + 1,) if sequences are packed in one row: the first token of each, followed
             by S. `mask` and other arguments per token then have the shape (S,), with the value at
             the token itself. They are not read at the first token of a sequence, where the mask is

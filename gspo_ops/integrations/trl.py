@@ -47,8 +47,8 @@ class GSPOTrainer(GRPOTrainer):
     With one op, the model runs only for the sequences that can have a gradient, and
     `gradient_checkpointing` recomputes only those that have one. `entropy` and ratios then describe
     the sequences that ran, whose fraction is `gspo_ops/computed_frac`. All sequences run with a KL
-    term, a router loss or images. They also run if a 16-bit model is given old log-probs, because
-    it would round differently in batches of another size.
+    term, an entropy bonus, a router loss or images. They also run if a 16-bit model is given old
+    log-probs, because it would round differently in batches of another size.
 
     Args:
         *args, **kwargs: arguments of GRPOTrainer.

@@ -45,7 +45,7 @@ ROUTES: dict[str, dict[str, Route]] = {
         "any other": Route.TRL,
     },
     "importance_sampling_level": {"token, sequence, sequence_token": Route.OP},
-    "epsilon_high": {"below 1 with cispo, as by default": Route.TRL, "any other": Route.OP},
+    "epsilon_high": {"below 1 with cispo, which the default is": Route.TRL, "any other": Route.OP},
     "delta": {"below 1": Route.TRL, "any other": Route.OP},
     "beta": {"below 0": Route.TRL, "any other": Route.OP},
     "entropy_coef": {"0": Route.OP, "any other": Route.LOG_PROBS},

@@ -99,7 +99,10 @@ def _train_parser() -> argparse.ArgumentParser:
         "override", nargs="*", metavar="key=value",
         help="overrides, such as update.learning_rate=1e-5 or model.name=tiny-moe",
     )  # fmt: skip
-    add("--preset", metavar="NAME", help=f"one of {', '.join(presets())} (default: default)")
+    add(
+        "--preset", metavar="NAME",
+        help=f"one of {', '.join(presets())} (default: the preset 'default')",
+    )  # fmt: skip
     add("--resume", action="store_true", help="continue from the last checkpoint in out")
     return parser
 

@@ -32,7 +32,7 @@ from .progress import CannotWrite
 
 _EXAMPLES = """examples:
   gspo-ops compare                           one cell, about ten minutes on two cores
-  gspo-ops compare --map                     all cells, hours; a killed command goes on
+  gspo-ops compare --map                     all cells; this takes hours and resumes after a kill
   gspo-ops compare --only "moe, 128 tokens"  some cells
 """
 _MEANS = ("clip_frac_tokens", "approx_kl_k3", "log_ratio_rms", "expert_churn")  # over the steps
@@ -53,11 +53,13 @@ def main(argv: Sequence[str]) -> int:
     add("--map", action="store_true", help="run all cells, which takes hours")
     add("--only", metavar="TEXT", action="append", default=[],
         help="run the cells whose name contains this text; may be repeated")  # fmt: skip
-    add("--seeds", type=int, nargs="+", default=list(SEEDS), help="default: 0 1 2 3 4")
+    add("--seeds", type=int, nargs="+", default=list(SEEDS), help="seeds of the final runs, "
+        "default: " + " ".join(map(str, SEEDS)))  # fmt: skip
     add("--rates", type=float, nargs="+", default=list(RATES), help="learning rates, default: "
         + " ".join(f"{rate:g}" for rate in RATES))  # fmt: skip
     add("--out", type=Path, default=Path("runs/compare"), help="default: %(default)s")
-    add("--jobs", type=int, default=os.cpu_count() or 1, help="parallel runs, of one thread each")
+    add("--jobs", type=int, default=os.cpu_count() or 1,
+        help="parallel runs, of one thread each (default: %(default)s)")  # fmt: skip
     args = parser.parse_intermixed_args(argv)
     try:
         cells = _cells(args.map, args.only)

@@ -240,8 +240,9 @@ class UpdateConfig(_Section):
             this value; 0 for none. A sequence has one weight, the product over its tokens, unless
             the objective has a ratio per token.
         skip_dead: compute neither old log-probs nor updates for groups whose advantages are all 0,
-            unless a KL term gives them a gradient; with `gradient_checkpointing`, do not recompute
-            rows that are clipped. Loss and gradients are the same up to rounding.
+            unless a KL term or an entropy bonus gives them a gradient; with
+            `gradient_checkpointing`, do not recompute rows that are clipped. Loss and gradients are
+            the same up to rounding.
         gradient_checkpointing: keep only the inputs of each layer and recompute the rest in the
             backward pass.
         routing_replay: route the tokens of each update to the experts that were chosen when the
