@@ -135,7 +135,7 @@ def test_fsdp2():
 def test_own_objective():
     output = run("own_objective")
     (loss,), (plain,) = numbers(output, "loss"), numbers(output, "in plain PyTorch")
-    assert loss == pytest.approx(plain, abs=2e-6)
+    assert loss == pytest.approx(plain, abs=3e-6)  # both are rounded to six decimals
     assert 0 < numbers(output, "gradient off by")[0] <= 1e-6
     assert 0 < numbers(output, "clipped sequences")[0] < 1
 
