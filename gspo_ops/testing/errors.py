@@ -21,8 +21,8 @@ def grad_errors(grad: Tensor | None, exact: Tensor | None, targets: Tensor) -> d
     index = targets.clamp(min=0).long().unsqueeze(-1)
     is_target.scatter_(-1, index, (targets >= 0).unsqueeze(-1))
     g = exact.abs().amax(-1).clamp(min=1e-30)
-    # It is 0 without a soft cap, whose derivative differs between logits. float64 rounds it, by more
-    # than the bound where a token is so likely that its gradient is below 1e-10.
+    # It is 0 without a soft cap, whose derivative differs between logits. float64 rounds it, by
+    # more than the bound where a token is so likely that its gradient is below 1e-10.
     row_sum = exact.sum(-1)
     row_sum = torch.where(row_sum.abs() < 1e-14, 0.0, row_sum)
     return {
