@@ -227,7 +227,7 @@ def _backward(
     dtype = sums.row_sum.dtype
     g, h, scale = upstream.log_probs.reshape(-1).to(dtype), upstream.entropy, upstream.scale()
     if scale is not None:
-        g = torch.where(g == 0, 0.0, g * scale)  # rows without a gradient stay exactly 0
+        g = g * scale
     if h is not None:
         h = h.reshape(-1).to(dtype)
     backward(head, rows, sums, g, h, options, Kept(kept, options.kept_columns), out, add=add)

@@ -8,7 +8,7 @@ import torch
 
 from gspo_ops import cli, testing
 from gspo_ops.benchmarks import bench
-from gspo_ops.environment import ISSUES
+from gspo_ops.environment import ISSUES, provenance
 from gspo_ops.testing import BOUNDS, Measured
 from gspo_ops.trainer.progress import CannotWrite, Diverged, Interrupted
 
@@ -19,6 +19,11 @@ def help_of(*command):
     with pytest.raises(SystemExit) as ended:
         cli.main([*command, "--help"])
     assert ended.value.code == 0
+
+
+def test_results_need_no_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert provenance()["commit"] == ""
 
 
 @pytest.mark.parametrize("command", COMMANDS)

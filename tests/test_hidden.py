@@ -150,6 +150,18 @@ def test_mixed_dtypes(device, dtypes, plan, products):
 
 @kernels
 @all_products
+@pytest.mark.parametrize("which", ["hidden", "weight"])
+def test_a_float64_operand_makes_the_result_float64(device, which, products):
+    inputs = make(9, 33, 300, device)
+    inputs = inputs._replace(**{which: getattr(inputs, which).double()})
+    targets = sample(inputs)
+    log_probs = log_probs_from_hidden(inputs.hidden, inputs.weight, targets, products=products)
+    exact = plain(targets, torch.float64, False)(inputs.map(Tensor.double))
+    torch.testing.assert_close(log_probs, exact, rtol=0, atol=1e-12)
+
+
+@kernels
+@all_products
 @pytest.mark.parametrize("plan", ["keep", "recompute"])
 @pytest.mark.parametrize(
     "softmax",
@@ -856,6 +868,14 @@ def test_the_caller_s_precision_changes_nothing(device, op, dtype, request):
     for name, grad in grads.items():
         bound = BOUNDS["dweight, rel L2"] if dtype == torch.float32 else 2**-9
         assert relative(grads_again[name], grad.double()) <= bound, name
+
+
+@pytest.mark.parametrize(("precision", "is_rounded"), [("highest", False), ("medium", True)])
+def test_tf32_before_torch_2_9(precision, is_rounded, monkeypatch):
+    """There, any precision but the highest lets a GPU round to TF32, and backends have no own."""
+    monkeypatch.setattr(torch.backends.cuda, "matmul", None)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    assert gspo_ops.backend.rounds_fp32(torch.device("cuda")) == is_rounded
 
 
 @compiled_only

@@ -248,8 +248,10 @@ def test_other_libraries_or_models_repeat_runs(tmp_path, monkeypatch):
     version = compare.importlib.metadata.version
     for name in ("torch", "transformers"):
         with monkeypatch.context() as patch:
-            other = lambda x, name=name: "0" if x == name else version(x)  # noqa: E731
-            patch.setattr(compare.importlib.metadata, "version", other)
+            patch.setattr(
+                compare.importlib.metadata, "version",
+                lambda x, name=name: "0" if x == name else version(x),
+            )  # fmt: skip
             keys.add(key())
     assert len(keys) == 4
 

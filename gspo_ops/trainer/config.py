@@ -43,7 +43,7 @@ def is_seed(x: int) -> bool:
 
 
 def is_temperature(x: float) -> bool:
-    """Return whether logits divided by it are more than the rounding errors of float32."""
+    """Return whether it is finite, and too large for logits divided by it to overflow."""
     return 1e-6 <= x < math.inf
 
 
